@@ -1,0 +1,39 @@
+# Every target sets itself up: Python >= 3.11, git and make are enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.PHONY: demo test test-slow lint bench setup clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("hf-rnn needs Python >= 3.11; set PYTHON=") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+# Train a byte-level minGRU on the Python documentation, show what it learned, reload it: under 5 minutes on a CPU.
+demo: $(STAMP)
+	$(BIN)/python -m hf_rnn.cli.demo
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu and not slow'
+
+test-slow: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu'
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Side by side with minGRU-pytorch on this machine's CPU; results in benchmarks/results.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/scan_cpu.py
+	$(BIN)/python benchmarks/training_step_cpu.py
+	$(BIN)/python benchmarks/decoding_cpu.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

@@ -1,0 +1,73 @@
+"""Recurrent networks as first-class citizens of the Hugging Face stack.
+
+`import hf_rnn` registers every architecture with transformers' Auto classes. Names are imported when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from hf_rnn._version import __version__
+
+_ARCHITECTURES = {"MinGRU": "mingru", "MinLSTM": "minlstm"}
+
+_MODULES = {
+    "RecurrentCache": "hf_rnn.cache",
+    "RecurrentConfig": "hf_rnn.configuration_recurrent",
+    "byte_tokenizer": "hf_rnn.tokenization.byte_tokenizer",
+    "linear_scan": "hf_rnn_kernels",
+    "min_gru_scan": "hf_rnn_kernels",
+    "min_lstm_scan": "hf_rnn_kernels",
+    "NonFiniteLossError": "hf_rnn_trainers",
+    "RecurrentTrainer": "hf_rnn_trainers",
+}
+for _stem, _name in _ARCHITECTURES.items():
+    _MODULES[f"{_stem}Config"] = f"hf_rnn.models.{_name}.configuration_{_name}"
+    for _suffix in ("Model", "ForCausalLM", "ForSequenceClassification"):
+        _MODULES[f"{_stem}{_suffix}"] = f"hf_rnn.models.{_name}.modeling_{_name}"
+
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module 'hf_rnn' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _register() -> None:
+    """Tell transformers' Auto classes about every architecture.
+
+    The Auto classes are asked for a model class by its config's, so the modeling files are imported here; what is
+    slow, triton and numba, waits for the first call of a kernel.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    for stem in _ARCHITECTURES:
+        config = __getattr__(f"{stem}Config")
+        AutoConfig.register(config.model_type, config)
+        AutoModel.register(config, __getattr__(f"{stem}Model"))
+        AutoModelForCausalLM.register(config, __getattr__(f"{stem}ForCausalLM"))
+        AutoModelForSequenceClassification.register(config, __getattr__(f"{stem}ForSequenceClassification"))
+
+
+_register()
+
+if TYPE_CHECKING:
+    from hf_rnn_kernels import linear_scan, min_gru_scan, min_lstm_scan
+    from hf_rnn_trainers import NonFiniteLossError, RecurrentTrainer
+
+    from hf_rnn.cache import RecurrentCache
+    from hf_rnn.configuration_recurrent import RecurrentConfig
+    from hf_rnn.models.mingru.configuration_mingru import MinGRUConfig
+    from hf_rnn.models.mingru.modeling_mingru import MinGRUForCausalLM, MinGRUForSequenceClassification, MinGRUModel
+    from hf_rnn.models.minlstm.configuration_minlstm import MinLSTMConfig
+    from hf_rnn.models.minlstm.modeling_minlstm import (
+        MinLSTMForCausalLM,
+        MinLSTMForSequenceClassification,
+        MinLSTMModel,
+    )
+    from hf_rnn.tokenization.byte_tokenizer import byte_tokenizer

@@ -1,0 +1,97 @@
+"""What every architecture of the package can be told."""
+
+import difflib
+from dataclasses import fields
+
+from transformers import PreTrainedConfig
+
+
+class RecurrentConfig(PreTrainedConfig):
+    """Shared configuration of the recurrent models.
+
+    Args:
+        vocab_size: number of tokens; 259 is the byte tokenizer's (256 bytes and three special tokens).
+        hidden_size: width D of the residual stream.
+        num_hidden_layers: number of blocks.
+        expansion_factor: the recurrence has int(hidden_size * expansion_factor) channels.
+        conv_kernel: width of the causal convolution before each recurrence, 0 for none.
+        feed_forward_factor: the feed-forward has int(hidden_size * feed_forward_factor) channels, 0 for none.
+        output_projection: a linear layer from the recurrence back to the residual stream; may be False only at
+            expansion 1.
+        use_bias: biases in the projections of the recurrence.
+        use_g: candidate states pass through g, which keeps them positive (paper, appendix B.3).
+        learned_initial_state: the state before the first token is a parameter (zeros at first), else zeros.
+        hidden_dropout: dropout on every residual branch and on the embeddings.
+        norm_eps: epsilon of the RMS norms.
+        initializer_range: standard deviation of the initial embeddings and linear weights.
+        tie_word_embeddings: the head shares the embedding's weights.
+        use_cache: return the state from forward outside training.
+    """
+
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 259
+    hidden_size: int = 384
+    num_hidden_layers: int = 3
+    expansion_factor: int | float = 1.0
+    conv_kernel: int = 4
+    feed_forward_factor: int | float = 4.0
+    output_projection: bool = True
+    use_bias: bool = True
+    use_g: bool = True
+    learned_initial_state: bool = True
+    hidden_dropout: int | float = 0.0
+    norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = 256
+    bos_token_id: int | None = 257
+    eos_token_id: int | list[int] | None = 258
+
+    def __post_init__(self, **kwargs):
+        known = [field.name for field in fields(self)]
+        for name in kwargs:
+            if similar := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+                raise ValueError(f"{type(self).__name__}: unknown argument {name!r}; did you mean {similar[0]!r}?")
+        super().__post_init__(**kwargs)
+        # Where AutoModel finds the classes when hf_rnn has not been imported; see hf_rnn/hub/remote_code.py.
+        self.auto_map = {
+            "AutoConfig": f"modeling_hf_rnn.{type(self).__name__}",
+            **{auto: f"modeling_hf_rnn.{name}" for auto, name in self.auto_classes().items()},
+        }
+
+    @classmethod
+    def auto_classes(cls) -> dict[str, str]:
+        """Auto class to model class, by name."""
+        stem = cls.__name__.removesuffix("Config")
+        return {
+            "AutoModel": f"{stem}Model",
+            "AutoModelForCausalLM": f"{stem}ForCausalLM",
+            "AutoModelForSequenceClassification": f"{stem}ForSequenceClassification",
+        }
+
+    @property
+    def inner_size(self) -> int:
+        """Channels of the recurrence."""
+        return int(self.hidden_size * self.expansion_factor)
+
+    def validate_architecture(self):
+        """Part of the validation that `@strict` runs; raises ValueError."""
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.conv_kernel < 0 or self.conv_kernel == 1:
+            raise ValueError(f"conv_kernel: expected 0 (none) or a width of at least 2, got {self.conv_kernel}")
+        if self.feed_forward_factor < 0:
+            raise ValueError(f"feed_forward_factor: expected 0 (none) or more, got {self.feed_forward_factor}")
+        if not 0 <= self.hidden_dropout < 1:
+            raise ValueError(f"hidden_dropout: expected in [0, 1), got {self.hidden_dropout}")
+        if self.inner_size < 1:
+            raise ValueError(f"expansion_factor: {self.expansion_factor} leaves the recurrence without channels")
+        if not self.output_projection and self.inner_size != self.hidden_size:
+            raise ValueError(f"output_projection: needed at expansion_factor {self.expansion_factor}, only 1 can do without")
+
+    @property
+    def layer_types(self) -> list[str]:
+        return ["linear_attention"] * self.num_hidden_layers

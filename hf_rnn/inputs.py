@@ -1,0 +1,72 @@
+"""Checks of what users pass to forward, and what padding and packing arguments mean for a recurrence."""
+
+import torch
+from hf_rnn_kernels.gated_scan import check_cu_seqlens
+from torch import Tensor
+
+
+def check_ids(name: str, ids: Tensor, vocab_size: int, ignore_index: int | None = None) -> None:
+    """Raise IndexError for ids outside the vocabulary.
+
+    Only on a CPU and outside torch.compile: elsewhere reading the values would stall the device, whose own assertion
+    then speaks.
+    """
+    if ids.is_floating_point():
+        raise TypeError(f"{name}: expected integer token ids, got {ids.dtype}")
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if ignore_index is not None and low == ignore_index:
+        low = int(ids[ids != ignore_index].min()) if high != ignore_index else 0
+        high = max(high, 0)
+    if low < 0 or high >= vocab_size:
+        raise IndexError(
+            f"{name}: expected ids in [0, {vocab_size}) (config.vocab_size), got {low if low < 0 else high}"
+        )
+
+
+def padding_mask(attention_mask: Tensor | None, batch: int, time: int) -> Tensor | None:
+    """(B, T) bool mask of the current tokens, False at padding; None where there is none.
+
+    transformers' `create_recurrent_attention_mask` does the same but drops the mask of single tokens, with which a
+    padded sequence fed token by token would differ from one fed whole.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < time:
+        raise ValueError(
+            f"attention_mask: expected shape (B, T) = {(batch, time)}, or longer in T with the past in front, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    mask = attention_mask[:, attention_mask.shape[1] - time :].bool()
+    if not torch.compiler.is_compiling() and bool(mask.all()):
+        return None
+    return mask
+
+
+def packed_offsets(
+    position_ids: Tensor | None, seq_idx: Tensor | None, cu_seq_lens: Tensor | None, batch: int, time: int
+) -> Tensor | None:
+    """Offsets (N + 1) of the sequences in the B * T tokens, or None where each row is one sequence."""
+    if cu_seq_lens is not None:
+        check_cu_seqlens(cu_seq_lens, batch, time, name="cu_seq_lens_q")
+        return cu_seq_lens
+    if position_ids is not None:
+        starts = _per_token("position_ids", position_ids, batch, time) == 0
+    elif seq_idx is not None:
+        seq_idx = _per_token("seq_idx", seq_idx, batch, time)
+        starts = seq_idx != seq_idx.roll(1, dims=1)
+    else:
+        return None
+    starts = starts.clone()
+    starts[:, :1] = True
+    if int(starts.sum()) == batch:
+        return None
+    first = starts.reshape(-1).nonzero().squeeze(1)
+    return torch.cat([first, first.new_tensor([batch * time])])
+
+
+def _per_token(name: str, x: Tensor, batch: int, time: int) -> Tensor:
+    if x.dim() != 2 or x.shape[0] not in (1, batch) or x.shape[1] != time:
+        raise ValueError(f"{name}: expected shape (B, T) = {(batch, time)} or (1, T), got {tuple(x.shape)}")
+    return x.expand(batch, time)

@@ -1,0 +1,7 @@
+"""Parts that blocks are made of."""
+
+from hf_rnn.layers.causal_conv import CausalConv
+from hf_rnn.layers.feed_forward import FeedForward
+from hf_rnn.layers.mixer import RecurrentMixer
+
+__all__ = ["CausalConv", "FeedForward", "RecurrentMixer"]

@@ -1,0 +1,347 @@
+"""The skeleton every architecture shares: embedding -> blocks -> norm -> head.
+
+A block is pre-norm residual: x += conv(x), x += recurrence(norm(x)), x += feed_forward(norm(x)), the first and the
+last where the configuration has them. An architecture gives the recurrence (a `RecurrentMixer`) and its config.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from hf_rnn.cache import RecurrentCache
+from hf_rnn.configuration_recurrent import RecurrentConfig
+from hf_rnn.hub.remote_code import write_remote_code
+from hf_rnn.inputs import check_ids, packed_offsets, padding_mask
+from hf_rnn.layers import CausalConv, FeedForward, RecurrentMixer
+
+
+class RecurrentBlock(GradientCheckpointingLayer):
+    def __init__(self, config: RecurrentConfig, layer_idx: int, mixer_class: type[RecurrentMixer]):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.conv = CausalConv(config.hidden_size, config.conv_kernel) if config.conv_kernel else None
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer = mixer_class(config)
+        feed_forward_size = int(config.hidden_size * config.feed_forward_factor)
+        self.ff_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps) if feed_forward_size else None
+        self.ff = FeedForward(config.hidden_size, feed_forward_size) if feed_forward_size else None
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.state_shapes = list(self.mixer.state_shapes)
+        if self.conv is not None:
+            self.state_shapes.append((config.conv_kernel - 1, config.hidden_size))
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+    ) -> Tensor:
+        """(B, T, D) to (B, T, D); reads and writes its layer's state in `past_key_values` where there is one.
+
+        `cu_seqlens` are offsets into the B * T tokens, in which case `mask` is (1, B * T).
+        """
+        shape = x.shape
+        if cu_seqlens is not None:
+            x = x.reshape(1, -1, shape[2])
+        state = None if past_key_values is None else past_key_values[self.layer_idx]
+        new_state = ()
+        if self.conv is not None:
+            y, conv_state = self.conv(x, None if state is None else state[-1], mask, cu_seqlens)
+            x = x + self.dropout(y)
+            state = None if state is None else state[:-1]
+            new_state = (conv_state,)
+        y, mixer_state = self.mixer(self.mixer_norm(x), state, mask, cu_seqlens)
+        x = x + self.dropout(y)
+        if self.ff is not None:
+            x = x + self.dropout(self.ff(self.ff_norm(x)))
+        if past_key_values is not None:
+            past_key_values.update((*mixer_state, *new_state), self.layer_idx)
+        return x.view(shape)
+
+
+class RecurrentPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation. The state is a `RecurrentCache` under the name `past_key_values`."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RecurrentBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = True
+    _is_stateful = True  # no rollback: generate() refuses assisted decoding
+    _can_record_outputs = {"hidden_states": RecurrentBlock}
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the model makes its own
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RecurrentMixer):
+            module.init_weights()
+        elif isinstance(module, CausalConv):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As transformers', plus the file by which `trust_remote_code=True` finds this package."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_remote_code(self.config, save_directory)
+
+
+class RecurrentModel(RecurrentPreTrainedModel):
+    """Embedding, blocks and final norm.
+
+    Attributes:
+        mixer_class: the architecture's recurrence.
+    """
+
+    mixer_class: type[RecurrentMixer]
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(
+            RecurrentBlock(config, layer_idx, self.mixer_class) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the model.
+
+        Args:
+            input_ids: (B, T) tokens; or inputs_embeds, (B, T, hidden_size).
+            attention_mask: (B, T), or longer with the past in front; zero at padding, on either side or in between.
+                Padding changes neither the state nor any other token's output.
+            position_ids: (B, T) or (1, T). A recurrent model needs no positions; a position 0 after the first token
+                starts a new sequence, so that packed batches (`DataCollatorWithFlattening`) work. Not under a
+                `torch.compile(fullgraph=True)`; `cu_seq_lens_q` is.
+            past_key_values: state to go on from, updated and returned.
+            use_cache: return the state. Default: `config.use_cache`, but not in training nor for packed batches.
+            kwargs: `cu_seq_lens_q` (N + 1) offsets of packed sequences in a batch of one, as the collator gives with
+                `return_flash_attn_kwargs=True`; `output_hidden_states`, `return_dict`.
+
+        Returns:
+            `last_hidden_state` (B, T, hidden_size), `past_key_values`, `hidden_states` if asked for.
+
+        Raises:
+            ValueError, IndexError: an argument of another shape or value than above, named in the message.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: pass exactly one of the two")
+        if inputs_embeds is None:
+            if input_ids.dim() != 2:
+                raise ValueError(f"input_ids: expected shape (B, T), got {tuple(input_ids.shape)}")
+            check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings)
+            inputs_embeds = self.embed_tokens(input_ids)
+        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds: expected shape (B, T, {self.config.hidden_size}), got {tuple(inputs_embeds.shape)}"
+            )
+        batch, time = inputs_embeds.shape[:2]
+        mask = padding_mask(attention_mask, batch, time)
+        cu_seqlens = packed_offsets(position_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"), batch, time)
+        past_key_values = self._state(past_key_values, use_cache, batch, packed=cu_seqlens is not None)
+        if cu_seqlens is not None and mask is not None:
+            mask = mask.reshape(1, -1)
+
+        x = self.dropout(inputs_embeds)
+        for layer in self.layers:
+            x = layer(x, mask=mask, cu_seqlens=cu_seqlens, past_key_values=past_key_values)
+        if past_key_values is not None:
+            past_key_values.seen_tokens += time
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    def _state(
+        self, past_key_values: RecurrentCache | None, use_cache: bool | None, batch: int, packed: bool
+    ) -> RecurrentCache | None:
+        """The state to go on from, a fresh one, or None."""
+        if past_key_values is None:
+            if use_cache is None:
+                use_cache = self.config.use_cache and not self.training
+            use_cache = use_cache and not packed and not (self.gradient_checkpointing and self.training)
+            return RecurrentCache(len(self.layers)) if use_cache else None
+        if not isinstance(past_key_values, RecurrentCache):
+            raise TypeError(f"past_key_values: expected a RecurrentCache, got {type(past_key_values).__name__}")
+        if packed:
+            raise ValueError("past_key_values: packed sequences start from the initial state; pass no cache with them")
+        if len(past_key_values) != len(self.layers):
+            raise ValueError(
+                f"past_key_values: expected the state of {len(self.layers)} layers, got one of {len(past_key_values)}"
+            )
+        for layer, state in zip(self.layers, past_key_values.states, strict=True):
+            expected = [(batch, *shape) for shape in layer.state_shapes]
+            if state is not None and [tuple(x.shape) for x in state] != expected:
+                raise ValueError(
+                    f"past_key_values: expected states of shapes {expected}, got {[tuple(x.shape) for x in state]}; "
+                    "a cache fits the model and the batch size that made it (RecurrentCache.batch_repeat_interleave "
+                    "widens it for beams)"
+                )
+        return past_key_values
+
+
+class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
+    """Language model: the backbone and a linear head.
+
+    Attributes:
+        model_class: the architecture's backbone.
+    """
+
+    model_class: type[RecurrentModel]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, use_cache=None, **kwargs):
+        """As transformers', without positions, which mean nothing here, and without the mask of generated tokens."""
+        kwargs.pop("position_ids", None)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+        )
+        if use_cache and not is_first_iteration:
+            inputs.pop("attention_mask", None)
+        return inputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits, and the loss where there are labels.
+
+        Args:
+            labels: (B, T), usually the input_ids: they are shifted here. -100 is ignored.
+            logits_to_keep: logits of the last so many positions, or of the positions in an index tensor; 0 for all.
+            kwargs: `num_items_in_batch`, by which the summed loss is divided; what `RecurrentModel.forward` takes.
+            others: see `RecurrentModel.forward`.
+
+        Returns:
+            `loss`, `logits` (B, T, vocab_size), `past_key_values`, `hidden_states` if asked for.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, positions])
+        loss = None
+        if labels is not None:
+            check_ids("labels", labels, self.config.vocab_size, ignore_index=-100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
+    """Classifier: a linear layer on the last real token of each sequence.
+
+    Attributes:
+        model_class: the architecture's backbone.
+    """
+
+    model_class: type[RecurrentModel]
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.model_class(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits (B, num_labels) at the last token that `attention_mask` marks as real.
+
+        Without an attention_mask, trailing tokens equal to `config.pad_token_id` are padding, as elsewhere in
+        transformers. The loss follows `config.problem_type`.
+        """
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError("cu_seq_lens_q: a classifier takes one sequence per row; pad instead of packing")
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        x = outputs.last_hidden_state
+        real = attention_mask
+        if real is None and input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        if real is None:
+            real = x.new_ones(x.shape[:2])
+        position = torch.arange(x.shape[1], device=x.device)
+        last = (real[:, -x.shape[1] :].bool() * position).argmax(1)
+        logits = self.score(x[torch.arange(x.shape[0], device=x.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )

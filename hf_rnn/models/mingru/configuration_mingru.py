@@ -1,0 +1,17 @@
+from huggingface_hub.dataclasses import strict
+
+from hf_rnn.configuration_recurrent import RecurrentConfig
+
+
+@strict
+class MinGRUConfig(RecurrentConfig):
+    """Configuration of minGRU ("Were RNNs All We Needed?", arXiv 2410.01201).
+
+    Args:
+        forget_bias: initial value of minus the update gate's bias: larger keeps the state longer. 0 is the paper's.
+        others: see `RecurrentConfig`.
+    """
+
+    model_type = "hf_rnn_mingru"
+
+    forget_bias: int | float = 0.0

@@ -1,0 +1,41 @@
+"""minGRU: a GRU whose gates see only the input, so that training is a scan ("Were RNNs All We Needed?", 2410.01201)."""
+
+from hf_rnn_kernels import min_gru_scan
+
+from hf_rnn.layers import RecurrentMixer
+from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from hf_rnn.models.mingru.configuration_mingru import MinGRUConfig
+
+
+class MinGRU(RecurrentMixer):
+    """z_t = sigmoid(W_z x_t), h~_t = g(W_h x_t), h_t = (1 - z_t) h_{t-1} + z_t h~_t (paper, sections 3.1 and B.3)."""
+
+    num_projections = 2  # z, h~
+
+    def initial_bias(self):
+        return [-self.config.forget_bias, 0.0]
+
+    def recurrence(self, projections, h0, mask, cu_seqlens):
+        gate, candidate = projections
+        return min_gru_scan(gate, candidate, h0, mask, cu_seqlens, use_g=self.config.use_g)
+
+
+class MinGRUModel(RecurrentModel):
+    """minGRU without a head."""
+
+    config_class = MinGRUConfig
+    mixer_class = MinGRU
+
+
+class MinGRUForCausalLM(RecurrentForCausalLM):
+    """minGRU language model."""
+
+    config_class = MinGRUConfig
+    model_class = MinGRUModel
+
+
+class MinGRUForSequenceClassification(RecurrentForSequenceClassification):
+    """minGRU with a classifier on the last real token."""
+
+    config_class = MinGRUConfig
+    model_class = MinGRUModel

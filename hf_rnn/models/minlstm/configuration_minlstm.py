@@ -1,0 +1,19 @@
+from huggingface_hub.dataclasses import strict
+
+from hf_rnn.configuration_recurrent import RecurrentConfig
+
+
+@strict
+class MinLSTMConfig(RecurrentConfig):
+    """Configuration of minLSTM ("Were RNNs All We Needed?", arXiv 2410.01201).
+
+    Args:
+        forget_bias: initial bias of the forget gate: larger keeps the state longer. 3 is the authors' code's.
+        normalize_gates: divide f and i by their sum, as the paper does; its code has this off by default.
+        others: see `RecurrentConfig`.
+    """
+
+    model_type = "hf_rnn_minlstm"
+
+    forget_bias: int | float = 3.0
+    normalize_gates: bool = True

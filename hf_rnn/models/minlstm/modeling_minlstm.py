@@ -1,0 +1,53 @@
+"""minLSTM: an LSTM whose gates see only the input, so that training is a scan ("Were RNNs All We Needed?", 2410.01201)."""
+
+from hf_rnn_kernels import min_lstm_scan
+
+from hf_rnn.layers import RecurrentMixer
+from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from hf_rnn.models.minlstm.configuration_minlstm import MinLSTMConfig
+
+
+class MinLSTM(RecurrentMixer):
+    """f_t = sigmoid(W_f x_t), i_t = sigmoid(W_i x_t), h~_t = g(W_h x_t), h_t = f'_t h_{t-1} + i'_t h~_t.
+
+    f' = f / (f + i) and i' = i / (f + i) (paper, sections 3.2 and B.3).
+    """
+
+    num_projections = 3  # f, i, h~
+
+    def initial_bias(self):
+        return [self.config.forget_bias, 0.0, 0.0]
+
+    def recurrence(self, projections, h0, mask, cu_seqlens):
+        forget, input_, candidate = projections
+        return min_lstm_scan(
+            forget,
+            input_,
+            candidate,
+            h0,
+            mask,
+            cu_seqlens,
+            use_g=self.config.use_g,
+            normalize=self.config.normalize_gates,
+        )
+
+
+class MinLSTMModel(RecurrentModel):
+    """minLSTM without a head."""
+
+    config_class = MinLSTMConfig
+    mixer_class = MinLSTM
+
+
+class MinLSTMForCausalLM(RecurrentForCausalLM):
+    """minLSTM language model."""
+
+    config_class = MinLSTMConfig
+    model_class = MinLSTMModel
+
+
+class MinLSTMForSequenceClassification(RecurrentForSequenceClassification):
+    """minLSTM with a classifier on the last real token."""
+
+    config_class = MinLSTMConfig
+    model_class = MinLSTMModel

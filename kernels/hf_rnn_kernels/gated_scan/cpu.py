@@ -1,0 +1,335 @@
+"""CPU backend: one compiled pass over the rows, vectorised over channels, threads over sequences and channel strips.
+
+numba compiles these loops on first use and keeps the result on disk, so the user needs no compiler. A scalar `exp`
+would cost more than everything else together; `_exp` below is a polynomial that LLVM vectorises. Measurements:
+docs/log.md, 2026-11-22.
+
+Rows are time steps: tensors come as flat arrays with a row stride, so that the two halves of one projection are read
+in place. `offsets[n] : offsets[n + 1]` are the rows of sequence n.
+"""
+
+import threading
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+_FAST = {"contract", "nsz"}  # fused multiply-add; nothing that reorders sums or assumes finite values
+_F32 = np.float32
+_HALF, _ONE, _TWO = _F32(0.5), _F32(1), _F32(2)
+_LOG2E, _ROUND, _LIMIT = _F32(1.4426950408889634), _F32(1.5 * 2**23), _F32(87.0)
+_LN2_HIGH, _LN2_LOW = _F32(0.693359375), _F32(-2.12194440e-4)
+# Minimax polynomial of (e^r - 1 - r) / r^2 on |r| <= ln(2)/2 (Cephes, expf)
+_P0, _P1, _P2 = _F32(1.9875691500e-4), _F32(1.3981999507e-3), _F32(8.3334519073e-3)
+_P3, _P4, _P5 = _F32(4.1665795894e-2), _F32(1.6666665459e-1), _F32(5.0000001201e-1)
+
+
+@intrinsic
+def _as_float(typing_context, bits):
+    return types.float32(types.int32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def _as_int(typing_context, value):
+    return types.int32(types.float32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+_inline = njit(fastmath=_FAST, error_model="numpy", inline="always")
+_row = njit(fastmath=_FAST, error_model="numpy")
+_parallel = njit(fastmath=_FAST, error_model="numpy", parallel=True, nogil=True, cache=True)
+
+
+@_inline
+def _exp(x):
+    """e^x in float32 to about an ulp, x clamped to +-87 so that it is finite; NaN stays NaN."""
+    x = -_LIMIT if x < -_LIMIT else x
+    x = _LIMIT if x > _LIMIT else x
+    shifted = x * _LOG2E + _ROUND  # adding 1.5 * 2^23 rounds to the nearest integer, held in the low bits
+    n = shifted - _ROUND
+    r = x - n * _LN2_HIGH
+    r = r - n * _LN2_LOW
+    p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+    return (p * (r * r) + r + _ONE) * _as_float((_as_int(shifted) << np.int32(23)) + np.int32(0x3F800000))
+
+
+@_inline
+def _sigmoid(x):
+    return _ONE / (_ONE + _exp(-x))
+
+
+@_inline
+def _candidate(x, positive):
+    """g(x) if `positive`, else x."""
+    below = _sigmoid(x)
+    g = x + _HALF if x >= _F32(0) else below
+    return g if positive else x
+
+
+@_inline
+def _candidate_slope(x, positive):
+    s = _sigmoid(x)
+    slope = _ONE if x >= _F32(0) else s * (_ONE - s)
+    return slope if positive else _ONE
+
+
+@_inline
+def _shares(forget, input_):
+    """f / (f + i) and i / (f + i) for f, i = sigmoid of the arguments, without the underflow of f + i.
+
+    i : f = (1 + e^-|forget|) : (1 + e^-|input|) * e^(relu(-input) - relu(-forget)).
+    """
+    zero = _F32(0)
+    low_f = -forget if forget < zero else zero
+    low_i = -input_ if input_ < zero else zero
+    i = _ONE + _exp(-abs(forget))
+    f = (_ONE + _exp(-abs(input_))) * _exp(low_i - low_f)
+    return f / (f + i), i / (f + i)
+
+
+# One time step over `width` channels each. Arrays are flat, `x0` is where the row of `x` begins.
+
+
+@_row
+def _linear_row(width, a, a0, b, b0, h, h0, out, out0):
+    for d in range(width):
+        value = a[a0 + d] * h[h0 + d] + b[b0 + d]
+        h[h0 + d] = value
+        out[out0 + d] = value
+
+
+@_row
+def _linear_row_backward(width, a, a0, before, before0, carry, carry0, grad, grad0, grads, da0, db0):
+    for d in range(width):
+        dh = carry[carry0 + d] + grad[grad0 + d]
+        grads[db0 + d] = dh
+        grads[da0 + d] = dh * before[before0 + d]
+        carry[carry0 + d] = a[a0 + d] * dh
+
+
+@_row
+def _min_gru_row(width, gate, gate0, candidate, candidate0, h, h0, out, out0, positive):
+    for d in range(width):
+        z = _sigmoid(gate[gate0 + d])
+        # Half of h + z * (candidate - h): the difference of two large values cannot overflow, scaling by 2 is exact.
+        half = _HALF * h[h0 + d]
+        value = _TWO * (half + z * (_HALF * _candidate(candidate[candidate0 + d], positive) - half))
+        h[h0 + d] = value
+        out[out0 + d] = value
+
+
+@_row
+def _min_gru_row_backward(
+    width, gate, gate0, candidate, candidate0, before, before0, carry, carry0, grad, grad0, grads, dg0, dc0, positive
+):
+    for d in range(width):
+        z = _sigmoid(gate[gate0 + d])
+        x = candidate[candidate0 + d]
+        dh = carry[carry0 + d] + grad[grad0 + d]
+        half_step = _HALF * _candidate(x, positive) - _HALF * before[before0 + d]
+        grads[dg0 + d] = dh * ((_TWO * z * _sigmoid(-gate[gate0 + d])) * half_step)
+        grads[dc0 + d] = dh * z * _candidate_slope(x, positive)
+        carry[carry0 + d] = dh - z * dh
+
+
+@_row
+def _min_lstm_row(width, forget, f0, input_, i0, candidate, c0, h, h0, out, out0, positive):
+    for d in range(width):
+        # h - (1 - f) * h + i * candidate, with 1 - f = sigmoid(-forget) exact for slow gates
+        drop, add = _sigmoid(-forget[f0 + d]), _sigmoid(input_[i0 + d])
+        value = h[h0 + d] + (add * _candidate(candidate[c0 + d], positive) - drop * h[h0 + d])
+        h[h0 + d] = value
+        out[out0 + d] = value
+
+
+@_row
+def _min_lstm_row_backward(
+    width, forget, f0, input_, i0, candidate, c0, before, before0, carry, carry0, grad, grad0, grads, df0, di0, dc0, positive
+):
+    for d in range(width):
+        f, i, x = forget[f0 + d], input_[i0 + d], candidate[c0 + d]
+        drop, add = _sigmoid(-f), _sigmoid(i)
+        dh = carry[carry0 + d] + grad[grad0 + d]
+        grads[df0 + d] = dh * (before[before0 + d] * (drop * _sigmoid(f)))
+        grads[di0 + d] = dh * (_candidate(x, positive) * (add * _sigmoid(-i)))
+        grads[dc0 + d] = dh * add * _candidate_slope(x, positive)
+        carry[carry0 + d] = dh - drop * dh
+
+
+@_row
+def _min_lstm_normalized_row(width, forget, f0, input_, i0, candidate, c0, h, h0, out, out0, positive):
+    for d in range(width):
+        _, z = _shares(forget[f0 + d], input_[i0 + d])
+        half = _HALF * h[h0 + d]
+        value = _TWO * (half + z * (_HALF * _candidate(candidate[c0 + d], positive) - half))
+        h[h0 + d] = value
+        out[out0 + d] = value
+
+
+@_row
+def _min_lstm_normalized_row_backward(
+    width, forget, f0, input_, i0, candidate, c0, before, before0, carry, carry0, grad, grad0, grads, df0, di0, dc0, positive
+):
+    for d in range(width):
+        f, i, x = forget[f0 + d], input_[i0 + d], candidate[c0 + d]
+        keep, z = _shares(f, i)
+        dh = carry[carry0 + d] + grad[grad0 + d]
+        half_step = _HALF * _candidate(x, positive) - _HALF * before[before0 + d]
+        grad_log_ratio = dh * ((_TWO * z * keep) * half_step)
+        grads[df0 + d] = -grad_log_ratio * _sigmoid(-f)
+        grads[di0 + d] = grad_log_ratio * _sigmoid(-i)
+        grads[dc0 + d] = dh * z * _candidate_slope(x, positive)
+        carry[carry0 + d] = dh - z * dh
+
+
+_LINEAR, _MIN_GRU, _MIN_LSTM, _MIN_LSTM_NORMALIZED = range(4)
+_U = np.uint64  # unsigned indices spare the vectoriser the check for negative ones
+_U1 = _U(1)
+
+
+@_parallel
+def _forward(kind, positive, x, strides, y, z, channels, strip, h0, mask, offsets, out, last):
+    """Inputs x, y, z (z unused where there are two) with row strides; `last` is the running state."""
+    strips = (channels + strip - _U1) // strip
+    for task in prange(_U(offsets.size - 1) * strips):
+        n = _U(task) // strips
+        low = (_U(task) % strips) * strip
+        width = min(strip, channels - low)
+        s = n * channels + low
+        for d in range(width):
+            last[s + d] = h0[s + d]
+        for t in range(offsets[n], offsets[n + _U1]):
+            x0, y0, z0 = t * strides[0] + low, t * strides[1] + low, t * strides[2] + low
+            o = t * channels + low
+            if mask.size > 0 and not mask[t]:
+                for d in range(width):
+                    out[o + d] = last[s + d]
+            elif kind == _LINEAR:
+                _linear_row(width, x, x0, y, y0, last, s, out, o)
+            elif kind == _MIN_GRU:
+                _min_gru_row(width, x, x0, y, y0, last, s, out, o, positive)
+            elif kind == _MIN_LSTM:
+                _min_lstm_row(width, x, x0, y, y0, z, z0, last, s, out, o, positive)
+            else:
+                _min_lstm_normalized_row(width, x, x0, y, y0, z, z0, last, s, out, o, positive)
+
+
+@_parallel
+def _backward(kind, positive, x, strides, y, z, channels, strip, h0, mask, offsets, h, grad, grads, carry):
+    """`carry` holds the gradient of the last states on entry and that of the initial states on return."""
+    strips = (channels + strip - _U1) // strip
+    count = _U(grads.size) // max(_U(grad.size), _U1)
+    for task in prange(_U(offsets.size - 1) * strips):
+        n = _U(task) // strips
+        low = (_U(task) % strips) * strip
+        width = min(strip, channels - low)
+        s = n * channels + low
+        for back in range(offsets[n + _U1] - offsets[n]):
+            t = offsets[n + _U1] - _U1 - back
+            x0, y0, z0 = t * strides[0] + low, t * strides[1] + low, t * strides[2] + low
+            o = t * channels + low
+            before, b = (h, o - channels) if t > offsets[n] else (h0, s)
+            dx = t * count * channels + low
+            dy = dx + channels
+            dz = dx + _U(2) * channels
+            if mask.size > 0 and not mask[t]:
+                for d in range(width):
+                    carry[s + d] += grad[o + d]
+                for i in range(count):
+                    for d in range(width):
+                        grads[dx + i * channels + d] = _F32(0)
+            elif kind == _LINEAR:
+                _linear_row_backward(width, x, x0, before, b, carry, s, grad, o, grads, dx, dy)
+            elif kind == _MIN_GRU:
+                _min_gru_row_backward(width, x, x0, y, y0, before, b, carry, s, grad, o, grads, dx, dy, positive)
+            elif kind == _MIN_LSTM:
+                _min_lstm_row_backward(
+                    width, x, x0, y, y0, z, z0, before, b, carry, s, grad, o, grads, dx, dy, dz, positive
+                )
+            else:
+                _min_lstm_normalized_row_backward(
+                    width, x, x0, y, y0, z, z0, before, b, carry, s, grad, o, grads, dx, dy, dz, positive
+                )
+
+
+_launch = threading.Lock()  # numba's portable thread pool aborts the process when two threads start a loop at once
+
+
+def _run(kernel, *arguments) -> None:
+    with _launch:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        kernel(*arguments)
+
+
+def _flat(x: Tensor) -> np.ndarray:
+    return x.detach().float().reshape(-1).numpy()
+
+
+def _rows(x: Tensor) -> tuple[np.ndarray, np.uint64]:
+    """A (B, T, D) tensor as a flat float32 array and its row stride; copies only what is not already laid out so."""
+    x = x.detach().float()
+    if x.stride(2) != 1 or x.stride(0) != x.shape[1] * x.stride(1):
+        x = x.contiguous()
+    rows, stride = x.shape[0] * x.shape[1], x.stride(1)
+    return x.as_strided(((rows - 1) * stride + x.shape[2],), (1,)).numpy(), _U(stride)
+
+
+def _arguments(gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None):
+    name, *options = gates.split("+")
+    kind = {"linear": _LINEAR, "min_gru": _MIN_GRU, "min_lstm": _MIN_LSTM}[name] + ("normalize" in options)
+    batch, time, channels = inputs[0].shape
+    offsets = np.arange(batch + 1) * time if cu_seqlens is None else cu_seqlens.numpy()
+    sequences = len(offsets) - 1
+    (x, x_stride), (y, y_stride), (z, z_stride) = [_rows(i) for i in [*inputs, inputs[0]][:3]]
+    # A thread walks whole rows, which prefetches best, while there are sequences for every thread; else rows are
+    # split, at cache lines.
+    strips = max(1, -(-torch.get_num_threads() // sequences))
+    strip = -(-channels // strips // 16) * 16
+    h0 = np.zeros(sequences * channels, np.float32) if h0 is None else _flat(h0)
+    mask = np.empty(0, np.bool_) if mask is None else mask.reshape(-1).bool().numpy()
+    strides = (x_stride, y_stride, z_stride)
+    return kind, "g" in options, x, strides, y, z, _U(channels), _U(strip), h0, mask, offsets.astype(np.uint64)
+
+
+def _empty(*shape: int) -> Tensor:
+    """Uninitialised float32 tensor. From 32 MiB on, where malloc no longer recycles memory, page faults cost more than
+    the recurrence: numpy asks for huge pages, which spares most of them."""
+    if np.prod(shape) * 4 < 2**25:
+        return torch.empty(shape)
+    return torch.from_numpy(np.empty(shape, np.float32))
+
+
+def scan(
+    gates: str,
+    inputs: list[Tensor],
+    h0: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `op.scan`."""
+    arguments = _arguments(gates, inputs, h0, mask, cu_seqlens)
+    h, last = _empty(*inputs[0].shape), _empty(len(arguments[-1]) - 1, inputs[0].shape[2])
+    _run(_forward, *arguments, _flat(h), _flat(last))
+    return h.to(inputs[0].dtype), last
+
+
+def scan_backward(
+    gates: str,
+    inputs: list[Tensor],
+    h0: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    h: Tensor,
+    grad: Tensor,
+    grad_last: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `op.scan_backward`."""
+    arguments = _arguments(gates, inputs, h0, mask, cu_seqlens)
+    batch, time, channels = h.shape
+    grads = _empty(batch, time, len(inputs), channels)
+    grad_h0 = grad_last.float().clone(memory_format=torch.contiguous_format)
+    _run(_backward, *arguments, _flat(h), _flat(grad), _flat(grads), _flat(grad_h0))
+    return grads.to(inputs[0].dtype), grad_h0

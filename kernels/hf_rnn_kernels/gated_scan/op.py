@@ -1,0 +1,105 @@
+"""`hf_rnn::gated_scan`: one operator for torch.compile, torch.export and autograd; PyTorch's dispatcher picks a backend.
+
+`gates` names the recurrence: "linear", "min_gru" or "min_lstm", followed by its options, "+g" (candidate through g) and
+"+normalize" (f and i divided by their sum).
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from hf_rnn_kernels.gated_scan import reference
+
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _compiled(x: Tensor):
+    """The compiled backend for this tensor's device and dtype, imported when first used; None where there is none."""
+    if x.dtype == torch.float64 or x.numel() == 0:
+        return None
+    if x.device.type == "cpu" and _HAS_NUMBA:
+        from hf_rnn_kernels.gated_scan import cpu as backend
+    elif x.device.type == "cuda" and _HAS_TRITON:  # "cuda" is also what PyTorch calls an AMD GPU
+        from hf_rnn_kernels.gated_scan import triton as backend
+    else:
+        return None
+    return backend
+
+
+@torch.library.custom_op("hf_rnn::gated_scan", mutates_args=())
+def scan(
+    gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence.
+
+    Args:
+        gates: the recurrence and its options.
+        inputs: two or three (B, T, D) tensors of one floating dtype; their last dimension is best contiguous.
+        h0: initial states (N, D), zeros if None. N is B, or the number of packed sequences.
+        mask: (B, T), zero where a token is padding: its state is its predecessor's.
+        cu_seqlens: (N + 1) int offsets of the sequences packed in a batch of one.
+
+    Returns:
+        h (B, T, D) in the inputs' dtype and the last states (N, D) in float32 (float64 for float64 inputs).
+    """
+    backend = _compiled(inputs[0]) or reference
+    return backend.scan(gates, inputs, h0, mask, cu_seqlens)
+
+
+@scan.register_fake
+def _(gates, inputs, h0, mask, cu_seqlens):
+    sequences = inputs[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    h = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device=inputs[0].device)
+    return h, h.new_empty(sequences, h.shape[2], dtype=dtype)
+
+
+@torch.library.custom_op("hf_rnn::gated_scan_backward", mutates_args=())
+def scan_backward(
+    gates: str,
+    inputs: list[Tensor],
+    h0: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    h: Tensor,
+    grad: Tensor,
+    grad_last: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the inputs, side by side as (B, T, len(inputs), D), and of the initial states (N, D), from those of
+    h and of the last states."""
+    backend = _compiled(inputs[0])
+    if backend is None:
+        return _backward_by_autograd(gates, inputs, h0, mask, cu_seqlens, grad, grad_last)
+    return backend.scan_backward(gates, inputs, h0, mask, cu_seqlens, h, grad, grad_last)
+
+
+def _backward_by_autograd(gates, inputs, h0, mask, cu_seqlens, grad, grad_last) -> tuple[Tensor, Tensor]:
+    state = torch.zeros_like(grad_last) if h0 is None else h0
+    leaves = [x.detach().requires_grad_() for x in [*inputs, state]]
+    with torch.enable_grad():
+        outputs = reference.scan(gates, leaves[:-1], leaves[-1], mask, cu_seqlens)
+    *grads, grad_h0 = torch.autograd.grad(outputs, leaves, [grad, grad_last], materialize_grads=True)
+    return torch.stack(grads, 2), grad_h0.to(grad_last.dtype)
+
+
+@scan_backward.register_fake
+def _(gates, inputs, h0, mask, cu_seqlens, h, grad, grad_last):
+    batch, time, channels = h.shape
+    return h.new_empty(batch, time, len(inputs), channels), torch.empty_like(grad_last)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    gates, tensors, h0, mask, cu_seqlens = inputs
+    ctx.gates, ctx.has_h0 = gates, h0 is not None
+    ctx.save_for_backward(h0, mask, cu_seqlens, output[0], *tensors)
+
+
+def _backward(ctx, grad, grad_last):
+    h0, mask, cu_seqlens, h, *inputs = ctx.saved_tensors
+    grads, grad_h0 = scan_backward(ctx.gates, inputs, h0, mask, cu_seqlens, h, grad, grad_last)
+    return None, list(grads.unbind(2)), grad_h0.to(h0.dtype) if ctx.has_h0 else None, None, None
+
+
+scan.register_autograd(_backward, setup_context=_setup_context)

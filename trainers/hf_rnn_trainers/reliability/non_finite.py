@@ -1,0 +1,47 @@
+"""Stop at the first loss that is not finite, before it reaches a weight or a checkpoint."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The training loss was NaN or infinite. The weights are those before the step."""
+
+
+class NonFiniteGuard:
+    """Mixin for Trainer subclasses: raises `NonFiniteLossError` instead of training on.
+
+    The stock Trainer trains on with NaN weights, saves them, and logs a loss of 0.0 (`logging_nan_inf_filter`). Here
+    training stops in the step that met the loss, on every process at once; no optimizer step is made with it, the last
+    checkpoint stays the last, and the batch is kept beside it.
+    """
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        losses = self.accelerator.gather(loss.detach().reshape(1))
+        if not torch.isfinite(losses).all():
+            raise NonFiniteLossError(self._describe_non_finite_loss(losses, inputs))
+        return loss
+
+    def _describe_non_finite_loss(self, losses: torch.Tensor, inputs: dict) -> str:
+        step = self.state.global_step
+        tensors = {name: x.detach().cpu().contiguous() for name, x in inputs.items() if torch.is_tensor(x)}
+        path = Path(self.args.output_dir) / f"non_finite_batch_step_{step}_process_{self.args.process_index}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: x.clone() for name, x in tensors.items()}, path)
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+        checkpoint = get_last_checkpoint(self.args.output_dir)
+        resume = f"resume from {checkpoint}" if checkpoint else "no checkpoint was saved yet: start again"
+        return (
+            f"loss {losses.tolist()} (one per process) at step {step}, batch {shapes}, kept in {path}. "
+            f"The weights are those before this step; {resume} with a lower learning rate, max_grad_norm=1.0, or "
+            "bf16 instead of fp16; if that batch alone gives such a loss, look at its data."
+        )
+
+
+class RecurrentTrainer(NonFiniteGuard, Trainer):
+    """transformers' Trainer that stops at a loss that is not finite."""
