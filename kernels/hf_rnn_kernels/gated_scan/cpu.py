@@ -57,27 +57,16 @@ def _exp(x):
 
 
 @_inline
-def _sigmoid(x):
-    return _ONE / (_ONE + _exp(-x))
+def _gate(x):
+    """sigmoid(-x) and sigmoid(x), each to the last bits, with one exponential and one division."""
+    small = _exp(-abs(x))
+    large = _ONE / (_ONE + small)
+    small = small * large
+    return (small, large) if x >= _F32(0) else (large, small)
 
 
 @_inline
-def _candidate(x, positive):
-    """g(x) if `positive`, else x."""
-    below = _sigmoid(x)
-    g = x + _HALF if x >= _F32(0) else below
-    return g if positive else x
-
-
-@_inline
-def _candidate_slope(x, positive):
-    s = _sigmoid(x)
-    slope = _ONE if x >= _F32(0) else s * (_ONE - s)
-    return slope if positive else _ONE
-
-
-@_inline
-def _shares(forget, input_):
+def _gate_shares(forget, input_):
     """f / (f + i) and i / (f + i) for f, i = sigmoid of the arguments, without the underflow of f + i.
 
     i : f = (1 + e^-|forget|) : (1 + e^-|input|) * e^(relu(-input) - relu(-forget)).
@@ -87,7 +76,37 @@ def _shares(forget, input_):
     low_i = -input_ if input_ < zero else zero
     i = _ONE + _exp(-abs(forget))
     f = (_ONE + _exp(-abs(input_))) * _exp(low_i - low_f)
-    return f / (f + i), i / (f + i)
+    scale = _ONE / (f + i)
+    return f * scale, i * scale
+
+
+@_inline
+def _candidate(x, positive):
+    """g(x) and its slope if `positive`, else x and 1."""
+    below = _ONE / (_ONE + _exp(-x))
+    g, slope = (x + _HALF, _ONE) if x >= _F32(0) else (below, below * (_ONE - below))
+    return (g, slope) if positive else (x, _ONE)
+
+
+@_inline
+def _step(h, lost, keep, drop, goal):
+    """keep * h + drop * goal for keep + drop = 1, and what its rounding lost, to be handed to the next step.
+
+    A slow gate adds a little to a lot, thousands of times: `lost` carries the rounding error along (Kahan). Halves keep
+    goal - h from overflowing; scaling by 2 is exact.
+    """
+    half, half_goal = _HALF * h, _HALF * goal
+    step = drop * (half_goal - half) - lost
+    slow = half + step
+    fast = half_goal + keep * (half - half_goal)
+    is_slow = drop < _HALF
+    return _TWO * (slow if is_slow else fast), ((slow - half) - step) if is_slow else _F32(0)
+
+
+@_inline
+def _decay(keep, drop, x):
+    """keep * x, without the rounding of `keep` where it is near 1."""
+    return x - drop * x if drop < _HALF else keep * x
 
 
 # One time step over `width` channels each. Arrays are flat, `x0` is where the row of `x` begins.
@@ -111,12 +130,11 @@ def _linear_row_backward(width, a, a0, before, before0, carry, carry0, grad, gra
 
 
 @_row
-def _min_gru_row(width, gate, gate0, candidate, candidate0, h, h0, out, out0, positive):
+def _min_gru_row(width, gate, gate0, candidate, candidate0, h, h0, lost, out, out0, positive):
     for d in range(width):
-        z = _sigmoid(gate[gate0 + d])
-        # Half of h + z * (candidate - h): the difference of two large values cannot overflow, scaling by 2 is exact.
-        half = _HALF * h[h0 + d]
-        value = _TWO * (half + z * (_HALF * _candidate(candidate[candidate0 + d], positive) - half))
+        keep, z = _gate(gate[gate0 + d])
+        goal, _ = _candidate(candidate[candidate0 + d], positive)
+        value, lost[d] = _step(h[h0 + d], lost[d], keep, z, goal)
         h[h0 + d] = value
         out[out0 + d] = value
 
@@ -126,21 +144,27 @@ def _min_gru_row_backward(
     width, gate, gate0, candidate, candidate0, before, before0, carry, carry0, grad, grad0, grads, dg0, dc0, positive
 ):
     for d in range(width):
-        z = _sigmoid(gate[gate0 + d])
-        x = candidate[candidate0 + d]
+        keep, z = _gate(gate[gate0 + d])
+        goal, slope = _candidate(candidate[candidate0 + d], positive)
         dh = carry[carry0 + d] + grad[grad0 + d]
-        half_step = _HALF * _candidate(x, positive) - _HALF * before[before0 + d]
-        grads[dg0 + d] = dh * ((_TWO * z * _sigmoid(-gate[gate0 + d])) * half_step)
-        grads[dc0 + d] = dh * z * _candidate_slope(x, positive)
-        carry[carry0 + d] = dh - z * dh
+        half_step = _HALF * goal - _HALF * before[before0 + d]
+        grads[dg0 + d] = dh * ((_TWO * z * keep) * half_step)
+        grads[dc0 + d] = dh * z * slope
+        carry[carry0 + d] = _decay(keep, z, dh)
 
 
 @_row
-def _min_lstm_row(width, forget, f0, input_, i0, candidate, c0, h, h0, out, out0, positive):
+def _min_lstm_row(width, forget, f0, input_, i0, candidate, c0, h, h0, lost, out, out0, positive):
     for d in range(width):
-        # h - (1 - f) * h + i * candidate, with 1 - f = sigmoid(-forget) exact for slow gates
-        drop, add = _sigmoid(-forget[f0 + d]), _sigmoid(input_[i0 + d])
-        value = h[h0 + d] + (add * _candidate(candidate[c0 + d], positive) - drop * h[h0 + d])
+        drop, keep = _gate(forget[f0 + d])
+        _, add = _gate(input_[i0 + d])
+        goal, _ = _candidate(candidate[c0 + d], positive)
+        step = (add * goal - drop * h[h0 + d]) - lost[d]
+        slow = h[h0 + d] + step
+        fast = keep * h[h0 + d] + add * goal
+        is_slow = drop < _HALF
+        lost[d] = ((slow - h[h0 + d]) - step) if is_slow else _F32(0)
+        value = slow if is_slow else fast
         h[h0 + d] = value
         out[out0 + d] = value
 
@@ -150,21 +174,22 @@ def _min_lstm_row_backward(
     width, forget, f0, input_, i0, candidate, c0, before, before0, carry, carry0, grad, grad0, grads, df0, di0, dc0, positive
 ):
     for d in range(width):
-        f, i, x = forget[f0 + d], input_[i0 + d], candidate[c0 + d]
-        drop, add = _sigmoid(-f), _sigmoid(i)
+        drop, keep = _gate(forget[f0 + d])
+        shut, add = _gate(input_[i0 + d])
+        goal, slope = _candidate(candidate[c0 + d], positive)
         dh = carry[carry0 + d] + grad[grad0 + d]
-        grads[df0 + d] = dh * (before[before0 + d] * (drop * _sigmoid(f)))
-        grads[di0 + d] = dh * (_candidate(x, positive) * (add * _sigmoid(-i)))
-        grads[dc0 + d] = dh * add * _candidate_slope(x, positive)
-        carry[carry0 + d] = dh - drop * dh
+        grads[df0 + d] = dh * (before[before0 + d] * (drop * keep))
+        grads[di0 + d] = dh * (goal * (add * shut))
+        grads[dc0 + d] = dh * add * slope
+        carry[carry0 + d] = _decay(keep, drop, dh)
 
 
 @_row
-def _min_lstm_normalized_row(width, forget, f0, input_, i0, candidate, c0, h, h0, out, out0, positive):
+def _min_lstm_normalized_row(width, forget, f0, input_, i0, candidate, c0, h, h0, lost, out, out0, positive):
     for d in range(width):
-        _, z = _shares(forget[f0 + d], input_[i0 + d])
-        half = _HALF * h[h0 + d]
-        value = _TWO * (half + z * (_HALF * _candidate(candidate[c0 + d], positive) - half))
+        keep, z = _gate_shares(forget[f0 + d], input_[i0 + d])
+        goal, _ = _candidate(candidate[c0 + d], positive)
+        value, lost[d] = _step(h[h0 + d], lost[d], keep, z, goal)
         h[h0 + d] = value
         out[out0 + d] = value
 
@@ -174,15 +199,15 @@ def _min_lstm_normalized_row_backward(
     width, forget, f0, input_, i0, candidate, c0, before, before0, carry, carry0, grad, grad0, grads, df0, di0, dc0, positive
 ):
     for d in range(width):
-        f, i, x = forget[f0 + d], input_[i0 + d], candidate[c0 + d]
-        keep, z = _shares(f, i)
+        keep, z = _gate_shares(forget[f0 + d], input_[i0 + d])
+        goal, slope = _candidate(candidate[c0 + d], positive)
         dh = carry[carry0 + d] + grad[grad0 + d]
-        half_step = _HALF * _candidate(x, positive) - _HALF * before[before0 + d]
+        half_step = _HALF * goal - _HALF * before[before0 + d]
         grad_log_ratio = dh * ((_TWO * z * keep) * half_step)
-        grads[df0 + d] = -grad_log_ratio * _sigmoid(-f)
-        grads[di0 + d] = grad_log_ratio * _sigmoid(-i)
-        grads[dc0 + d] = dh * z * _candidate_slope(x, positive)
-        carry[carry0 + d] = dh - z * dh
+        grads[df0 + d] = -grad_log_ratio * _gate(forget[f0 + d])[0]
+        grads[di0 + d] = grad_log_ratio * _gate(input_[i0 + d])[0]
+        grads[dc0 + d] = dh * z * slope
+        carry[carry0 + d] = _decay(keep, z, dh)
 
 
 _LINEAR, _MIN_GRU, _MIN_LSTM, _MIN_LSTM_NORMALIZED = range(4)
@@ -199,6 +224,7 @@ def _forward(kind, positive, x, strides, y, z, channels, strip, h0, mask, offset
         low = (_U(task) % strips) * strip
         width = min(strip, channels - low)
         s = n * channels + low
+        lost = np.zeros(width, np.float32)
         for d in range(width):
             last[s + d] = h0[s + d]
         for t in range(offsets[n], offsets[n + _U1]):
@@ -210,11 +236,11 @@ def _forward(kind, positive, x, strides, y, z, channels, strip, h0, mask, offset
             elif kind == _LINEAR:
                 _linear_row(width, x, x0, y, y0, last, s, out, o)
             elif kind == _MIN_GRU:
-                _min_gru_row(width, x, x0, y, y0, last, s, out, o, positive)
+                _min_gru_row(width, x, x0, y, y0, last, s, lost, out, o, positive)
             elif kind == _MIN_LSTM:
-                _min_lstm_row(width, x, x0, y, y0, z, z0, last, s, out, o, positive)
+                _min_lstm_row(width, x, x0, y, y0, z, z0, last, s, lost, out, o, positive)
             else:
-                _min_lstm_normalized_row(width, x, x0, y, y0, z, z0, last, s, out, o, positive)
+                _min_lstm_normalized_row(width, x, x0, y, y0, z, z0, last, s, lost, out, o, positive)
 
 
 @_parallel

@@ -51,7 +51,9 @@ def scan(
     h = inputs[0].new_zeros(inputs[0].shape[0], inputs[0].shape[2], dtype=dtype) if h0 is None else h0.to(dtype)
     states = []
     for keep_t, drop_t, add_t in zip(keep.unbind(1), drop.unbind(1), add.unbind(1), strict=True):
-        h = keep_t * h + add_t if gates == "linear" else h + (add_t - drop_t * h)
+        h = keep_t * h + add_t if gates == "linear" else torch.where(
+            drop_t < 0.5, h + (add_t - drop_t * h), keep_t * h + add_t
+        )
         states.append(h)
     return torch.stack(states, 1).to(inputs[0].dtype), h
 

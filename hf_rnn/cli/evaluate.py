@@ -1,0 +1,27 @@
+"""`hf-rnn eval CHECKPOINT --data ...`: bits per byte, the text read as one stream at constant memory."""
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_rnn.cli.data import read_documents, tokenize
+from hf_rnn.evaluation import bits_per_byte
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="hf-rnn eval", description=__doc__)
+    parser.add_argument("checkpoint", help="a checkpoint's folder, or its name on the Hub")
+    parser.add_argument("--data", required=True, help="a text file, a folder saved by `datasets`, or a Hub dataset")
+    parser.add_argument("--split", default="test", help="split of a dataset")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--chunk", type=int, default=4096, help="tokens a forward pass")
+    arguments = parser.parse_args(argv)
+    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    stream = torch.from_numpy(
+        tokenize(read_documents(arguments.data, arguments.split, arguments.text_column), tokenizer)
+    )
+    num_bytes = len(tokenizer.decode(stream[1:], skip_special_tokens=True).encode())
+    bits = bits_per_byte(model, stream, num_bytes, chunk=arguments.chunk, progress=True)
+    print(f"bits per byte: {bits:.4f} over {num_bytes:,} bytes ({len(stream):,} tokens)")

@@ -1,0 +1,34 @@
+"""`hf-rnn generate CHECKPOINT --prompt ...`: continue a prompt, streamed to the terminal."""
+
+import argparse
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+
+def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, **options) -> str:
+    """Print the prompt and its continuation as it is generated; returns both. `options` go to `generate()`."""
+    inputs = tokenizer(prompt or tokenizer.bos_token, return_tensors="pt").to(model.device)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    output = model.generate(**inputs, streamer=streamer, **options)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="hf-rnn generate", description=__doc__)
+    parser.add_argument("checkpoint", help="a checkpoint's folder, or its name on the Hub")
+    parser.add_argument("--prompt", default="", help="text to continue; default: begin a new one")
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    parser.add_argument("--top_p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=None)
+    arguments = parser.parse_args(argv)
+    if arguments.seed is not None:
+        from transformers import set_seed
+
+        set_seed(arguments.seed)
+    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    options = {"do_sample": False}
+    if arguments.temperature > 0:
+        options = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
+    stream(model, tokenizer, arguments.prompt, max_new_tokens=arguments.max_new_tokens, **options)

@@ -1,0 +1,142 @@
+"""`hf-rnn train`: a language model on your text, with transformers' Trainer."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_rnn import RecurrentTrainer, byte_tokenizer
+from hf_rnn.cli.data import blocks, read_documents, tokenize
+from hf_rnn.cli.plot import plot_losses
+from hf_rnn.evaluation import bits_per_byte
+from hf_rnn.hub.model_card import write_model_card
+
+
+@dataclass
+class ModelArguments:
+    model: str = field(
+        default="mingru", metadata={"help": "an architecture (mingru, minlstm) to train from scratch, or a checkpoint"}
+    )
+    config: str = field(
+        default="",
+        metadata={"help": "settings of a new model, such as hidden_size=256,num_hidden_layers=4 (see its config class)"},
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "a tokenizer's folder or name; default: the checkpoint's own, or bytes"}
+    )
+
+
+@dataclass
+class DataArguments:
+    data: str = field(metadata={"help": "a text file, a folder saved by `datasets`, or a dataset's name on the Hub"})
+    split: str = field(default="train", metadata={"help": "split of a dataset"})
+    text_column: str = field(default="text", metadata={"help": "column of a dataset that holds the text"})
+    block_size: int = field(default=512, metadata={"help": "tokens of one training sequence"})
+    held_out: float = field(default=0.05, metadata={"help": "share of the text, at its end, to evaluate on"})
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """TrainingArguments, with defaults for training a small recurrent model from scratch."""
+
+    output_dir: str | None = field(default="runs/model", metadata={"help": "folder for the checkpoint"})
+    per_device_train_batch_size: int = 8
+    num_train_epochs: float = 10.0
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    adam_beta2: float = 0.98
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.03
+    logging_steps: float = 10
+    save_total_limit: int | None = 2
+    report_to: str = "none"
+    logging_nan_inf_filter: bool = False
+
+
+def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A pretrained checkpoint, or a new model whose vocabulary is the tokenizer's."""
+    if Path(arguments.model).is_dir() or "/" in arguments.model:
+        return AutoModelForCausalLM.from_pretrained(arguments.model)
+    settings = dict(item.split("=", 1) for item in arguments.config.split(",") if item)
+    config = AutoConfig.for_model(
+        f"hf_rnn_{arguments.model}",
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    unknown = [name for name in settings if not hasattr(config, name)]
+    if unknown:
+        raise ValueError(f"config: {type(config).__name__} has no setting {unknown[0]!r}")
+    config.update_from_string(arguments.config) if settings else None
+    config.validate()
+    return AutoModelForCausalLM.from_config(config)
+
+
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    if arguments.tokenizer is not None:
+        return AutoTokenizer.from_pretrained(arguments.tokenizer)
+    if Path(arguments.model).is_dir() or "/" in arguments.model:
+        return AutoTokenizer.from_pretrained(arguments.model)
+    return byte_tokenizer()
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[str],
+    data: DataArguments,
+    arguments: TrainingArguments,
+    callbacks: list | None = None,
+) -> dict[str, float]:
+    """Train, evaluate and save: checkpoint, tokenizer, model card and a picture of the losses in `output_dir`.
+
+    Returns:
+        The held-out `bits_per_byte` and the trainer's own metrics.
+    """
+    stream = tokenize(documents, tokenizer)
+    cut = len(stream) - int(len(stream) * data.held_out)
+    held_out = torch.from_numpy(stream[cut:])
+    trainer = RecurrentTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=blocks(stream[:cut], data.block_size),
+        eval_dataset=blocks(stream[cut:], min(data.block_size, len(held_out))) if len(held_out) > 1 else None,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    metrics = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint).metrics
+    if len(held_out) > 1:
+        num_bytes = len(tokenizer.decode(held_out[1:], skip_special_tokens=True).encode())
+        metrics["bits_per_byte"] = bits_per_byte(model, held_out, num_bytes)
+    if trainer.is_world_process_zero():
+        trainer.save_model()
+        plot_losses(trainer.state.log_history, Path(arguments.output_dir) / "loss.png")
+        write_model_card(model, tokenizer, arguments.output_dir, data, arguments, metrics)
+    return metrics
+
+
+def main(argv: list[str]) -> None:
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments), prog="hf-rnn train")
+    model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
+    set_seed(arguments.seed)
+    tokenizer = load_tokenizer(model_arguments)
+    model = build_model(model_arguments, tokenizer)
+    print(f"{type(model).__name__}: {model.num_parameters():,} parameters")
+    documents = read_documents(data.data, data.split, data.text_column)
+    metrics = train(model, tokenizer, documents, data, arguments)
+    if "bits_per_byte" in metrics:
+        print(f"held-out bits per byte: {metrics['bits_per_byte']:.3f}")
+    print(f"saved {arguments.output_dir}; try: hf-rnn generate {arguments.output_dir} --prompt 'The '")

@@ -1,0 +1,37 @@
+"""Held-out compression: bits per byte of a text, read as one stream with the state carried along."""
+
+import math
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def stream_loss(model: PreTrainedModel, ids: Tensor, chunk: int = 4096, progress: bool = False) -> float:
+    """Summed loss in nats of `ids` (T,) after the first token; memory does not depend on T.
+
+    Args:
+        model: a causal language model of this package.
+        ids: one sequence of token ids.
+        chunk: tokens a forward pass.
+        progress: show a progress bar.
+    """
+    was_training = model.training
+    model.eval()
+    ids = ids.to(model.device)[None]
+    total, state = 0.0, None
+    for start in tqdm(range(0, ids.shape[1] - 1, chunk), desc="evaluating", disable=not progress):
+        piece = ids[:, start : start + chunk + 1]
+        outputs = model(piece[:, :-1], past_key_values=state, use_cache=True)
+        state = outputs.past_key_values
+        logits = outputs.logits[0].float()
+        total += torch.nn.functional.cross_entropy(logits, piece[0, 1:].long(), reduction="sum").item()
+    model.train(was_training)
+    return total
+
+
+def bits_per_byte(model: PreTrainedModel, ids: Tensor, num_bytes: int, **options) -> float:
+    """`stream_loss` in bits, over the bytes that the tokens after the first stand for."""
+    return stream_loss(model, ids, **options) / math.log(2) / num_bytes
