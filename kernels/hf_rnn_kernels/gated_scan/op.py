@@ -69,19 +69,8 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the inputs, side by side as (B, T, len(inputs), D), and of the initial states (N, D), from those of
     h and of the last states."""
-    backend = _compiled(inputs[0])
-    if backend is None:
-        return _backward_by_autograd(gates, inputs, h0, mask, cu_seqlens, grad, grad_last)
+    backend = _compiled(inputs[0]) or reference
     return backend.scan_backward(gates, inputs, h0, mask, cu_seqlens, h, grad, grad_last)
-
-
-def _backward_by_autograd(gates, inputs, h0, mask, cu_seqlens, grad, grad_last) -> tuple[Tensor, Tensor]:
-    state = torch.zeros_like(grad_last) if h0 is None else h0
-    leaves = [x.detach().requires_grad_() for x in [*inputs, state]]
-    with torch.enable_grad():
-        outputs = reference.scan(gates, leaves[:-1], leaves[-1], mask, cu_seqlens)
-    *grads, grad_h0 = torch.autograd.grad(outputs, leaves, [grad, grad_last], materialize_grads=True)
-    return torch.stack(grads, 2), grad_h0.to(grad_last.dtype)
 
 
 @scan_backward.register_fake

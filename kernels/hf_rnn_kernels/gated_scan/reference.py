@@ -4,6 +4,8 @@ Every other backend is tested against this file in float64. It is also what runs
 (no numba, no Triton, float64), so it loops over time with a handful of torch calls a step.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -43,32 +45,83 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence one step at a time; arguments and results as in `hf_rnn_kernels.gated_scan.op.scan`."""
     if cu_seqlens is not None:
-        return _scan_packed(gates, inputs, h0, mask, cu_seqlens)
+        pieces = [scan(gates, *arguments) for arguments in _pieces(inputs, h0, mask, cu_seqlens)]
+        return torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces], 0)
     dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
     keep, drop, add = coefficients(gates, [x.to(dtype) for x in inputs])
     if mask is not None:
         keep, drop, add = keep.where(mask[..., None], 1.0), drop * mask[..., None], add * mask[..., None]
-    h = inputs[0].new_zeros(inputs[0].shape[0], inputs[0].shape[2], dtype=dtype) if h0 is None else h0.to(dtype)
+    batch, _, channels = inputs[0].shape
+    h = keep.new_zeros(batch, channels) if h0 is None else h0.to(dtype).clone()
     states = []
     for keep_t, drop_t, add_t in zip(keep.unbind(1), drop.unbind(1), add.unbind(1), strict=True):
         h = keep_t * h + add_t if gates == "linear" else torch.where(
             drop_t < 0.5, h + (add_t - drop_t * h), keep_t * h + add_t
         )
         states.append(h)
-    return torch.stack(states, 1).to(inputs[0].dtype), h
+    return (torch.stack(states, 1) if states else torch.empty_like(inputs[0])).to(inputs[0].dtype), h
 
 
-def _scan_packed(
-    gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor
+def scan_backward(
+    gates: str,
+    inputs: list[Tensor],
+    h0: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    h: Tensor,
+    grad: Tensor,
+    grad_last: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    bounds = cu_seqlens.tolist()
-    states, last = [], []
-    for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        state = None if h0 is None else h0[n : n + 1]
-        if start == stop:  # an empty sequence hands its initial state on
-            last.append(inputs[0].new_zeros(1, inputs[0].shape[2], dtype=torch.float32) if state is None else state)
-            continue
-        h, h_last = scan(gates, [x[:, start:stop] for x in inputs], state, None if mask is None else mask[:, start:stop])
-        states.append(h)
-        last.append(h_last)
-    return torch.cat(states, 1), torch.cat(last, 0)
+    """Gradients by the chain rule, backwards in time; as `hf_rnn_kernels.gated_scan.op.scan_backward`."""
+    if cu_seqlens is not None:
+        pieces = [
+            scan_backward(gates, *arguments, grad_last[n : n + 1])
+            for n, arguments in enumerate(_pieces(inputs, h0, mask, cu_seqlens, h, grad))
+        ]
+        return torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces], 0)
+    dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    tensors = [x.to(dtype) for x in inputs]
+    keep, drop, add = coefficients(gates, tensors)
+    real = torch.ones_like(keep) if mask is None else mask[..., None].expand_as(keep).to(dtype)
+    state = torch.zeros_like(grad_last) if h0 is None else h0.to(dtype)
+    before = torch.cat([state[:, None], h.to(dtype)], 1)[:, :-1]
+    carry, dh = grad_last.to(dtype), torch.empty_like(keep)
+    for t in reversed(range(keep.shape[1])):
+        dh[:, t] = grad[:, t] + carry
+        kept = dh[:, t] * keep[:, t] if gates == "linear" else torch.where(
+            drop[:, t] < 0.5, dh[:, t] - drop[:, t] * dh[:, t], keep[:, t] * dh[:, t]
+        )
+        carry = torch.where(real[:, t] > 0, kept, dh[:, t])
+    grads = [x * dh * real for x in _partial_derivatives(gates, tensors, before)]
+    return torch.stack(grads, 2).to(inputs[0].dtype), carry
+
+
+def _partial_derivatives(gates: str, inputs: list[Tensor], before: Tensor) -> list[Tensor]:
+    """dh_t / d input_t for each input, h_{t-1} held fixed."""
+    name, *options = gates.split("+")
+    if name == "linear":
+        return [before, torch.ones_like(before)]
+    x = inputs[-1]
+    candidate = g(x) if "g" in options else x
+    slope = torch.where(x >= 0, 1.0, x.sigmoid() * (-x).sigmoid()) if "g" in options else torch.ones_like(x)
+    keep, drop, _ = coefficients(gates, inputs)
+    if name == "min_gru":
+        return [drop * keep * (candidate - before), drop * slope]
+    forget, input_ = inputs[:2]
+    if "normalize" in options:
+        ratio = drop * keep * (candidate - before)
+        return [-ratio * torch.sigmoid(-forget), ratio * torch.sigmoid(-input_), drop * slope]
+    i = input_.sigmoid()
+    return [keep * drop * before, i * torch.sigmoid(-input_) * candidate, i * slope]
+
+
+def _pieces(inputs: list[Tensor], h0: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor, *others: Tensor):
+    """(inputs, h0, mask, None, *others) of each packed sequence, None standing for its cu_seqlens."""
+    for n, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+        yield (
+            [x[:, start:stop] for x in inputs],
+            None if h0 is None else h0[n : n + 1],
+            None if mask is None else mask[:, start:stop],
+            None,
+            *(x[:, start:stop] for x in others),
+        )

@@ -1,0 +1,60 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from hf_rnn import (
+    MinGRUConfig,
+    MinGRUForCausalLM,
+    MinGRUForSequenceClassification,
+    MinLSTMConfig,
+    MinLSTMForCausalLM,
+    MinLSTMForSequenceClassification,
+)
+
+ARCHITECTURES = {
+    "mingru": (MinGRUConfig, MinGRUForCausalLM, MinGRUForSequenceClassification),
+    "minlstm": (MinLSTMConfig, MinLSTMForCausalLM, MinLSTMForSequenceClassification),
+}
+
+
+def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
+    """RMS(x - reference) / RMS(reference)."""
+    x, reference = x.double(), reference.double()
+    return float((x - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt().clamp_min(1e-300))
+
+
+@pytest.fixture(params=sorted(ARCHITECTURES))
+def architecture(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make_model(architecture):
+    """Build a small language model with weights large enough that every part of it matters."""
+
+    def make(**config):
+        config_class, model_class, _ = ARCHITECTURES[architecture]
+        torch.manual_seed(0)
+        settings = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, initializer_range=0.3)
+        settings |= dict(pad_token_id=58, bos_token_id=59, eos_token_id=60)
+        model = model_class(config_class(**settings | config))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "initial_state" in name or "bias" in name:
+                    parameter.normal_()
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 58, (3, 17), generator=torch.Generator().manual_seed(1))
