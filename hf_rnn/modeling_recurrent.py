@@ -5,6 +5,7 @@ last where the configuration has them. An architecture gives the recurrence (a `
 """
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -19,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hf_rnn.cache import RecurrentCache
 from hf_rnn.configuration_recurrent import RecurrentConfig
+from hf_rnn.hub.damage import find_damaged_file
 from hf_rnn.hub.remote_code import write_remote_code
 from hf_rnn.inputs import check_ids, packed_offsets, padding_mask
 from hf_rnn.layers import CausalConv, FeedForward, RecurrentMixer
@@ -92,6 +94,15 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CausalConv):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As transformers', with an OSError that names the file where weights are damaged."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            file = find_damaged_file(pretrained_model_name_or_path)
+            raise OSError(f"{file}: the weights cannot be read ({error}); copy or download the file again") from error
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As transformers', plus the file by which `trust_remote_code=True` finds this package."""

@@ -1,0 +1,184 @@
+"""The state: splitting, padding, packing and batch order change nothing, in logits and gradients."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from hf_rnn import RecurrentCache
+
+PROPERTY = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+VARIANTS = {
+    "default": {},
+    "paper's selective copying": dict(conv_kernel=0, feed_forward_factor=0, expansion_factor=6, hidden_dropout=0.1),
+    "bare": dict(conv_kernel=0, feed_forward_factor=0, output_projection=False, use_bias=False, use_g=False),
+    "no learned state": dict(learned_initial_state=False),
+}
+
+
+@pytest.fixture(params=sorted(VARIANTS))
+def model(request, make_model):
+    return make_model(**VARIANTS[request.param])
+
+
+def gradients(model, loss):
+    return dict(
+        zip(
+            dict(model.named_parameters()),
+            torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True),
+            strict=True,
+        )
+    )
+
+
+def assert_same_gradients(model, loss, expected_loss):
+    for name, grad in gradients(model, loss).items():
+        expected = gradients(model, expected_loss())[name] if callable(expected_loss) else expected_loss[name]
+        scale = expected.abs().max().clamp_min(1.0)
+        torch.testing.assert_close(grad / scale, expected / scale, rtol=0, atol=1e-5, msg=name)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@PROPERTY
+@given(cuts=st.sets(st.integers(1, 16)))
+def test_splitting_anywhere(model, ids, cuts):
+    whole = model(ids).logits
+    state, pieces = RecurrentCache(2), []
+    bounds = [0, *sorted(cuts), 17]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        output = model(ids[:, start:stop], past_key_values=state)
+        assert output.past_key_values is state
+        pieces.append(output.logits)
+    split = torch.cat(pieces, 1)
+    close(split, whole)
+    assert state.get_seq_length() == 17
+    weight = torch.randn_like(whole)
+    assert_same_gradients(model, (split * weight).sum(), gradients(model, (whole * weight).sum()))
+
+
+@PROPERTY
+@given(data=st.data())
+def test_padding_anywhere(model, ids, data):
+    """Left, right and in between; in one pass or split, single tokens included; logits, gradients and the state."""
+    kind = data.draw(st.sampled_from(["left", "right", "anywhere"]))
+    mask = torch.ones(3, 17, dtype=torch.long)
+    for row in mask[:2]:
+        if kind == "anywhere":
+            row[data.draw(st.sets(st.integers(0, 16)).map(list))] = 0
+            row[data.draw(st.integers(0, 16))] = 1
+        else:
+            count = data.draw(st.integers(0, 16))
+            row[slice(count) if kind == "left" else slice(17 - count, None)] = 0
+    padded = ids.masked_fill(mask == 0, 58)
+    cut = data.draw(st.sampled_from([17, data.draw(st.integers(1, 16))]))
+    first = model(padded[:, :cut], attention_mask=mask[:, :cut], use_cache=True)
+    state, logits = first.past_key_values, first.logits
+    if cut < 17:
+        rest = model(padded[:, cut:], attention_mask=mask, past_key_values=state)
+        logits = torch.cat([logits, rest.logits], 1)
+    weight = torch.randn_like(logits) * mask[..., None]
+    expected_loss = 0
+    for row in range(3):
+        alone = model(ids[row : row + 1, mask[row].bool()], use_cache=True)
+        close(logits[row, mask[row].bool()], alone.logits[0])
+        for x, y in zip(state.states, alone.past_key_values.states, strict=True):
+            for a, b in zip(x, y, strict=True):
+                close(a[row], b[0])
+        expected_loss = expected_loss + (alone.logits[0] * weight[row, mask[row].bool()]).sum()
+    assert_same_gradients(model, (logits * weight).sum(), gradients(model, expected_loss))
+
+
+@PROPERTY
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), how=st.sampled_from(["offsets", "positions", "idx"]))
+def test_packing(model, lengths, how):
+    total = sum(lengths)
+    ids = torch.randint(0, 58, (1, total))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    kwargs = {
+        "offsets": {"cu_seq_lens_q": torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)},
+        "positions": {"position_ids": positions},
+        "idx": {"seq_idx": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]},
+    }[how]
+    packed = model(ids, **kwargs).logits
+    pieces = [model(piece).logits for piece in ids.split(lengths, 1)]
+    close(packed, torch.cat(pieces, 1))
+    weight = torch.randn_like(packed)
+    assert_same_gradients(
+        model, (packed * weight).sum(), gradients(model, (torch.cat(pieces, 1) * weight).sum())
+    )
+
+
+def test_packing_in_several_rows_with_padding(model, ids):
+    """Positions that restart within a row, left padding in another: what generate() and packed batches send."""
+    ids = ids[:2]
+    mask = torch.ones(2, 17, dtype=torch.long)
+    mask[1, :4] = 0
+    positions = torch.stack([torch.cat([torch.arange(10), torch.arange(7)]), (mask[1].cumsum(0) - 1).clamp(min=0)])
+    outputs = model(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
+    close(outputs.logits[0], torch.cat([model(ids[:1, :10]).logits, model(ids[:1, 10:]).logits], 1)[0])
+    close(outputs.logits[1, 4:], model(ids[1:, 4:]).logits[0])
+    assert all(x.shape == (2, 17, 16) for x in outputs.hidden_states)
+
+
+def test_plain_positions_mean_nothing(model, ids):
+    assert torch.equal(model(ids, position_ids=torch.arange(17)[None]).logits, model(ids).logits)
+
+
+def test_batch_order(model, ids):
+    order = torch.tensor([2, 0, 1])
+    close(model(ids[order]).logits, model(ids).logits[order])
+
+
+def test_gradient_through_the_state(model, ids):
+    """Backpropagation through a carried state, and its truncation."""
+    first = model(ids[:, :9], use_cache=True)
+    loss = model(ids[:, 9:], past_key_values=first.past_key_values).logits.pow(2).sum()
+    carried = torch.autograd.grad(loss, model.model.embed_tokens.weight)[0]
+    only_first = [token for token in ids[:, :9].unique().tolist() if token not in ids[:, 9:]]
+    assert carried[only_first].abs().sum() > 0
+    state = model(ids[:, :9], use_cache=True).past_key_values.detach()
+    loss = model(ids[:, 9:], past_key_values=state).logits.pow(2).sum()
+    assert torch.autograd.grad(loss, model.model.embed_tokens.weight)[0][only_first].abs().sum() == 0
+
+
+def test_the_state_is_small_float32_and_keeps_its_address(make_model, ids):
+    model = make_model().to(torch.bfloat16)
+    with torch.no_grad():
+        state = model(ids).past_key_values
+        addresses = [x.data_ptr() for layer in state.states for x in layer]
+        model(ids, past_key_values=state)
+    assert [x.data_ptr() for layer in state.states for x in layer] == addresses
+    assert all(x.dtype == torch.float32 for layer in state.states for x in layer)
+    assert [tuple(x.shape) for x in state[0]] == [(3, 16), (3, 3, 16)]
+
+
+def test_a_state_in_a_graph_is_not_overwritten(model, ids):
+    state = model(ids, use_cache=True).past_key_values
+    loss = model(ids, past_key_values=state).logits.sum()
+    with torch.no_grad():
+        model(ids, past_key_values=state)
+    loss.backward()
+
+
+def test_cache_methods(model, ids):
+    with torch.no_grad():
+        state = model(ids).past_key_values
+        assert len(state) == 2 and state.batch_size == 3 and state.is_initialized
+        state.reorder_cache(torch.tensor([2, 2, 0]))
+        close(
+            model(ids[:, :5], past_key_values=state).logits,
+            model(torch.cat([ids[[2, 2, 0]], ids[:, :5]], 1)).logits[:, 17:],
+        )
+        state.batch_repeat_interleave(2)
+        assert state.batch_size == 6
+        state.batch_select_indices(torch.tensor([0, 5]))
+        assert state.batch_size == 2
+        state.reset()
+        assert state.get_seq_length() == 0 and not state.is_initialized
+        close(model(ids, past_key_values=state).logits, model(ids).logits)
+        assert "seen_tokens=17" in repr(state)
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        state.crop(1)
