@@ -242,11 +242,16 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, use_cache=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, is_first_iteration=False, use_cache=None, position_ids=None, **kwargs
+    ):
         """As transformers', without positions, which mean nothing here, and without the mask of generated tokens."""
-        kwargs.pop("position_ids", None)
         inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
         )
         if use_cache and not is_first_iteration:
             inputs.pop("attention_mask", None)

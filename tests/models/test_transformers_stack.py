@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import ARCHITECTURES
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
