@@ -62,6 +62,10 @@ class RecurrentConfig(PreTrainedConfig):
         }
 
     @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig") -> None:
+        """Nothing to register: every config carries its auto_map."""
+
+    @classmethod
     def auto_classes(cls) -> dict[str, str]:
         """Auto class to model class, by name."""
         stem = cls.__name__.removesuffix("Config")

@@ -14,8 +14,8 @@ def plot_losses(log_history: list[dict], path: str | Path) -> Path | None:
     axes = figure.subplots()
     for key, label in (("loss", "training"), ("eval_loss", "held out")):
         points = [(entry["step"], float(entry[key])) for entry in log_history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 3 else None)
+        steps, losses = zip(*points, strict=True) if points else ((), ())
+        axes.plot(steps, losses, label=label, marker="." if len(points) < 3 else None)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)

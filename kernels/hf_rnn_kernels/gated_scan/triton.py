@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 4 channels a thread on NVIDIA. A warp then has 4 KiB of bfloat16 on its way, and 16 such warps, which their registers
-# allow on one multiprocessor, twice what bandwidth times latency asks for.
-BD, STEPS, STEPS_BACK = 128, 8, 4
-CHAIN_BT, CHAIN_BD = 64, 32
-WARPS = 12  # a processor, below which time is cut into chunks
+# 4 channels a thread: 8-byte loads of bfloat16, and 4 KiB of minGRU's inputs on their way to a warp. 12 such warps on a
+# multiprocessor are about twice what bandwidth times latency asks for (4.3 TB/s * 0.7 us / 132 = 23 KiB).
+BD, STEPS = 128, 8
+WARPS = 12  # on every processor, where chunks can make them
 SHORTEST = 64  # rows of a chunk
+CHAIN_BT, CHAIN_BD = 64, 32
 
 _jit = triton.jit(
     do_not_specialize=["time", "rows", "sequences", "chunk", "chunks"],
@@ -370,7 +370,9 @@ class _Launch:
             "NORMALIZE": "normalize" in options, "BD": BD, "num_warps": 1,
         }  # fmt: skip
 
-    def run(self, kernel, *arguments, steps: int = STEPS) -> None:
+    def run(self, kernel, *arguments) -> None:
+        # A step back loads twice as much. On AMD the rows' predicates fill the scalar registers before the loads do.
+        steps = STEPS // (2 if kernel is _backward else 1) // (2 if torch.version.hip else 1)
         kernel[(self.sequences * self.chunks * self.blocks,)](*self.shared, *arguments, **self.constants, STEPS=steps)
 
     def zeros(self) -> Tensor:
@@ -423,7 +425,5 @@ def scan_backward(
         states = launch.states(grad_last.float().contiguous(), grad, grad_stride)
         grads = torch.empty(batch, time, len(inputs), channels, dtype=inputs[0].dtype, device=launch.device)
         grad_h0 = torch.empty(first.shape, device=launch.device)
-        launch.run(
-            _backward, states, first, h.contiguous(), grad, grad_stride, grads, grad_h0, steps=STEPS_BACK
-        )  # fmt: skip
+        launch.run(_backward, states, first, h.contiguous(), grad, grad_stride, grads, grad_h0)
     return grads, grad_h0

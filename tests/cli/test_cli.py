@@ -1,0 +1,119 @@
+"""The commands, as a user runs them, on a text small enough to train on in seconds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_rnn.cli.baselines import lzma_bits_per_byte, ngram_bits_per_byte
+from hf_rnn.cli.main import main
+from hf_rnn.evaluation import bits_per_byte, stream_loss
+
+TEXT = "the cat sat on the mat. the dog sat on the log. " * 120
+SMALL = ["--config", "hidden_size=24,num_hidden_layers=1", "--block_size", "64", "--max_steps", "30"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(TEXT)
+    arguments = ["train", "--data", str(folder / "text.txt"), "--output_dir", str(folder / "out"), "--use_cpu", "True"]
+    assert main([*arguments, "--learning_rate", "1e-2", *SMALL]) == 0
+    return folder / "out"
+
+
+def test_train_leaves_a_whole_checkpoint(checkpoint):
+    names = {path.name for path in checkpoint.iterdir()}
+    assert names >= {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md", "loss.png",
+        "modeling_hf_rnn.py",
+    }
+    assert json.loads((checkpoint / "config.json").read_text())["hidden_size"] == 24
+    card = ModelCard.load(checkpoint / "README.md")
+    assert card.data.pipeline_tag == "text-generation" and "bits_per_byte" in card.text
+    snippet = card.text.split("```python")[1].split("```")[0].replace('"out"', repr(str(checkpoint)))
+    result = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=200)
+    assert result.stdout.startswith("The "), result.stderr
+
+
+def test_eval_and_generate(checkpoint, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert main(["eval", str(checkpoint), "--data", str(tmp_path / "text.txt")]) == 0
+    bits = float(capsys.readouterr().out.split("bits per byte:")[1].split()[0])
+    assert 0 < bits < 3.5
+    assert main(["generate", str(checkpoint), "--prompt", "the cat", "--max_new_tokens", "20", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.startswith("the cat")
+    assert main(["generate", str(checkpoint), "--max_new_tokens", "5", "--temperature", "0"]) == 0
+
+
+def test_going_on_from_a_checkpoint_with_a_dataset(checkpoint, tmp_path, capsys):
+    DatasetDict(train=Dataset.from_dict({"body": [TEXT[:2000], TEXT[2000:4000]]})).save_to_disk(tmp_path / "data")
+    arguments = ["train", "--model", str(checkpoint), "--data", str(tmp_path / "data"), "--text_column", "body"]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--block_size", "64", "--use_cpu", "True"]
+    assert main(arguments) == 0
+    assert "held-out bits per byte" in capsys.readouterr().out
+    assert main([*arguments, "--text_column", "text"]) == 1
+    assert "text_column" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["eval", "nowhere/checkpoint", "--data", "x"], "hf-rnn eval: "),
+        (["train", "--data", "EMPTY"], "holds no text"),
+        (["train", "--data", "SHORT"], "do not fill one block"),
+        (["train", "--data", "SHORT", "--config", "hiden_size=3"], "no setting 'hiden_size'"),
+        (["train", "--data", "SHORT", "--model", "mingpt"], "mingpt"),
+        (["frobnicate"], "unknown command"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(arguments, message, tmp_path, capsys):
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "SHORT").write_text("short")
+    arguments = [str(tmp_path / a) if a in ("EMPTY", "SHORT") else a for a in arguments]
+    if arguments[0] == "train":
+        arguments += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "True"]
+    assert main(arguments) != 0
+    assert message in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert main([]) == 0
+    assert "hf-rnn train" in capsys.readouterr().out
+
+
+def test_streamed_evaluation_is_the_whole_texts_loss(checkpoint):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    ids = torch.tensor(tokenizer(TEXT[:700])["input_ids"])
+    whole = model(ids[None], labels=ids[None]).loss.item() * (len(ids) - 1)
+    for chunk in (1, 7, 100, 10_000):
+        assert stream_loss(model, ids[: 120 if chunk == 1 else None], chunk=chunk) == pytest.approx(
+            whole if chunk > 1 else stream_loss(model, ids[:120]), rel=1e-5
+        )
+    assert bits_per_byte(model, ids, 699) == pytest.approx(whole / 699 / 0.693147, rel=1e-5)
+
+
+def test_ngram_baselines():
+    assert ngram_bits_per_byte(b"ab" * 500, b"ab" * 50, 2)[0] == pytest.approx(1.0, abs=0.02)
+    assert ngram_bits_per_byte(b"ab" * 500, b"ab" * 50, 2)[1] < 0.05
+    train, held_out = b"to be or not to be ", b"to be not to be"
+    orders = []
+    for order in range(3):  # the definition, slowly
+        total = 0.0
+        for i in range(len(held_out)):
+            p = 1 / 256
+            for k in range(order + 1):
+                context = (train + held_out)[len(train) + i - k : len(train) + i]
+                followers = [train[j + k] for j in range(len(train) - k) if train[j : j + k] == context]
+                if followers:
+                    distinct = len(set(followers))
+                    p = (followers.count(held_out[i]) + distinct * p) / (len(followers) + distinct)
+            total -= __import__("math").log2(p)
+        orders.append(total / len(held_out))
+    assert ngram_bits_per_byte(train, held_out, 2) == pytest.approx(orders)
+    assert lzma_bits_per_byte(b"abcdefgh" * 100, b"abcdefgh" * 100) < 1
