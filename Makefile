@@ -31,9 +31,9 @@ lint: $(STAMP)
 
 # Side by side with minGRU-pytorch on this machine's CPU; results in benchmarks/results.
 bench: $(STAMP)
-	$(BIN)/python benchmarks/scan_cpu.py
-	$(BIN)/python benchmarks/training_step_cpu.py
-	$(BIN)/python benchmarks/decoding_cpu.py
+	$(BIN)/python benchmarks/scan.py
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/decoding.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

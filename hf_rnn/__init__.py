@@ -57,9 +57,6 @@ def _register() -> None:
 _register()
 
 if TYPE_CHECKING:
-    from hf_rnn_kernels import linear_scan, min_gru_scan, min_lstm_scan
-    from hf_rnn_trainers import NonFiniteLossError, RecurrentTrainer
-
     from hf_rnn.cache import RecurrentCache
     from hf_rnn.configuration_recurrent import RecurrentConfig
     from hf_rnn.models.mingru.configuration_mingru import MinGRUConfig
@@ -71,3 +68,5 @@ if TYPE_CHECKING:
         MinLSTMModel,
     )
     from hf_rnn.tokenization.byte_tokenizer import byte_tokenizer
+    from hf_rnn_kernels import linear_scan, min_gru_scan, min_lstm_scan
+    from hf_rnn_trainers import NonFiniteLossError, RecurrentTrainer

@@ -94,7 +94,9 @@ class RecurrentConfig(PreTrainedConfig):
         if self.inner_size < 1:
             raise ValueError(f"expansion_factor: {self.expansion_factor} leaves the recurrence without channels")
         if not self.output_projection and self.inner_size != self.hidden_size:
-            raise ValueError(f"output_projection: needed at expansion_factor {self.expansion_factor}, only 1 can do without")
+            raise ValueError(
+                f"output_projection: needed at expansion_factor {self.expansion_factor}, only 1 can do without"
+            )
 
     @property
     def layer_types(self) -> list[str]:

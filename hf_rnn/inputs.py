@@ -1,8 +1,9 @@
 """Checks of what users pass to forward, and what padding and packing arguments mean for a recurrence."""
 
 import torch
-from hf_rnn_kernels.gated_scan import check_cu_seqlens
 from torch import Tensor
+
+from hf_rnn_kernels.gated_scan import check_cu_seqlens
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int, ignore_index: int | None = None) -> None:

@@ -4,6 +4,8 @@ A block is pre-norm residual: x += conv(x), x += recurrence(norm(x)), x += feed_
 last where the configuration has them. An architecture gives the recurrence (a `RecurrentMixer`) and its config.
 """
 
+from typing import Any
+
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -56,7 +58,7 @@ class RecurrentBlock(GradientCheckpointingLayer):
         if cu_seqlens is not None:
             x = x.reshape(1, -1, shape[2])
         state = None if past_key_values is None else past_key_values[self.layer_idx]
-        new_state = ()
+        new_state: tuple[Any, ...] = ()
         if self.conv is not None:
             y, conv_state = self.conv(x, None if state is None else state[-1], mask, cu_seqlens)
             x = x + self.dropout(y)
@@ -74,6 +76,7 @@ class RecurrentBlock(GradientCheckpointingLayer):
 class RecurrentPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation. The state is a `RecurrentCache` under the name `past_key_values`."""
 
+    config: RecurrentConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RecurrentBlock"]
@@ -108,9 +111,9 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             file = find_damaged_file(pretrained_model_name_or_path)
             raise OSError(f"{file}: the weights cannot be read ({error}); copy or download the file again") from error
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As transformers', plus the file by which `trust_remote_code=True` finds this package."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         write_remote_code(self.config, save_directory)
 
 
@@ -173,12 +176,13 @@ class RecurrentModel(RecurrentPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: pass exactly one of the two")
-        if inputs_embeds is None:
+        if input_ids is not None:
             if input_ids.dim() != 2:
                 raise ValueError(f"input_ids: expected shape (B, T), got {tuple(input_ids.shape)}")
             check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings)
             inputs_embeds = self.embed_tokens(input_ids)
-        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+        assert inputs_embeds is not None
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
             raise ValueError(
                 f"inputs_embeds: expected shape (B, T, {self.config.hidden_size}), got {tuple(inputs_embeds.shape)}"
             )
@@ -214,7 +218,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 f"past_key_values: expected the state of {len(self.layers)} layers, got one of {len(past_key_values)}"
             )
         for layer, state in zip(self.layers, past_key_values.states, strict=True):
-            expected = [(batch, *shape) for shape in layer.state_shapes]
+            expected = [(batch, *shape) for shape in layer.state_shapes]  # type: ignore[union-attr]
             if state is not None and [tuple(x.shape) for x in state] != expected:
                 raise ValueError(
                     f"past_key_values: expected states of shapes {expected}, got {[tuple(x.shape) for x in state]}; "
@@ -319,9 +323,9 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
 
     def __init__(self, config: RecurrentConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 0)
         self.model = self.model_class(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -20,7 +20,9 @@ class Block:
 sys.meta_path.insert(0, Block())
 import importlib.util
 find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in {blocked} else find_spec(name, package)
+importlib.util.find_spec = lambda name, package=None: (
+    None if name.split(".")[0] in {blocked} else find_spec(name, package)
+)
 """
 
 
@@ -79,7 +81,9 @@ def test_kernels_import_neither_transformers_nor_each_other_upwards():
 def test_no_folder_shadows_a_library():
     """transformers imports `kernels`; our folder of that name must be no package (see CONTRIBUTING.md)."""
     assert not (ROOT / "kernels/__init__.py").exists() and not (ROOT / "trainers/__init__.py").exists()
-    result = run("import transformers.integrations.hub_kernels, hf_rnn_kernels, hf_rnn_trainers; import triton; triton.jit")
+    result = run(
+        "import transformers.integrations.hub_kernels, hf_rnn_kernels, hf_rnn_trainers; import triton; triton.jit"
+    )
     assert result.returncode == 0, result.stderr
 
 

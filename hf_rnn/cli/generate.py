@@ -5,12 +5,11 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 
-def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, **options) -> str:
-    """Print the prompt and its continuation as it is generated; returns both. `options` go to `generate()`."""
+def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, **options) -> None:
+    """Print the prompt and its continuation as it is generated. `options` go to `generate()`."""
     inputs = tokenizer(prompt or tokenizer.bos_token, return_tensors="pt").to(model.device)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    output = model.generate(**inputs, streamer=streamer, **options)
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    model.generate(**inputs, streamer=streamer, **options)  # type: ignore[operator]
 
 
 def main(argv: list[str]) -> None:

@@ -30,7 +30,9 @@ class ModelArguments:
     )
     config: str = field(
         default="",
-        metadata={"help": "settings of a new model, such as hidden_size=256,num_hidden_layers=4 (see its config class)"},
+        metadata={
+            "help": "settings of a new model, such as hidden_size=256,num_hidden_layers=4 (see its config class)"
+        },
     )
     tokenizer: str | None = field(
         default=None, metadata={"help": "a tokenizer's folder or name; default: the checkpoint's own, or bytes"}
@@ -119,17 +121,18 @@ def train(
     )
     metrics = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint).metrics
     if len(held_out) > 1:
-        num_bytes = len(tokenizer.decode(held_out[1:], skip_special_tokens=True).encode())
+        num_bytes = len(str(tokenizer.decode(held_out[1:], skip_special_tokens=True)).encode())
         metrics["bits_per_byte"] = bits_per_byte(model, held_out, num_bytes)
     if trainer.is_world_process_zero():
         trainer.save_model()
-        plot_losses(trainer.state.log_history, Path(arguments.output_dir) / "loss.png")
-        write_model_card(model, tokenizer, arguments.output_dir, data, arguments, metrics)
+        folder = Path(str(arguments.output_dir))
+        plot_losses(trainer.state.log_history, folder / "loss.png")
+        write_model_card(model, tokenizer, folder, data, arguments, metrics)
     return metrics
 
 
 def main(argv: list[str]) -> None:
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments), prog="hf-rnn train")
+    parser = HfArgumentParser([ModelArguments, DataArguments, TrainArguments], prog="hf-rnn train")  # type: ignore
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(model_arguments)

@@ -53,7 +53,7 @@ class CausalConv(nn.Module):
 
     def _taps(self, padded: Tensor) -> Tensor:
         time = padded.shape[1] - self.kernel_size + 1
-        y = self.bias
+        y: Tensor = self.bias
         for j in range(self.kernel_size):
             y = torch.addcmul(y, padded[:, j : j + time], self.weight[:, j])
         return y

@@ -21,7 +21,7 @@ class RecurrentMixer(nn.Module):
         super().__init__()
         self.config = config
         inner = config.inner_size
-        self.state_shapes = [(inner,)]
+        self.state_shapes: list[tuple[int, ...]] = [(inner,)]
         self.in_proj = nn.Linear(config.hidden_size, self.num_projections * inner, bias=config.use_bias)
         self.initial_state = nn.Parameter(torch.empty(inner)) if config.learned_initial_state else None
         self.out_proj = (
@@ -50,7 +50,7 @@ class RecurrentMixer(nn.Module):
     def forward(
         self, x: Tensor, state: tuple[Tensor] | None, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor]]:
-        """(B, T, D) and state to (B, T, D) and the state after it, float32; see `hf_rnn_kernels` for mask, cu_seqlens."""
+        """(B, T, D) and state to (B, T, D) and the float32 state after it; mask and cu_seqlens as in the ops."""
         projections = self.in_proj(x).chunk(self.num_projections, dim=-1)
         h0 = None if state is None else state[0]
         if h0 is None and self.initial_state is not None:

@@ -30,7 +30,12 @@ def checkpoint(tmp_path_factory):
 def test_train_leaves_a_whole_checkpoint(checkpoint):
     names = {path.name for path in checkpoint.iterdir()}
     assert names >= {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md", "loss.png",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+        "loss.png",
         "modeling_hf_rnn.py",
     }
     assert json.loads((checkpoint / "config.json").read_text())["hidden_size"] == 24

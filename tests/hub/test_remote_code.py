@@ -62,7 +62,8 @@ def test_not_without_asking(model, tmp_path):
     folder = tmp_path / "checkpoint"
     model.save_pretrained(folder)
     refused = run(
-        f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(folder)!r})", tmp_path
+        f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(folder)!r})",
+        tmp_path,
     )
     assert refused.returncode != 0 and "trust_remote_code" in refused.stderr
     local = run(

@@ -88,7 +88,9 @@ def test_streaming(make_model):
 def test_one_token_per_step(model, ids):
     """A prompt is read once; each further token is one step of one token."""
     lengths = []
-    hook = model.model.register_forward_pre_hook(lambda module, args, kwargs: lengths.append(args[0].shape[1]), with_kwargs=True)
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(args[0].shape[1]), with_kwargs=True
+    )
     generate(model, ids)
     hook.remove()
     assert lengths == [17] + [1] * 11

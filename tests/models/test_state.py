@@ -1,5 +1,7 @@
 """The state: splitting, padding, packing and batch order change nothing, in logits and gradients."""
 
+from itertools import pairwise
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -48,7 +50,7 @@ def test_splitting_anywhere(model, ids, cuts):
     whole = model(ids).logits
     state, pieces = RecurrentCache(2), []
     bounds = [0, *sorted(cuts), 17]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         output = model(ids[:, start:stop], past_key_values=state)
         assert output.past_key_values is state
         pieces.append(output.logits)
@@ -92,7 +94,9 @@ def test_padding_anywhere(model, ids, data):
 
 
 @PROPERTY
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), how=st.sampled_from(["offsets", "positions", "idx"]))
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), how=st.sampled_from(["offsets", "positions", "idx"])
+)
 def test_packing(model, lengths, how):
     total = sum(lengths)
     ids = torch.randint(0, 58, (1, total))
@@ -106,9 +110,7 @@ def test_packing(model, lengths, how):
     pieces = [model(piece).logits for piece in ids.split(lengths, 1)]
     close(packed, torch.cat(pieces, 1))
     weight = torch.randn_like(packed)
-    assert_same_gradients(
-        model, (packed * weight).sum(), gradients(model, (torch.cat(pieces, 1) * weight).sum())
-    )
+    assert_same_gradients(model, (packed * weight).sum(), gradients(model, (torch.cat(pieces, 1) * weight).sum()))
 
 
 def test_packing_in_several_rows_with_padding(model, ids):

@@ -76,8 +76,16 @@ def test_the_papers_network(architecture):
     """Selective copying: 3 layers, width 64, expansion 6, RMS norms, dropout 0.1, no convolution, no feed-forward."""
     config_class, model_class, _ = ARCHITECTURES[architecture]
     config = config_class(
-        vocab_size=16, hidden_size=64, num_hidden_layers=3, expansion_factor=6, hidden_dropout=0.1, conv_kernel=0,
-        feed_forward_factor=0, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+        vocab_size=16,
+        hidden_size=64,
+        num_hidden_layers=3,
+        expansion_factor=6,
+        hidden_dropout=0.1,
+        conv_kernel=0,
+        feed_forward_factor=0,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     gates = 2 if architecture == "mingru" else 3
     inner = 6 * 64
@@ -220,7 +228,10 @@ def test_trainer_in_default_settings(model, ids, tmp_path):
     dataset = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
     before = copy.deepcopy(model.state_dict())
     trainer = Trainer(
-        model, training_arguments(tmp_path, save_strategy="steps", save_steps=3), train_dataset=dataset, eval_dataset=dataset
+        model,
+        training_arguments(tmp_path, save_strategy="steps", save_steps=3),
+        train_dataset=dataset,
+        eval_dataset=dataset,
     )
     trainer.train()
     assert any(not torch.equal(before[name], x) for name, x in model.state_dict().items())
@@ -248,7 +259,10 @@ def test_trainer_with_packing(model, tmp_path, offsets):
 
 
 def test_pipeline(make_model, tmp_path):
-    model, tokenizer = make_model(vocab_size=259, pad_token_id=256, bos_token_id=257, eos_token_id=258), byte_tokenizer()
+    model, tokenizer = (
+        make_model(vocab_size=259, pad_token_id=256, bos_token_id=257, eos_token_id=258),
+        byte_tokenizer(),
+    )
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     pipe = pipeline("text-generation", model=str(tmp_path), device="cpu")

@@ -7,11 +7,11 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hf_rnn_kernels import linear_scan, min_gru_scan, min_lstm_scan
-from hf_rnn_kernels.gated_scan import op, reference
+from conftest import relative_error
 from hypothesis import given, settings
 
-from conftest import relative_error
+from hf_rnn_kernels import linear_scan, min_gru_scan, min_lstm_scan
+from hf_rnn_kernels.gated_scan import op, reference
 
 GATES = ["linear", "min_gru", "min_gru+g", "min_lstm", "min_lstm+g", "min_lstm+normalize", "min_lstm+g+normalize"]
 

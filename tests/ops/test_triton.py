@@ -26,6 +26,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="compiles")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")]
 
 GATES = ["linear", "min_gru", "min_gru+g", "min_lstm", "min_lstm+g", "min_lstm+normalize", "min_lstm+g+normalize"]
+KERNELS = [backend._forward, backend._backward, backend._aggregate, backend._chain]
 
 
 def make(gates, shape, dtype=torch.float32, device="cpu", strided=False, bias=0.0):
@@ -44,11 +45,11 @@ def make(gates, shape, dtype=torch.float32, device="cpu", strided=False, bias=0.
 
 def errors(run, gates, inputs, h0=None, mask=None, cu_seqlens=None):
     """Relative errors of h, the last states, the inputs' gradients and the initial states' gradient."""
-    leaves = [x.double() for x in inputs]
     sequences = inputs[0].shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     state = inputs[0].new_zeros(sequences, inputs[0].shape[2]) if h0 is None else h0
     leaves = [x.detach().cpu().double().requires_grad_() for x in [*inputs, state]]
-    expected = reference.scan(gates, leaves[:-1], leaves[-1], *[x if x is None else x.cpu() for x in (mask, cu_seqlens)])
+    on_cpu = [x if x is None else x.cpu() for x in (mask, cu_seqlens)]
+    expected = reference.scan(gates, leaves[:-1], leaves[-1], *on_cpu)
     expected = [expected[0], expected[1].double()]
     cotangents = [torch.randn_like(x) for x in expected]
     cotangents[0] = cotangents[0].to(inputs[0].dtype).double()
@@ -101,16 +102,30 @@ def chunks(request, monkeypatch):
 
 
 @pytest.fixture
+def quick(monkeypatch):
+    """The interpreter takes half a millisecond to enter a function and scans element by element: enter only kernels,
+    and let the chain have small tiles (several of them, too)."""
+    monkeypatch.setattr(backend, "CHAIN_BT", 2)
+    monkeypatch.setattr(backend, "CHAIN_BD", 32)
+    for name, value in list(vars(backend).items()):
+        if type(value).__name__ == "InterpretedFunction" and value not in KERNELS:
+            value.fn.fn = value.fn  # as tl.associative_scan asks for it
+            monkeypatch.setattr(backend, name, value.fn)
+
+
+@pytest.fixture
 def poison(monkeypatch):
     """Uninitialised memory is NaN: what a kernel does not write shows."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
 
 
-def test_values_in_the_interpreter():
-    if INTERPRETED:
-        pytest.skip("this is the interpreter")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
+@compiled
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=[pytest.mark.slow])])
+@pytest.mark.timeout(1800)
+def test_values_in_the_interpreter(which):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-k", "interpreted", "-m", which, __file__]
     root = Path(__file__).parents[2]
     done = subprocess.run(
         command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
@@ -120,31 +135,29 @@ def test_values_in_the_interpreter():
 
 
 @interpreted
-@pytest.mark.usefixtures("chunks", "poison")
+@pytest.mark.usefixtures("chunks", "poison", "quick")
 class TestInterpreted:
     @pytest.mark.parametrize("gates", GATES)
     def test_all_at_once(self, gates):
         """Strided inputs, initial states, padding."""
-        inputs = make(gates, (3, 37, 19), strided=True)
-        check(errors(run_backend, gates, inputs, torch.randn(3, 19), padding(3, 37)))
+        inputs = make(gates, (2, 21, 19), strided=True)
+        check(errors(run_backend, gates, inputs, torch.randn(2, 19), padding(2, 21)))
 
-    @pytest.mark.parametrize("gates", ["linear", "min_gru+g", "min_lstm+g+normalize"])
-    def test_packed(self, gates):
-        """Sequences of 9, 0, 1, 27 and 0 rows."""
-        cu_seqlens = torch.tensor([0, 9, 9, 10, 37, 37])
+    @pytest.mark.parametrize("gates, dtype", [("linear", torch.int64), ("min_gru+g", torch.int32)])
+    def test_packed(self, gates, dtype):
+        """Sequences of 9, 0, 1, 27 and 0 rows, with padding."""
+        cu_seqlens = torch.tensor([0, 9, 9, 10, 37, 37], dtype=dtype)
         inputs = make(gates, (1, 37, 5))
         check(errors(run_backend, gates, inputs, torch.randn(5, 5), padding(2, 37)[:1], cu_seqlens))
-        check(errors(run_backend, gates, inputs, None, None, cu_seqlens.int()))
 
-    @pytest.mark.parametrize("shape", [(2, 1, 3), (1, 9, 1), (1, 17, 130), (2, 16, 128)])
+    @pytest.mark.parametrize("shape", [(2, 1, 3), (1, 9, 1), (1, 17, 130), (1, 16, 128)])
     def test_shapes(self, shape):
         check(errors(run_backend, "min_gru+g", make("min_gru+g", shape)))
 
     @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
-    @pytest.mark.parametrize("gates", ["linear", "min_gru+g", "min_lstm+g+normalize"])
-    def test_half_precision(self, gates, dtype, tolerance):
-        inputs = make(gates, (2, 21, 7), dtype, strided=True)
-        check(errors(run_backend, gates, inputs, torch.randn(2, 7), padding(2, 21)), tolerance, tolerance)
+    def test_half_precision(self, dtype, tolerance):
+        inputs = make("min_lstm+g", (1, 18, 7), dtype, strided=True)
+        check(errors(run_backend, "min_lstm+g", inputs, torch.randn(1, 7)), tolerance, tolerance)
 
     def test_layouts(self):
         """Transposed, expanded and sliced inputs and gradients are read as what they are."""
@@ -159,24 +172,28 @@ class TestInterpreted:
         ):
             assert torch.equal(a, b)
 
-    @pytest.mark.parametrize("gates", ["min_gru", "min_lstm+normalize"])
-    def test_slow_gates(self, gates):
-        inputs = make(gates, (1, 1000, 2), bias=-8.0 if gates == "min_gru" else 8.0)
-        check(errors(run_backend, gates, inputs, torch.randn(1, 2)))
+    @pytest.mark.parametrize(
+        "gates, time", [("min_gru", 300), *[pytest.param(gates, 2000, marks=pytest.mark.slow) for gates in GATES[1:]]]
+    )
+    def test_slow_gates(self, gates, time):
+        """Memory of 3,000 steps. Gates are constant, so that rounding keep = 1 - 3e-4 would not average out."""
+        inputs = make(gates, (1, time, 3))
+        inputs[0].fill_(-8.0 if "gru" in gates else 8.0)
+        check(errors(run_backend, gates, inputs, torch.randn(1, 3)))
 
     @pytest.mark.parametrize("gates", GATES[1:])
     def test_extreme_inputs_stay_finite(self, gates):
-        """All pairs of extreme gates, candidates of large size and both signs."""
+        """All pairs of extreme gates, one in each channel, with candidates that jump from one end to the other."""
         values = torch.tensor([-3e38, -1e4, -90.0, -20.0, 0.0, 20.0, 90.0, 1e4, 3e38])
-        x, y = values.repeat(9), values.repeat_interleave(9)
-        candidate = 3e38 * (-1) ** torch.arange(81) if "min_lstm" not in gates or "normalize" in gates else y.sin()
+        x, y = values.repeat(9).expand(1, 3, 81), values.repeat_interleave(9).expand(1, 3, 81)
+        size = 1.0 if gates in ("min_lstm", "min_lstm+g") else 3e38  # f + i > 1 may overflow in exact arithmetic, too
+        candidate = torch.tensor([-size, size, -size])[None, :, None].expand(1, 3, 81)
         inputs = [x, candidate] if "gru" in gates else [x, y, candidate]
-        inputs = [i.reshape(1, 81, 1).float() for i in inputs]
-        h, last = backend.scan(gates, inputs, torch.full((1, 1), -1.0))
+        h, last = backend.scan(gates, inputs)
         assert h.isfinite().all() and last.isfinite().all()
-        small = [*inputs[:-1], inputs[-1].sign()]
-        h, last = backend.scan(gates, small, torch.full((1, 1), -1.0))
-        grads, grad_h0 = backend.scan_backward(gates, small, None, None, None, h, torch.ones_like(h), last)
+        unit = [*inputs[:-1], inputs[-1].sign()]
+        h, last = backend.scan(gates, unit)
+        grads, grad_h0 = backend.scan_backward(gates, unit, None, None, None, h, torch.ones_like(h), last)
         assert grads.isfinite().all() and grad_h0.isfinite().all()
 
     def test_nan_is_not_hidden_and_padding_is_not_read(self):
@@ -199,6 +216,7 @@ class TestInterpreted:
 
 
 @interpreted
+@pytest.mark.usefixtures("quick")
 def test_interpreted_padding_and_packing_change_no_bit():
     inputs = make("min_lstm+g", (1, 24, 3))
     h, last = backend.scan("min_lstm+g", [x[:, 5:19] for x in inputs])
@@ -217,7 +235,6 @@ TARGETS = {
     "sm_90": (("cuda", 90, 32), 227 * 1024),
     "gfx942": (("hip", "gfx942", 64), 64 * 1024),
 }
-KERNELS = [backend._forward, backend._backward, backend._aggregate, backend._chain]
 
 
 @pytest.fixture
@@ -235,9 +252,8 @@ def target(request, monkeypatch):
         ),
     )
     monkeypatch.setattr(torch.version, "hip", "7.0" if kind == "hip" else None)
-    triton.runtime.driver.set_active(driver)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     yield name
-    triton.runtime.driver.reset_active()
     for kernel in KERNELS:
         kernel.device_caches.pop(name, None)
 
@@ -258,7 +274,7 @@ def spills(kernel) -> dict[str, int]:
 
 def launch(gates, dtype=torch.float32, shape=(2, 64, 128), mask=False, packed=False):
     inputs = make(gates, (1, *shape[1:]) if packed else shape, dtype)
-    batch, time, channels = inputs[0].shape
+    batch, time, _ = inputs[0].shape
     cu_seqlens = torch.tensor([0, 5, time]) if packed else None
     mask = torch.ones(batch, time, dtype=torch.bool) if mask else None
     h, last = backend.scan(gates, inputs, None, mask, cu_seqlens)
@@ -290,13 +306,13 @@ def test_compiles_without_spills(target, gates, dtype, mask, packed, monkeypatch
 @compiled
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("channels", [128, 100, 51])  # strides divisible by 16, by 4, by nothing
+@pytest.mark.parametrize("channels", [128, 51])  # divisible by 16 or not: 8-byte loads or one by one
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("target", TARGETS, indirect=True)
 def test_every_combination_compiles_without_spills(target, gates, channels, monkeypatch):
     monkeypatch.setattr(backend, "WARPS", 10**6)
     monkeypatch.setattr(backend, "SHORTEST", 8)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16):
         for mask in (False, True):
             for packed in (False, True):
                 launch(gates, dtype, (2, 64, channels), mask, packed)

@@ -1,10 +1,9 @@
-"""minLSTM: an LSTM whose gates see only the input, so that training is a scan ("Were RNNs All We Needed?", 2410.01201)."""
-
-from hf_rnn_kernels import min_lstm_scan
+"""minLSTM: an LSTM whose gates see only the input, so that training is a scan (arXiv 2410.01201)."""
 
 from hf_rnn.layers import RecurrentMixer
 from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from hf_rnn.models.minlstm.configuration_minlstm import MinLSTMConfig
+from hf_rnn_kernels import min_lstm_scan
 
 
 class MinLSTM(RecurrentMixer):

@@ -107,9 +107,9 @@ def _check(inputs: dict[str, Tensor], h0: Tensor | None, mask: Tensor | None, cu
             raise ValueError(f"{name}: expected the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}")
         if x.dtype != first.dtype:
             raise TypeError(f"{name}: expected the dtype of {first_name}, {first.dtype}, got {x.dtype}")
-    for name, x in [*others, ("h0", h0), ("mask", mask), ("cu_seqlens", cu_seqlens)]:
-        if x is not None and x.device != first.device:
-            raise ValueError(f"{name}: expected on the device of {first_name}, {first.device}, got {x.device}")
+    for name, other in [*others, ("h0", h0), ("mask", mask), ("cu_seqlens", cu_seqlens)]:
+        if other is not None and other.device != first.device:
+            raise ValueError(f"{name}: expected on the device of {first_name}, {first.device}, got {other.device}")
     batch, time, channels = first.shape
     sequences = batch
     if cu_seqlens is not None:

@@ -171,7 +171,24 @@ def _min_lstm_row(width, forget, f0, input_, i0, candidate, c0, h, h0, lost, out
 
 @_row
 def _min_lstm_row_backward(
-    width, forget, f0, input_, i0, candidate, c0, before, before0, carry, carry0, grad, grad0, grads, df0, di0, dc0, positive
+    width,
+    forget,
+    f0,
+    input_,
+    i0,
+    candidate,
+    c0,
+    before,
+    before0,
+    carry,
+    carry0,
+    grad,
+    grad0,
+    grads,
+    df0,
+    di0,
+    dc0,
+    positive,
 ):
     for d in range(width):
         drop, keep = _gate(forget[f0 + d])
@@ -196,7 +213,24 @@ def _min_lstm_normalized_row(width, forget, f0, input_, i0, candidate, c0, h, h0
 
 @_row
 def _min_lstm_normalized_row_backward(
-    width, forget, f0, input_, i0, candidate, c0, before, before0, carry, carry0, grad, grad0, grads, df0, di0, dc0, positive
+    width,
+    forget,
+    f0,
+    input_,
+    i0,
+    candidate,
+    c0,
+    before,
+    before0,
+    carry,
+    carry0,
+    grad,
+    grad0,
+    grads,
+    df0,
+    di0,
+    dc0,
+    positive,
 ):
     for d in range(width):
         keep, z = _gate_shares(forget[f0 + d], input_[i0 + d])

@@ -1,9 +1,10 @@
-"""`hf_rnn::gated_scan`: one operator for torch.compile, torch.export and autograd; PyTorch's dispatcher picks a backend.
+"""`hf_rnn::gated_scan`: one operator for torch.compile, torch.export and autograd, and the choice of its backend.
 
 `gates` names the recurrence: "linear", "min_gru" or "min_lstm", followed by its options, "+g" (candidate through g) and
 "+normalize" (f and i divided by their sum).
 """
 
+import importlib
 import importlib.util
 
 import torch
@@ -20,12 +21,10 @@ def _compiled(x: Tensor):
     if x.dtype == torch.float64 or x.numel() == 0:
         return None
     if x.device.type == "cpu" and _HAS_NUMBA:
-        from hf_rnn_kernels.gated_scan import cpu as backend
-    elif x.device.type == "cuda" and _HAS_TRITON:  # "cuda" is also what PyTorch calls an AMD GPU
-        from hf_rnn_kernels.gated_scan import triton as backend
-    else:
-        return None
-    return backend
+        return importlib.import_module("hf_rnn_kernels.gated_scan.cpu")
+    if x.device.type == "cuda" and _HAS_TRITON:  # "cuda" is also what PyTorch calls an AMD GPU
+        return importlib.import_module("hf_rnn_kernels.gated_scan.triton")
+    return None
 
 
 @torch.library.custom_op("hf_rnn::gated_scan", mutates_args=())

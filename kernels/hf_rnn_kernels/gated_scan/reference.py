@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def g(x: Tensor) -> Tensor:
-    """g(x) = x + 0.5 for x >= 0, sigmoid(x) otherwise: keeps the candidate positive ("Were RNNs All We Needed?", B.3)."""
+    """g(x) = x + 0.5 for x >= 0, sigmoid(x) otherwise: keeps the candidate positive (2410.01201, B.3)."""
     return torch.where(x >= 0, x + 0.5, x.sigmoid())
 
 
@@ -55,8 +55,10 @@ def scan(
     h = keep.new_zeros(batch, channels) if h0 is None else h0.to(dtype).clone()
     states = []
     for keep_t, drop_t, add_t in zip(keep.unbind(1), drop.unbind(1), add.unbind(1), strict=True):
-        h = keep_t * h + add_t if gates == "linear" else torch.where(
-            drop_t < 0.5, h + (add_t - drop_t * h), keep_t * h + add_t
+        h = (
+            keep_t * h + add_t
+            if gates == "linear"
+            else torch.where(drop_t < 0.5, h + (add_t - drop_t * h), keep_t * h + add_t)
         )
         states.append(h)
     return (torch.stack(states, 1) if states else torch.empty_like(inputs[0])).to(inputs[0].dtype), h
@@ -75,21 +77,23 @@ def scan_backward(
     """Gradients by the chain rule, backwards in time; as `hf_rnn_kernels.gated_scan.op.scan_backward`."""
     if cu_seqlens is not None:
         pieces = [
-            scan_backward(gates, *arguments, grad_last[n : n + 1])
+            scan_backward(gates, *arguments, grad_last[n : n + 1])  # type: ignore[call-arg]
             for n, arguments in enumerate(_pieces(inputs, h0, mask, cu_seqlens, h, grad))
         ]
         return torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces], 0)
     dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
     tensors = [x.to(dtype) for x in inputs]
-    keep, drop, add = coefficients(gates, tensors)
+    keep, drop, _ = coefficients(gates, tensors)
     real = torch.ones_like(keep) if mask is None else mask[..., None].expand_as(keep).to(dtype)
     state = torch.zeros_like(grad_last) if h0 is None else h0.to(dtype)
     before = torch.cat([state[:, None], h.to(dtype)], 1)[:, :-1]
     carry, dh = grad_last.to(dtype), torch.empty_like(keep)
     for t in reversed(range(keep.shape[1])):
         dh[:, t] = grad[:, t] + carry
-        kept = dh[:, t] * keep[:, t] if gates == "linear" else torch.where(
-            drop[:, t] < 0.5, dh[:, t] - drop[:, t] * dh[:, t], keep[:, t] * dh[:, t]
+        kept = (
+            dh[:, t] * keep[:, t]
+            if gates == "linear"
+            else torch.where(drop[:, t] < 0.5, dh[:, t] - drop[:, t] * dh[:, t], keep[:, t] * dh[:, t])
         )
         carry = torch.where(real[:, t] > 0, kept, dh[:, t])
     grads = [x * dh * real for x in _partial_derivatives(gates, tensors, before)]

@@ -14,6 +14,7 @@ rounded, would cost a relative error of 1e-4 in 1 - keep. For "linear" it is (a,
 
 The number of sequences, their lengths and the chunks are run-time arguments on which nothing is specialised.
 """
+# ruff: noqa: RUF005 - Triton knows tuple + tuple, but not (*tuple, x)
 
 import functools
 
@@ -40,7 +41,8 @@ def _apply(u, v, state, LINEAR: tl.constexpr):
     if LINEAR:
         state = u * state + v
     else:  # halves, because the difference of two large values may overflow; scaling by 2 is exact
-        state = state + 2 * (0.5 * v - 0.5 * u * state)
+        half = 0.5 * state
+        state = 2 * (half + (0.5 * v - u * half))
     return state
 
 
@@ -262,7 +264,7 @@ def _aggregate(
     LINEAR: tl.constexpr, GRU: tl.constexpr, POSITIVE: tl.constexpr, NORMALIZE: tl.constexpr,
     BD: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Every chunk as one map `us`, `vs` (N, chunks, D); with `grad` those of the backward pass, the last chunk first."""
+    """Every chunk as one map `us`, `vs` (N, chunks, D); with `grad` that of the backward pass, the last chunk first."""
     channel, n, c, _, low, high, _ = _task(offsets, time, rows, sequences, chunk, channels, BD)
     valid = channel < channels
     u = tl.full([BD], 1.0 if LINEAR else 0.0, tl.float32)
@@ -379,7 +381,7 @@ class _Launch:
         return torch.zeros(self.sequences, self.channels, device=self.device)
 
     def states(self, first: Tensor, grad: Tensor | None = None, grad_stride: int = 0) -> Tensor:
-        """The state before each chunk (N, chunks, D), `first` (N, D) before the first; in backward order with `grad`."""
+        """The state before each chunk (N, chunks, D), `first` (N, D) before the first; with `grad`, backward."""
         if self.chunks == 1:
             return first
         u, v, states = torch.empty(3, self.sequences, self.chunks, self.channels, device=self.device)

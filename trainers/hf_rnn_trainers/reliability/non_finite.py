@@ -12,8 +12,8 @@ class NonFiniteLossError(FloatingPointError):
     """The training loss was NaN or infinite. The weights are those before the step."""
 
 
-class NonFiniteGuard:
-    """Mixin for Trainer subclasses: raises `NonFiniteLossError` instead of training on.
+class NonFiniteGuard(Trainer):
+    """Base of the package's trainers: raises `NonFiniteLossError` instead of training on.
 
     The stock Trainer trains on with NaN weights, saves them, and logs a loss of 0.0 (`logging_nan_inf_filter`). Here
     training stops in the step that met the loss, on every process at once; no optimizer step is made with it, the last
@@ -30,7 +30,10 @@ class NonFiniteGuard:
     def _describe_non_finite_loss(self, losses: torch.Tensor, inputs: dict) -> str:
         step = self.state.global_step
         tensors = {name: x.detach().cpu().contiguous() for name, x in inputs.items() if torch.is_tensor(x)}
-        path = Path(self.args.output_dir) / f"non_finite_batch_step_{step}_process_{self.args.process_index}.safetensors"
+        path = (
+            Path(self.args.output_dir or ".")
+            / f"non_finite_batch_step_{step}_process_{self.args.process_index}.safetensors"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: x.clone() for name, x in tensors.items()}, path)
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
