@@ -25,7 +25,7 @@ from hf_rnn.configuration_recurrent import RecurrentConfig
 from hf_rnn.hub.damage import find_damaged_file
 from hf_rnn.hub.remote_code import write_remote_code
 from hf_rnn.inputs import check_ids, packed_offsets, padding_mask
-from hf_rnn.layers import CausalConv, FeedForward, RecurrentMixer
+from hf_rnn.layers import CausalConv, FeedForward, RecurrentMixer, RMSNorm
 
 
 class RecurrentBlock(GradientCheckpointingLayer):
@@ -33,10 +33,10 @@ class RecurrentBlock(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         self.conv = CausalConv(config.hidden_size, config.conv_kernel) if config.conv_kernel else None
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = mixer_class(config)
         feed_forward_size = int(config.hidden_size * config.feed_forward_factor)
-        self.ff_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps) if feed_forward_size else None
+        self.ff_norm = RMSNorm(config.hidden_size, eps=config.norm_eps) if feed_forward_size else None
         self.ff = FeedForward(config.hidden_size, feed_forward_size) if feed_forward_size else None
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.state_shapes = list(self.mixer.state_shapes)
@@ -133,7 +133,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         self.layers = nn.ModuleList(
             RecurrentBlock(config, layer_idx, self.mixer_class) for layer_idx in range(config.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -64,6 +64,7 @@ class TrainArguments(TrainingArguments):
     save_total_limit: int | None = 2
     report_to: str = "none"
     logging_nan_inf_filter: bool = False
+    use_cache: bool = True  # what the saved config says: the state is small, and not returned in training in any case
 
 
 def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -8,15 +8,14 @@ Rows are time steps: tensors come as flat arrays with a row stride, so that the 
 in place. `offsets[n] : offsets[n + 1]` are the rows of sequence n.
 """
 
-import threading
-
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
+
+from hf_rnn_kernels.threads import run
 
 _FAST = {"contract", "nsz"}  # fused multiply-add; nothing that reorders sums or assumes finite values
 _F32 = np.float32
@@ -315,15 +314,6 @@ def _backward(kind, positive, x, strides, y, z, channels, strip, h0, mask, offse
                 )
 
 
-_launch = threading.Lock()  # numba's portable thread pool aborts the process when two threads start a loop at once
-
-
-def _run(kernel, *arguments) -> None:
-    with _launch:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-        kernel(*arguments)
-
-
 def _flat(x: Tensor) -> np.ndarray:
     return x.detach().float().reshape(-1).numpy()
 
@@ -344,9 +334,9 @@ def _arguments(gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor
     offsets = np.arange(batch + 1) * time if cu_seqlens is None else cu_seqlens.numpy()
     sequences = len(offsets) - 1
     (x, x_stride), (y, y_stride), (z, z_stride) = [_rows(i) for i in [*inputs, inputs[0]][:3]]
-    # A thread walks whole rows, which prefetches best, while there are sequences for every thread; else rows are
-    # split, at cache lines.
-    strips = max(1, -(-torch.get_num_threads() // sequences))
+    # A thread walks whole rows, which prefetches best, while there are sequences for every thread. Else rows are split,
+    # at cache lines, except where memory is all that counts (docs/log.md, 2026-11-22).
+    strips = 1 if kind == _LINEAR else max(1, -(-torch.get_num_threads() // max(sequences, 1)))
     strip = -(-channels // strips // 16) * 16
     h0 = np.zeros(sequences * channels, np.float32) if h0 is None else _flat(h0)
     mask = np.empty(0, np.bool_) if mask is None else mask.reshape(-1).bool().numpy()
@@ -372,7 +362,7 @@ def scan(
     """See `op.scan`."""
     arguments = _arguments(gates, inputs, h0, mask, cu_seqlens)
     h, last = _empty(*inputs[0].shape), _empty(len(arguments[-1]) - 1, inputs[0].shape[2])
-    _run(_forward, *arguments, _flat(h), _flat(last))
+    run(_forward, *arguments, _flat(h), _flat(last))
     return h.to(inputs[0].dtype), last
 
 
@@ -391,5 +381,5 @@ def scan_backward(
     batch, time, channels = h.shape
     grads = _empty(batch, time, len(inputs), channels)
     grad_h0 = grad_last.float().clone(memory_format=torch.contiguous_format)
-    _run(_backward, *arguments, _flat(h), _flat(grad), _flat(grads), _flat(grad_h0))
+    run(_backward, *arguments, _flat(h), _flat(grad), _flat(grads), _flat(grad_h0))
     return grads.to(inputs[0].dtype), grad_h0
