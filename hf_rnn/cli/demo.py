@@ -10,7 +10,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 
 from hf_rnn import MinGRUConfig, MinGRUForCausalLM, byte_tokenizer
 from hf_rnn.cli.baselines import lzma_bits_per_byte, ngram_bits_per_byte
@@ -18,7 +18,20 @@ from hf_rnn.cli.generate import stream
 from hf_rnn.cli.train import DataArguments, TrainArguments, train
 
 HELD_OUT = 0.05
-CONFIG = MinGRUConfig(hidden_size=256, num_hidden_layers=3, feed_forward_factor=2.0)
+CONFIG = MinGRUConfig(hidden_size=256, num_hidden_layers=3, expansion_factor=2, feed_forward_factor=0)
+
+
+class TimeLimit(TrainerCallback):
+    """Stop training after so many seconds, should the machine have become slower than it was when steps were timed."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.deadline = time.monotonic() + self.seconds
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= time.monotonic() > self.deadline
 
 
 def seconds_per_step(model: PreTrainedModel, batch_size: int, block_size: int, steps: int = 4) -> float:
@@ -54,11 +67,11 @@ def main() -> None:
     text = "\n\n".join(topics.values())
     corpus = output / "python_topics.txt"
     corpus.write_text(text, encoding="utf-8")
-    data = DataArguments(data=str(corpus), block_size=512, held_out=HELD_OUT)
+    data = DataArguments(data=str(corpus), block_size=256, held_out=HELD_OUT)
     arguments = TrainArguments(
         output_dir=str(output),
         per_device_train_batch_size=8,
-        learning_rate=4e-3,
+        learning_rate=6e-3,
         save_strategy="no",
         use_cpu=True,
         dataloader_pin_memory=False,
@@ -70,7 +83,7 @@ def main() -> None:
     step_time = seconds_per_step(model, arguments.per_device_train_batch_size, data.block_size)
     arguments.max_steps = max(10, int(options.seconds / step_time))
     print(f"{step_time:.3f} s a step: {arguments.max_steps} steps in about {options.seconds:.0f} s")
-    metrics = train(model, tokenizer, [text], data, arguments)
+    metrics = train(model, tokenizer, [text], data, arguments, callbacks=[TimeLimit(1.15 * options.seconds)])
 
     reloaded = AutoModelForCausalLM.from_pretrained(output).eval()
     ids = tokenizer(text[-256:], return_tensors="pt")["input_ids"]

@@ -2,8 +2,8 @@
 
 Rows are time steps. A program is one warp: it owns BD channels of one sequence, or of one chunk of it, and takes the
 rows in blocks of STEPS, whose loads are all on their way before the first is used. Within a block steps are taken one
-after the other, as in `reference.py`: padding, packing and batching change no bit, and it takes half the instructions
-of `tl.associative_scan` over a tile of rows; instructions, not memory, are what such kernels run short of.
+after the other, as in `reference.py`: as long as time is not cut, padding and packing change no bit, and the compiled
+code has half the instructions per element of one with `tl.associative_scan` over a tile of rows.
 
 Where sequences times channel blocks are too few warps for the GPU, time is cut into chunks: `_aggregate` composes the
 steps of every chunk into one map, `_chain` scans these maps, and the same forward or backward kernel then takes each
@@ -14,7 +14,6 @@ rounded, would cost a relative error of 1e-4 in 1 - keep. For "linear" it is (a,
 
 The number of sequences, their lengths and the chunks are run-time arguments on which nothing is specialised.
 """
-# ruff: noqa: RUF005 - Triton knows tuple + tuple, but not (*tuple, x)
 
 import functools
 
@@ -201,7 +200,6 @@ def _backward(
     channel, n, c, start, low, high, _ = _task(offsets, time, rows, sequences, chunk, channels, BD)
     valid = channel < channels
     e = tl.load(states + (n * chunks + (chunks - 1 - c)) * channels + channel, valid, other=0.0)
-    first = tl.load(h0 + n * channels + channel, valid, other=0.0)
     count: tl.constexpr = 2 if LINEAR or GRU else 3
     for back in range(0, high - low, STEPS):
         row = high - 1 - back
@@ -218,7 +216,9 @@ def _backward(
             lives = lives + (_live(mask, row - j, row - j >= low),)
         to = grads + row * (count * channels) + channel
         for j in tl.static_range(STEPS):
-            before = tl.where(row - j == start, first, befores[j].to(tl.float32))
+            before = befores[j].to(tl.float32)
+            if row - j == start:
+                before = tl.load(h0 + n * channels + channel, valid, other=0.0)
             e = _step_back(
                 xs[j].to(tl.float32), ys[j].to(tl.float32), zs[j].to(tl.float32), before,
                 gradients[j].to(tl.float32) + e, lives[j],
@@ -240,7 +240,7 @@ def _step_back(
     else:
         keep, drop, share = _gates(x, y, GRU, NORMALIZE)
         candidate, slope = _candidate(y if GRU else z, POSITIVE)
-        e = dh - drop * dh
+        e = tl.where(drop < 0.5, dh - drop * dh, keep * dh)  # whichever of the two was not rounded near 1
         _, not_x = _sigmoids(x)
         _, not_y = _sigmoids(y)
         # halves, because the difference of two large values may overflow

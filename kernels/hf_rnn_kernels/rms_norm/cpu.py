@@ -8,9 +8,7 @@ from torch import Tensor
 from hf_rnn_kernels.threads import run
 
 # Sums over a row may be taken in any order, so that they vectorise
-_parallel = njit(
-    fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", parallel=True, nogil=True, cache=True
-)
+_parallel = njit(fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", parallel=True, nogil=True, cache=True)
 _ONE = np.float32(1)
 
 
