@@ -80,7 +80,7 @@ def main() -> None:
                 ("forward + backward", lambda f, x=inputs, g=grad: forward_backward(f, x, g), expected, {}),
             ]:
                 contestants = {"hf_rnn": wrap(ours), "minGRU-pytorch": wrap(peer), **extra}
-                rows = compare(contestants, reference_values, tolerance=1e-2, repeats=15 if shape[2] < 1000 else 7)
+                rows = compare(contestants, reference_values, tolerance=5e-2, repeats=15 if shape[2] < 1000 else 7)
                 title = f"{name} {what}, (B, T, D) = {shape}"
                 table(title, rows)
                 results[title] = rows

@@ -1,6 +1,6 @@
 """Train a minGRU with transformers' own tools on sequences of different lengths, packed; go on from a carried state.
 
-    python examples/train_with_trainer.py
+python examples/train_with_trainer.py
 """
 
 import itertools

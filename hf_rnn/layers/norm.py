@@ -1,5 +1,6 @@
-from hf_rnn_kernels import rms_norm
 from torch import Tensor, nn
+
+from hf_rnn_kernels import rms_norm
 
 
 class RMSNorm(nn.RMSNorm):

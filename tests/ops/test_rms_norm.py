@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hf_rnn_kernels import rms_norm
-
 from conftest import relative_error
+
+from hf_rnn_kernels import rms_norm
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (2, 33, 384), (1000, 17), (0, 4, 8)])
