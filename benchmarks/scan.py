@@ -80,7 +80,9 @@ def main() -> None:
                 ("forward + backward", lambda f, x=inputs, g=grad: forward_backward(f, x, g), expected, {}),
             ]:
                 contestants = {"hf_rnn": wrap(ours), "minGRU-pytorch": wrap(peer), **extra}
-                rows = compare(contestants, reference_values, tolerance=5e-2, repeats=15 if shape[2] < 1000 else 7)
+                # minGRU-pytorch's gradients are off by 1e-2 from T = 4,096 on: timed all the same, the error is shown
+                few = shape[2] > 1000  # seconds a run
+                rows = compare(contestants, reference_values, 5e-2, repeats=5 if few else 15, warmup=1 if few else 2)
                 title = f"{name} {what}, (B, T, D) = {shape}"
                 table(title, rows)
                 results[title] = rows
