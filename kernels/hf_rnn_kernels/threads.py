@@ -12,5 +12,5 @@ _launch = threading.Lock()  # numba's portable thread pool aborts the process wh
 def run(kernel: Callable, *arguments) -> None:
     """Call a parallel numba function with as many threads as torch uses."""
     with _launch:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore
         kernel(*arguments)

@@ -189,6 +189,14 @@ class TestInterpreted:
         inputs[0].fill_(-8.0 if "gru" in gates else 8.0)
         check(errors(run_backend, gates, inputs, torch.randn(1, 3)))
 
+    @pytest.mark.parametrize("gates", ["min_gru+g", "min_lstm", "min_lstm+g+normalize"])
+    def test_wide_open_gates(self, gates):
+        """keep is 3e-4: what is left of a gradient must come from keep, not from 1 - 0.9997."""
+        inputs = make(gates, (1, 2, 5), bias=8.0)
+        if gates == "min_lstm":  # its forget gate keeps when open
+            inputs[0] = inputs[0] - 16
+        check(errors(run_backend, gates, inputs, torch.randn(1, 5)))
+
     @pytest.mark.parametrize("gates", GATES[1:])
     def test_extreme_inputs_stay_finite(self, gates):
         """All pairs of extreme gates, one in each channel, with candidates that jump from one end to the other."""
