@@ -15,13 +15,16 @@ class RecurrentCache(Cache):
     Attributes:
         states: per layer, the tuple of (B, ...) tensors, or None before the first token.
         seen_tokens: positions consumed so far, padding included.
+        model_type: of the model whose state it is, or None before the first token.
     """
 
     is_compileable = False  # generate() would build attention masks for it
 
     def __init__(self, num_layers: int):
+        self.layers = []  # of keys and values: none
         self.states: list[tuple[Tensor, ...] | None] = [None] * num_layers
         self.seen_tokens = 0
+        self.model_type: str | None = None
 
     def __len__(self) -> int:
         return len(self.states)
@@ -45,7 +48,7 @@ class RecurrentCache(Cache):
     def update(self, state: tuple[Tensor, ...], layer_idx: int) -> None:
         """Store a layer's new state: in place, unless autograd may still need the old one or track the new one."""
         old = self.states[layer_idx]
-        tracked = any(x.requires_grad for x in (*state, *(old or ())))
+        tracked = any(x.requires_grad or x.is_inference() for x in (*state, *(old or ())))
         if old is None or tracked or any(a.shape != b.shape for a, b in zip(old, state, strict=True)):
             self.states[layer_idx] = state
             return
@@ -54,6 +57,9 @@ class RecurrentCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.seen_tokens + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1  # no maximum
@@ -65,7 +71,7 @@ class RecurrentCache(Cache):
 
     def detach(self) -> "RecurrentCache":
         """Cut the graph, for backpropagation truncated in time; in place, returns itself."""
-        self.states = [None if state is None else tuple(x.detach() for x in state) for state in self.states]
+        self.states = [None if state is None else tuple(x.detach().clone() for x in state) for state in self.states]
         return self
 
     def _rows(self, select) -> None:

@@ -1,9 +1,20 @@
 """What every architecture of the package can be told."""
 
 import difflib
+import math
 from dataclasses import fields
 
 from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# What transformers itself passes to or stores in a config beyond its fields
+_TRANSFORMERS_NAMES = {
+    "auto_map", "attn_implementation", "experts_implementation", "is_encoder_decoder", "model_type", "name_or_path",
+    "num_labels", "output_attentions", "quantization_config", "tie_last_hidden_states", "torch_dtype",
+    "transformers_weights",
+}  # fmt: skip
 
 
 class RecurrentConfig(PreTrainedConfig):
@@ -41,8 +52,8 @@ class RecurrentConfig(PreTrainedConfig):
     use_g: bool = True
     learned_initial_state: bool = True
     hidden_dropout: int | float = 0.0
-    norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    norm_eps: int | float = 1e-6
+    initializer_range: int | float = 0.02
     tie_word_embeddings: bool = False
     use_cache: bool = True
     pad_token_id: int | None = 256
@@ -54,6 +65,8 @@ class RecurrentConfig(PreTrainedConfig):
         for name in kwargs:
             if similar := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
                 raise ValueError(f"{type(self).__name__}: unknown argument {name!r}; did you mean {similar[0]!r}?")
+        if unknown := [name for name in kwargs if not name.startswith("_") and name not in _TRANSFORMERS_NAMES]:
+            logger.warning(f"{type(self).__name__}: unknown arguments {unknown} are kept but do nothing")
         super().__post_init__(**kwargs)
         # Where AutoModel finds the classes when hf_rnn has not been imported; see hf_rnn/hub/remote_code.py.
         self.auto_map = {
@@ -82,6 +95,11 @@ class RecurrentConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of the validation that `@strict` runs; raises ValueError."""
+        for name in ("expansion_factor", "feed_forward_factor", "norm_eps", "initializer_range", "forget_bias"):
+            if not math.isfinite(getattr(self, name, 0.0)):
+                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps: expected more than 0, got {self.norm_eps}")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

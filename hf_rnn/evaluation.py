@@ -18,6 +18,10 @@ def stream_loss(model: PreTrainedModel, ids: Tensor, chunk: int = 4096, progress
         chunk: tokens a forward pass.
         progress: show a progress bar.
     """
+    if ids.dim() != 1 or len(ids) < 2:
+        raise ValueError(f"ids: expected one sequence of at least 2 tokens, got shape {tuple(ids.shape)}")
+    if chunk < 1:
+        raise ValueError(f"chunk: expected at least 1, got {chunk}")
     was_training = model.training
     model.eval()
     ids = ids.to(model.device)[None]

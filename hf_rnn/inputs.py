@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_rnn_kernels.gated_scan import check_cu_seqlens
+from hf_rnn_kernels.checks import check_cu_seqlens
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int, ignore_index: int | None = None) -> None:
@@ -12,8 +12,8 @@ def check_ids(name: str, ids: Tensor, vocab_size: int, ignore_index: int | None 
     Only on a CPU and outside torch.compile: elsewhere reading the values would stall the device, whose own assertion
     then speaks.
     """
-    if ids.is_floating_point():
-        raise TypeError(f"{name}: expected integer token ids, got {ids.dtype}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected integer token ids (int64 or int32), got {ids.dtype}")
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
         return
     low, high = (int(x) for x in torch.aminmax(ids))
@@ -26,7 +26,7 @@ def check_ids(name: str, ids: Tensor, vocab_size: int, ignore_index: int | None 
         )
 
 
-def padding_mask(attention_mask: Tensor | None, batch: int, time: int) -> Tensor | None:
+def padding_mask(attention_mask: Tensor | None, batch: int, time: int, past: int) -> Tensor | None:
     """(B, T) bool mask of the current tokens, False at padding; None where there is none.
 
     transformers' `create_recurrent_attention_mask` does the same but drops the mask of single tokens, with which a
@@ -34,21 +34,35 @@ def padding_mask(attention_mask: Tensor | None, batch: int, time: int) -> Tensor
     """
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < time:
-        raise ValueError(
-            f"attention_mask: expected shape (B, T) = {(batch, time)}, or longer in T with the past in front, "
-            f"got {tuple(attention_mask.shape)}"
-        )
+    shape = tuple(attention_mask.shape)
+    if shape not in ((batch, time), (batch, past + time)):
+        expected = f"{(batch, time)}" + (f" or, with the past in front, {(batch, past + time)}" if past else "")
+        raise ValueError(f"attention_mask: expected shape (B, T) = {expected}, got {shape}")
+    compiling = torch.compiler.is_compiling()
+    if (
+        not compiling
+        and attention_mask.is_floating_point()
+        and not ((attention_mask == 0) | (attention_mask == 1)).all()
+    ):
+        raise ValueError("attention_mask: expected zeros at padding and ones elsewhere, got other values")
     mask = attention_mask[:, attention_mask.shape[1] - time :].bool()
-    if not torch.compiler.is_compiling() and bool(mask.all()):
+    if not compiling and bool(mask.all()):
         return None
     return mask
 
 
 def packed_offsets(
-    position_ids: Tensor | None, seq_idx: Tensor | None, cu_seq_lens: Tensor | None, batch: int, time: int
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    mask: Tensor | None,
+    batch: int,
+    time: int,
 ) -> Tensor | None:
-    """Offsets (N + 1) of the sequences in the B * T tokens, or None where each row is one sequence."""
+    """Offsets (N + 1) of the sequences in the B * T tokens, or None where each row is one sequence.
+
+    A row holds several where a real token (`mask`) with position 0, or with another seq_idx, follows a real token.
+    """
     if cu_seq_lens is not None:
         check_cu_seqlens(cu_seq_lens, batch, time, name="cu_seq_lens_q")
         return cu_seq_lens
@@ -59,10 +73,11 @@ def packed_offsets(
         starts = seq_idx != seq_idx.roll(1, dims=1)
     else:
         return None
-    starts = starts.clone()
-    starts[:, :1] = True
-    if int(starts.sum()) == batch:
+    real = torch.ones_like(starts) if mask is None else mask
+    starts = starts & real
+    if not bool((starts & (real.cumsum(1) > 1)).any()):
         return None
+    starts[:, :1] = True
     first = starts.reshape(-1).nonzero().squeeze(1)
     return torch.cat([first, first.new_tensor([batch * time])])
 

@@ -187,8 +187,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 f"inputs_embeds: expected shape (B, T, {self.config.hidden_size}), got {tuple(inputs_embeds.shape)}"
             )
         batch, time = inputs_embeds.shape[:2]
-        mask = padding_mask(attention_mask, batch, time)
-        cu_seqlens = packed_offsets(position_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"), batch, time)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = padding_mask(attention_mask, batch, time, past)
+        cu_seqlens = packed_offsets(position_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"), mask, batch, time)
         past_key_values = self._state(past_key_values, use_cache, batch, packed=cu_seqlens is not None)
         if cu_seqlens is not None and mask is not None:
             mask = mask.reshape(1, -1)
@@ -198,6 +199,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             x = layer(x, mask=mask, cu_seqlens=cu_seqlens, past_key_values=past_key_values)
         if past_key_values is not None:
             past_key_values.seen_tokens += time
+            past_key_values.model_type = self.config.model_type
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
     def _state(
@@ -205,12 +207,20 @@ class RecurrentModel(RecurrentPreTrainedModel):
     ) -> RecurrentCache | None:
         """The state to go on from, a fresh one, or None."""
         if past_key_values is None:
+            if packed and use_cache:
+                raise ValueError("use_cache: packed sequences have no one state to return; leave it out")
             if use_cache is None:
-                use_cache = self.config.use_cache and not self.training
-            use_cache = use_cache and not packed and not (self.gradient_checkpointing and self.training)
+                use_cache = self.config.use_cache and not self.training and not packed
+            use_cache = use_cache and not (self.gradient_checkpointing and self.training)
             return RecurrentCache(len(self.layers)) if use_cache else None
         if not isinstance(past_key_values, RecurrentCache):
             raise TypeError(f"past_key_values: expected a RecurrentCache, got {type(past_key_values).__name__}")
+        if self.gradient_checkpointing and self.training:
+            raise ValueError("past_key_values: gradient checkpointing drops the state; switch one of them off")
+        if past_key_values.model_type not in (None, self.config.model_type):
+            raise ValueError(
+                f"past_key_values: expected the state of a {self.config.model_type}, got {past_key_values.model_type}'s"
+            )
         if packed:
             raise ValueError("past_key_values: packed sequences start from the initial state; pass no cache with them")
         if len(past_key_values) != len(self.layers):
@@ -249,6 +259,12 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
+
+    def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
+        """As transformers', and widens the state that a prompt goes on from, for beams and several samples."""
+        if expand_size > 1 and isinstance(kwargs.get("past_key_values"), RecurrentCache):
+            kwargs["past_key_values"].batch_repeat_interleave(expand_size)
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, is_first_iteration=False, use_cache=None, position_ids=None, **kwargs
@@ -303,6 +319,12 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             check_ids("labels", labels, self.config.vocab_size, ignore_index=-100)
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"labels: expected the shape (B, T) of the logits, {tuple(logits.shape[:2])} (all of them: "
+                    f"logits_to_keep=0), got {tuple(labels.shape)}"
+                )
+            labels = labels.long()  # type: ignore[assignment]
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -341,11 +363,17 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         """Logits (B, num_labels) at the last token that `attention_mask` marks as real.
 
-        Without an attention_mask, trailing tokens equal to `config.pad_token_id` are padding, as elsewhere in
-        transformers. The loss follows `config.problem_type`.
+        Without an attention_mask, tokens equal to `config.pad_token_id` are padding. The loss follows
+        `config.problem_type`.
+
+        Raises:
+            ValueError: a row of padding only, or packed sequences (a classifier takes one sequence a row).
         """
-        if kwargs.get("cu_seq_lens_q") is not None:
-            raise ValueError("cu_seq_lens_q: a classifier takes one sequence per row; pad instead of packing")
+        packing = [name for name in ("cu_seq_lens_q", "seq_idx", "position_ids") if kwargs.get(name) is not None]
+        if packing:
+            raise ValueError(f"{packing[0]}: a classifier takes one sequence a row; pad instead of packing")
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = input_ids != self.config.pad_token_id
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -355,13 +383,10 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
             **kwargs,
         )
         x = outputs.last_hidden_state
-        real = attention_mask
-        if real is None and input_ids is not None and self.config.pad_token_id is not None:
-            real = input_ids != self.config.pad_token_id
-        if real is None:
-            real = x.new_ones(x.shape[:2])
-        position = torch.arange(x.shape[1], device=x.device)
-        last = (real[:, -x.shape[1] :].bool() * position).argmax(1)
+        real = x.new_ones(x.shape[:2]).bool() if attention_mask is None else attention_mask[:, -x.shape[1] :].bool()
+        if not torch.compiler.is_compiling() and not bool(real.any(1).all()):
+            raise ValueError("attention_mask: expected a real token in every row, got a row of padding only")
+        last = (real * torch.arange(1, x.shape[1] + 1, device=x.device)).argmax(1)
         logits = self.score(x[torch.arange(x.shape[0], device=x.device), last])
         loss = None
         if labels is not None:

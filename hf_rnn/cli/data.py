@@ -20,10 +20,15 @@ def read_documents(data: str, split: str = "train", text_column: str = "text") -
     """
     path = Path(data)
     if path.is_file():
-        documents = [path.read_bytes().decode("utf-8", errors="replace")]
+        try:
+            documents = [path.read_bytes().decode("utf-8")]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data: {data} is no UTF-8 text ({error})") from error
     else:
         import datasets
 
+        if not path.is_dir() and (path.suffix or path.is_absolute()):
+            raise ValueError(f"data: there is no file {data}")
         dataset = datasets.load_from_disk(data) if path.is_dir() else datasets.load_dataset(data)
         if isinstance(dataset, datasets.DatasetDict):
             if split not in dataset:
@@ -39,7 +44,10 @@ def read_documents(data: str, split: str = "train", text_column: str = "text") -
 
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """One stream of token ids, the documents separated by the end-of-text token where there are several."""
-    ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in documents]
+    ids = [
+        tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        for text in documents
+    ]
     if len(ids) > 1 and tokenizer.eos_token_id is not None:
         ids = [[*tokens, tokenizer.eos_token_id] for tokens in ids]
     return np.fromiter(chain.from_iterable(ids), dtype=np.int32)

@@ -22,6 +22,8 @@ def main(argv: list[str]) -> None:
     stream = torch.from_numpy(
         tokenize(read_documents(arguments.data, arguments.split, arguments.text_column), tokenizer)
     )
+    if len(stream) < 2:
+        raise ValueError(f"data: expected at least 2 tokens, got {len(stream)}")
     num_bytes = len(str(tokenizer.decode(stream[1:], skip_special_tokens=True)).encode())
     bits = bits_per_byte(model, stream, num_bytes, chunk=arguments.chunk, progress=True)
     print(f"bits per byte: {bits:.4f} over {num_bytes:,} bytes ({len(stream):,} tokens)")

@@ -21,6 +21,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top_p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=None)
     arguments = parser.parse_args(argv)
+    if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        raise ValueError("temperature, top_p: expected a temperature of at least 0 and top_p in (0, 1]")
     if arguments.seed is not None:
         from transformers import set_seed
 

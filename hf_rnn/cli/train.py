@@ -1,6 +1,6 @@
 """`hf-rnn train`: a language model on your text, with transformers' Trainer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from hf_rnn.cli.data import blocks, read_documents, tokenize
 from hf_rnn.cli.plot import plot_losses
 from hf_rnn.evaluation import bits_per_byte
 from hf_rnn.hub.model_card import write_model_card
+
+ARCHITECTURES = ["mingru", "minlstm"]
 
 
 @dataclass
@@ -47,6 +49,12 @@ class DataArguments:
     block_size: int = field(default=512, metadata={"help": "tokens of one training sequence"})
     held_out: float = field(default=0.05, metadata={"help": "share of the text, at its end, to evaluate on"})
 
+    def __post_init__(self):
+        if self.block_size < 2:
+            raise ValueError(f"block_size: expected at least 2 tokens, got {self.block_size}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out: expected a share in [0, 1), got {self.held_out}")
+
 
 @dataclass
 class TrainArguments(TrainingArguments):
@@ -70,8 +78,12 @@ class TrainArguments(TrainingArguments):
 def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A pretrained checkpoint, or a new model whose vocabulary is the tokenizer's."""
     if Path(arguments.model).is_dir() or "/" in arguments.model:
+        if arguments.config:
+            raise ValueError(f"config: the checkpoint {arguments.model} has its own settings")
         return AutoModelForCausalLM.from_pretrained(arguments.model)
-    settings = dict(item.split("=", 1) for item in arguments.config.split(",") if item)
+    if arguments.model not in ARCHITECTURES:
+        raise ValueError(f"model: expected one of {ARCHITECTURES} or a checkpoint's folder, got {arguments.model!r}")
+    settings = [item.partition("=") for item in arguments.config.split(",") if item]
     config = AutoConfig.for_model(
         f"hf_rnn_{arguments.model}",
         vocab_size=len(tokenizer),
@@ -79,11 +91,12 @@ def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    unknown = [name for name in settings if not hasattr(config, name)]
-    if unknown:
-        raise ValueError(f"config: {type(config).__name__} has no setting {unknown[0]!r}")
-    config.update_from_string(arguments.config) if settings else None
-    config.validate()
+    for name, _, value in settings:
+        if name not in {f.name for f in fields(config)} - {"vocab_size"} or not value:
+            raise ValueError(f"config: expected name=value with a setting of {type(config).__name__}, got {name!r}")
+    if settings:
+        config.update_from_string(arguments.config)
+        config.validate()
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -108,6 +121,7 @@ def train(
     Returns:
         The held-out `bits_per_byte` and the trainer's own metrics.
     """
+    folder = Path(str(arguments.output_dir))
     stream = tokenize(documents, tokenizer)
     cut = len(stream) - int(len(stream) * data.held_out)
     held_out = torch.from_numpy(stream[cut:])
@@ -120,21 +134,29 @@ def train(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    metrics = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint).metrics
+    resume = arguments.resume_from_checkpoint
+    metrics = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume).metrics
+    trainer.save_model()
     if len(held_out) > 1:
         num_bytes = len(str(tokenizer.decode(held_out[1:], skip_special_tokens=True)).encode())
-        metrics["bits_per_byte"] = bits_per_byte(model, held_out, num_bytes)
+        metrics["bits_per_byte"] = bits_per_byte(model, held_out, max(num_bytes, 1))
     if trainer.is_world_process_zero():
-        trainer.save_model()
-        folder = Path(str(arguments.output_dir))
         plot_losses(trainer.state.log_history, folder / "loss.png")
         write_model_card(model, tokenizer, folder, data, arguments, metrics)
     return metrics
 
 
+def check_output(folder: Path) -> None:
+    """Refuse to write a checkpoint among files that are none of ours."""
+    ours = ("modeling_hf_rnn.py", "checkpoint-*", "non_finite_*")
+    if folder.is_dir() and any(folder.iterdir()) and not any(any(folder.glob(pattern)) for pattern in ours):
+        raise ValueError(f"output_dir: {folder} holds files and no checkpoint; choose another, or empty it")
+
+
 def main(argv: list[str]) -> None:
     parser = HfArgumentParser([ModelArguments, DataArguments, TrainArguments], prog="hf-rnn train")  # type: ignore
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
+    check_output(Path(str(arguments.output_dir)))
     set_seed(arguments.seed)
     tokenizer = load_tokenizer(model_arguments)
     model = build_model(model_arguments, tokenizer)

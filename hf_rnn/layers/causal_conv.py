@@ -33,7 +33,7 @@ class CausalConv(nn.Module):
         before = x.new_zeros(x.shape[0], history, x.shape[2]) if state is None else state.to(x.dtype)
         if mask is None and cu_seqlens is None:
             padded = torch.cat([before, x], 1)
-            return self._taps(padded), padded[:, x.shape[1] :].float()
+            return self._taps(padded), _keep(padded[:, x.shape[1] :])
         # Lay the real tokens out without gaps, K - 1 zeros (or the state) before each sequence, and read back.
         real = x.new_ones(x.shape[:2], dtype=torch.long) if mask is None else mask.long()
         place = history + real.cumsum(1) - 1
@@ -49,7 +49,7 @@ class CausalConv(nn.Module):
         if cu_seqlens is not None:
             return y, None
         last = real.sum(1, keepdim=True) + torch.arange(history, device=x.device)
-        return y, padded.gather(1, _expand(last, x)).float()
+        return y, _keep(padded.gather(1, _expand(last, x)))
 
     def _taps(self, padded: Tensor) -> Tensor:
         time = padded.shape[1] - self.kernel_size + 1
@@ -57,6 +57,11 @@ class CausalConv(nn.Module):
         for j in range(self.kernel_size):
             y = torch.addcmul(y, padded[:, j : j + time], self.weight[:, j])
         return y
+
+
+def _keep(state: Tensor) -> Tensor:
+    """A copy in float32, or float64: a view would keep the whole sequence alive."""
+    return state.to(torch.promote_types(state.dtype, torch.float32), copy=True)
 
 
 def _expand(index: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_rnn import byte_tokenizer
 from hf_rnn.cli.baselines import lzma_bits_per_byte, ngram_bits_per_byte
+from hf_rnn.cli.data import tokenize
 from hf_rnn.cli.main import main
 from hf_rnn.evaluation import bits_per_byte, stream_loss
 
@@ -72,19 +74,38 @@ def test_going_on_from_a_checkpoint_with_a_dataset(checkpoint, tmp_path, capsys)
         (["eval", "nowhere/checkpoint", "--data", "x"], "hf-rnn eval: "),
         (["train", "--data", "EMPTY"], "holds no text"),
         (["train", "--data", "SHORT"], "do not fill one block"),
-        (["train", "--data", "SHORT", "--config", "hiden_size=3"], "no setting 'hiden_size'"),
-        (["train", "--data", "SHORT", "--model", "mingpt"], "mingpt"),
+        (["train", "--data", "SHORT", "--config", "hiden_size=3"], "MinGRUConfig, got 'hiden_size'"),
+        (["train", "--data", "SHORT", "--config", "hidden_size"], "expected name=value"),
+        (["train", "--data", "SHORT", "--model", "mingpt"], "expected one of ['mingru', 'minlstm']"),
+        (["train", "--data", "SHORT", "--block_size", "0"], "block_size: expected at least 2"),
+        (["train", "--data", "SHORT", "--held_out", "1.0"], "held_out: expected a share"),
+        (["train", "--data", "/nowhere/text.txt"], "there is no file /nowhere/text.txt"),
+        (["train", "--data", "BINARY"], "is no UTF-8 text"),
         (["frobnicate"], "unknown command"),
     ],
 )
 def test_mistakes_are_told_in_a_line(arguments, message, tmp_path, capsys):
     (tmp_path / "EMPTY").write_text("")
     (tmp_path / "SHORT").write_text("short")
-    arguments = [str(tmp_path / a) if a in ("EMPTY", "SHORT") else a for a in arguments]
+    (tmp_path / "BINARY").write_bytes(b"\xff\xfe\x00")
+    arguments = [str(tmp_path / a) if a in ("EMPTY", "SHORT", "BINARY") else a for a in arguments]
     if arguments[0] == "train":
         arguments += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "True"]
     assert main(arguments) != 0
     assert message in capsys.readouterr().err
+
+
+def test_files_of_others_are_not_overwritten(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "README.md").write_text("mine")
+    assert main(["train", "--data", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path)]) == 1
+    assert "holds files and no checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_special_tokens_in_a_text_are_text():
+    stream = tokenize(["a<|eos|>b"], byte_tokenizer())
+    assert stream.tolist() == list(b"a<|eos|>b")
 
 
 def test_help(capsys):

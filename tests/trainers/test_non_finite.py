@@ -49,6 +49,23 @@ def test_stops_with_step_batch_and_advice(tmp_path):
     assert all(torch.isfinite(p).all() for p in loaded.parameters())
 
 
+def test_gradients_count_as_well(tmp_path):
+    """A finite loss whose gradient is not: the step is not made, and no such weights are saved."""
+    trainer = make_trainer(tmp_path)
+    compute_loss = trainer.compute_loss
+
+    def poisoned(model, inputs, *args, **kwargs):
+        loss = compute_loss(model, inputs, *args, **kwargs)
+        bad = trainer.state.global_step == 5
+        return loss + (model.lm_head.weight * 0).sqrt().sum() if bad else loss
+
+    trainer.compute_loss = poisoned
+    with pytest.raises(NonFiniteLossError, match=r"gradient norm .* at step 5 .*checkpoint-4"):
+        trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_says_so_before_the_first_checkpoint(tmp_path):
     with pytest.raises(NonFiniteLossError, match="no checkpoint was saved yet"):
         make_trainer(tmp_path, bad_step=0).train()

@@ -5,11 +5,10 @@ float32, bfloat16 or float16 (recurrence in float32) or float64, give gradients 
 as numba code on a CPU, as Triton kernels on a GPU, and as plain torch anywhere else.
 """
 
-import itertools
-
 import torch
 from torch import Tensor
 
+from hf_rnn_kernels.checks import check_cu_seqlens, refuse_forward_mode
 from hf_rnn_kernels.gated_scan import op, reference
 
 
@@ -91,6 +90,8 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     _check(inputs, h0, mask, cu_seqlens)
     tensors = list(inputs.values())
+    refuse_forward_mode(*tensors, h0)
+    mask = None if mask is None else mask.bool()
     if tensors[0].shape[1] == 1 and cu_seqlens is None and not torch.compiler.is_exporting():
         return reference.scan(gates, tensors, h0, mask)  # one step of decoding: a few elementwise calls, no scan
     return op.scan(gates, tensors, h0, mask, cu_seqlens)
@@ -121,21 +122,3 @@ def _check(inputs: dict[str, Tensor], h0: Tensor | None, mask: Tensor | None, cu
         raise TypeError(f"h0: expected a floating dtype, got {h0.dtype}")
     if mask is not None and mask.shape != (batch, time):
         raise ValueError(f"mask: expected shape (B, T) = {(batch, time)}, got {tuple(mask.shape)}")
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, batch: int, time: int, name: str = "cu_seqlens") -> None:
-    """Raise ValueError or TypeError unless `cu_seqlens` packs `time` rows of a batch of one.
-
-    Reads the values (on a GPU that waits for the device), except under torch.compile, where they are not known.
-    """
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"{name}: expected shape (N + 1,) with N >= 1, got {tuple(cu_seqlens.shape)}")
-    if batch != 1:
-        raise ValueError(f"{name}: packed sequences lie in a batch of one, got a batch of {batch}")
-    if torch.compiler.is_compiling():
-        return
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != time or any(b < a for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"{name}: expected offsets that rise from 0 to T = {time}, got {bounds}")

@@ -10,9 +10,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from hf_rnn_kernels import threads
 from hf_rnn_kernels.gated_scan import reference
 
-_HAS_NUMBA = importlib.util.find_spec("numba") is not None
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -20,7 +20,7 @@ def _compiled(x: Tensor):
     """The compiled backend for this tensor's device and dtype, imported when first used; None where there is none."""
     if x.dtype == torch.float64 or x.numel() == 0:
         return None
-    if x.device.type == "cpu" and _HAS_NUMBA:
+    if x.device.type == "cpu" and threads.available():
         return importlib.import_module("hf_rnn_kernels.gated_scan.cpu")
     if x.device.type == "cuda" and _HAS_TRITON:  # "cuda" is also what PyTorch calls an AMD GPU
         return importlib.import_module("hf_rnn_kernels.gated_scan.triton")

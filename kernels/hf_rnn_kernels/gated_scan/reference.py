@@ -50,7 +50,8 @@ def scan(
     dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
     keep, drop, add = coefficients(gates, [x.to(dtype) for x in inputs])
     if mask is not None:
-        keep, drop, add = keep.where(mask[..., None], 1.0), drop * mask[..., None], add * mask[..., None]
+        real = mask[..., None].bool()
+        keep, drop, add = keep.where(real, 1.0), drop.where(real, 0.0), add.where(real, 0.0)
     batch, _, channels = inputs[0].shape
     h = keep.new_zeros(batch, channels) if h0 is None else h0.to(dtype).clone()
     states = []
@@ -84,7 +85,7 @@ def scan_backward(
     dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
     tensors = [x.to(dtype) for x in inputs]
     keep, drop, _ = coefficients(gates, tensors)
-    real = torch.ones_like(keep) if mask is None else mask[..., None].expand_as(keep).to(dtype)
+    real = torch.ones_like(keep, dtype=torch.bool) if mask is None else mask[..., None].bool().expand_as(keep)
     state = torch.zeros_like(grad_last) if h0 is None else h0.to(dtype)
     before = torch.cat([state[:, None], h.to(dtype)], 1)[:, :-1]
     carry, dh = grad_last.to(dtype), torch.empty_like(keep)
@@ -95,8 +96,8 @@ def scan_backward(
             if gates == "linear"
             else torch.where(drop[:, t] < 0.5, dh[:, t] - drop[:, t] * dh[:, t], keep[:, t] * dh[:, t])
         )
-        carry = torch.where(real[:, t] > 0, kept, dh[:, t])
-    grads = [x * dh * real for x in _partial_derivatives(gates, tensors, before)]
+        carry = torch.where(real[:, t], kept, dh[:, t])
+    grads = [(x * dh).where(real, 0.0) for x in _partial_derivatives(gates, tensors, before)]
     return torch.stack(grads, 2).to(inputs[0].dtype), carry
 
 
@@ -110,10 +111,10 @@ def _partial_derivatives(gates: str, inputs: list[Tensor], before: Tensor) -> li
     slope = torch.where(x >= 0, 1.0, x.sigmoid() * (-x).sigmoid()) if "g" in options else torch.ones_like(x)
     keep, drop, _ = coefficients(gates, inputs)
     if name == "min_gru":
-        return [drop * keep * (candidate - before), drop * slope]
+        return [2 * drop * keep * (0.5 * candidate - 0.5 * before), drop * slope]  # halves cannot overflow
     forget, input_ = inputs[:2]
     if "normalize" in options:
-        ratio = drop * keep * (candidate - before)
+        ratio = 2 * drop * keep * (0.5 * candidate - 0.5 * before)
         return [-ratio * torch.sigmoid(-forget), ratio * torch.sigmoid(-input_), drop * slope]
     i = input_.sigmoid()
     return [keep * drop * before, i * torch.sigmoid(-input_) * candidate, i * slope]

@@ -1,12 +1,12 @@
 """RMS normalisation: torch's own, and for training on a CPU one pass in each direction."""
 
 import importlib
-import importlib.util
 
 import torch
 from torch import Tensor
 
-_HAS_NUMBA = importlib.util.find_spec("numba") is not None
+from hf_rnn_kernels import threads
+from hf_rnn_kernels.checks import refuse_forward_mode
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -22,8 +22,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Returns:
         Like x.
+
+    Raises:
+        ValueError: weight does not fit x.
     """
-    if _HAS_NUMBA and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and torch.is_grad_enabled():
+    if x.shape[-1:] != weight.shape:
+        raise ValueError(f"weight: expected the last dimension of x, {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
+    in_float32 = x.dtype == weight.dtype == torch.float32
+    if in_float32 and x.device.type == "cpu" and torch.is_grad_enabled() and threads.available():
+        refuse_forward_mode(x, weight)
         return _forward(x, weight, eps)[0]
     return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 

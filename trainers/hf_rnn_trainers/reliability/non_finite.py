@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The training loss was NaN or infinite. The weights are those before the step."""
+    """The training loss or its gradient was NaN or infinite. The weights are those before the step."""
 
 
 class NonFiniteGuard(Trainer):
@@ -19,6 +19,10 @@ class NonFiniteGuard(Trainer):
     training stops in the step that met the loss, on every process at once; no optimizer step is made with it, the last
     checkpoint stays the last, and the batch is kept beside it.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_GradientGuard(self))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -37,13 +41,36 @@ class NonFiniteGuard(Trainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: x.clone() for name, x in tensors.items()}, path)
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
-        checkpoint = get_last_checkpoint(self.args.output_dir)
+        return (
+            f"loss {losses.tolist()} (one per process) at step {step}, batch {shapes}, kept in {path}. {self.advice()} "
+            "If that batch alone gives such a loss, look at its data."
+        )
+
+    def advice(self) -> str:
+        """What to do next, in a sentence or two."""
+        checkpoint = get_last_checkpoint(self.args.output_dir or ".")
         resume = f"resume from {checkpoint}" if checkpoint else "no checkpoint was saved yet: start again"
         return (
-            f"loss {losses.tolist()} (one per process) at step {step}, batch {shapes}, kept in {path}. "
-            f"The weights are those before this step; {resume} with a lower learning rate, max_grad_norm=1.0, or "
-            "bf16 instead of fp16; if that batch alone gives such a loss, look at its data."
+            f"The weights are those before this step; {resume} with a lower learning rate, max_grad_norm=1.0, or bf16 "
+            "instead of fp16."
         )
+
+
+class _GradientGuard(TrainerCallback):
+    """Looks at the gradients before each optimizer step: a finite loss can have gradients that are not."""
+
+    def __init__(self, trainer: NonFiniteGuard):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.trainer.accelerator.scaler is not None:
+            return  # under fp16 the scaler skips such steps, by design
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if not torch.isfinite(norm):
+            raise NonFiniteLossError(
+                f"gradient norm {norm.item()} at step {state.global_step} with a finite loss. {self.trainer.advice()}"
+            )
 
 
 class RecurrentTrainer(NonFiniteGuard, Trainer):

@@ -1,0 +1,33 @@
+"""Checks that several ops share."""
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, batch: int, time: int, name: str = "cu_seqlens") -> None:
+    """Raise ValueError or TypeError unless `cu_seqlens` packs `time` rows of a batch of one.
+
+    Reads the values (on a GPU that waits for the device), except under torch.compile, where they are not known.
+    """
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"{name}: expected shape (N + 1,) with N >= 1, got {tuple(cu_seqlens.shape)}")
+    if batch != 1:
+        raise ValueError(f"{name}: packed sequences lie in a batch of one, got a batch of {batch}")
+    if torch.compiler.is_compiling():
+        return  # the CPU backend checks them when it runs, the Triton kernels clamp them
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != time or any(b < a for a, b in itertools.pairwise(bounds)):
+        raise ValueError(f"{name}: expected offsets that rise from 0 to T = {time}, got {bounds}")
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError for forward-mode differentiation, which torch would answer with zeros."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("forward-mode differentiation (jvp): the scans and norms have backward formulas only")
