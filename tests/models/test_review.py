@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 from conftest import ARCHITECTURES
-from hf_rnn_kernels import linear_scan, min_gru_scan, rms_norm
 
 from hf_rnn import MinGRUConfig, MinLSTMConfig, MinLSTMForCausalLM
+from hf_rnn_kernels import linear_scan, min_gru_scan, rms_norm
 
 
 def test_wrong_offsets_under_compile_are_an_error():
