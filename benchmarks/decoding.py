@@ -26,7 +26,9 @@ def main() -> None:
     prompts = {n: torch.randint(0, 256, (1, n), device=device) for n in PREFIXES}
     with torch.no_grad():
         states = {n: model(ids, logits_to_keep=1).past_key_values for n, ids in prompts.items()}
-        state_bytes = {n: sum(x.untyped_storage().nbytes() for layer in s.states for x in layer) for n, s in states.items()}
+        state_bytes = {
+            n: sum(x.untyped_storage().nbytes() for layer in s.states for x in layer) for n, s in states.items()
+        }
         times: dict[int, list[float]] = {n: [] for n in PREFIXES}
         rss = {}
         for round_ in range(STEPS + 20):

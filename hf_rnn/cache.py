@@ -48,7 +48,10 @@ class RecurrentCache(Cache):
     def update(self, state: tuple[Tensor, ...], layer_idx: int) -> None:
         """Store a layer's new state: in place, unless autograd may still need the old one or track the new one."""
         old = self.states[layer_idx]
-        tracked = any(x.requires_grad or x.is_inference() for x in (*state, *(old or ())))
+        both = (*state, *(old or ()))
+        tracked = any(x.requires_grad for x in both)
+        if not torch.compiler.is_compiling():
+            tracked = tracked or any(x.is_inference() for x in both)  # such a tensor cannot be written to elsewhere
         if old is None or tracked or any(a.shape != b.shape for a, b in zip(old, state, strict=True)):
             self.states[layer_idx] = state
             return

@@ -34,10 +34,12 @@ def padding_mask(attention_mask: Tensor | None, batch: int, time: int, past: int
     """
     if attention_mask is None:
         return None
-    shape = tuple(attention_mask.shape)
-    if shape not in ((batch, time), (batch, past + time)):
-        expected = f"{(batch, time)}" + (f" or, with the past in front, {(batch, past + time)}" if past else "")
-        raise ValueError(f"attention_mask: expected shape (B, T) = {expected}, got {shape}")
+    fits = attention_mask.dim() == 2 and attention_mask.shape[0] == batch
+    if not fits or (attention_mask.shape[1] != time and attention_mask.shape[1] != past + time):
+        raise ValueError(
+            f"attention_mask: expected shape (B, T) = {(batch, time)} or, with the past in front, "
+            f"{(batch, past + time)}, got {tuple(attention_mask.shape)}"
+        )
     compiling = torch.compiler.is_compiling()
     if (
         not compiling
