@@ -73,6 +73,7 @@ def main() -> None:
         per_device_train_batch_size=8,
         learning_rate=6e-3,
         save_strategy="no",
+        eval_strategy="epoch",
         use_cpu=True,
         dataloader_pin_memory=False,
     )

@@ -12,14 +12,14 @@ def plot_losses(log_history: list[dict], path: str | Path) -> Path | None:
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label in (("loss", "training"), ("eval_loss", "held out")):
+    for key, label, marker in (("loss", "training", None), ("eval_loss", "held out", "o")):
         points = [(entry["step"], float(entry[key])) for entry in log_history if key in entry]
-        steps, losses = zip(*points, strict=True) if points else ((), ())
-        axes.plot(steps, losses, label=label, marker="." if len(points) < 3 else None)
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+            axes.legend()
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
     path = Path(path)
     figure.savefig(path, dpi=120)
     return path
