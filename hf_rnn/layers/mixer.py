@@ -1,3 +1,5 @@
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -5,7 +7,7 @@ from transformers import initialization as init
 from hf_rnn.configuration_recurrent import RecurrentConfig
 
 
-class RecurrentMixer(nn.Module):
+class RecurrentMixer(nn.Module, ABC):
     """What the recurrences share: the projection to pre-activations, a learned initial state, the output projection.
 
     An architecture gives `num_projections`, `recurrence` and, where zeros are not it, `initial_bias`.
@@ -28,11 +30,11 @@ class RecurrentMixer(nn.Module):
             nn.Linear(inner, config.hidden_size, bias=config.use_bias) if config.output_projection else nn.Identity()
         )
 
+    @abstractmethod
     def recurrence(
         self, projections: tuple[Tensor, ...], h0: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Pre-activations (B, T, inner_size) and state (N, inner_size) to h (B, T, inner_size) and the last state."""
-        raise NotImplementedError
 
     def initial_bias(self) -> list[float]:
         """Initial bias of each projection."""

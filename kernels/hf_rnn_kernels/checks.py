@@ -26,8 +26,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, time: int, name: str = "cu_
 
 
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raise NotImplementedError for forward-mode differentiation, which torch would answer with zeros."""
+    """Raise RuntimeError for forward-mode differentiation, which torch would answer with zeros."""
     if torch.compiler.is_compiling():
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError("forward-mode differentiation (jvp): the scans and norms have backward formulas only")
+        raise RuntimeError("forward-mode differentiation (jvp): the scans and norms have backward formulas only")
