@@ -89,18 +89,27 @@ def _candidate(x, positive):
 
 
 @_inline
-def _step(h, lost, keep, drop, goal):
-    """keep * h + drop * goal for keep + drop = 1, and what its rounding lost, to be handed to the next step.
+def _lstm_gates(forget, input_, normalize):
+    """keep, drop = 1 - keep, and what the candidate is multiplied by."""
+    if normalize:
+        keep, share = _gate_shares(forget, input_)
+        return keep, share, share
+    drop, keep = _gate(forget)
+    return keep, drop, _gate(input_)[1]
+
+
+@_inline
+def _step(h, lost, keep, drop, add, goal):
+    """keep * h + add * goal, and what its rounding lost, to be handed to the next step.
 
     A slow gate adds a little to a lot, thousands of times: `lost` carries the rounding error along (Kahan). Halves keep
-    goal - h from overflowing; scaling by 2 is exact.
+    the difference of two large values from overflowing; scaling by 2 is exact.
     """
-    half, half_goal = _HALF * h, _HALF * goal
-    step = drop * (half_goal - half) - lost
+    half, gain = _HALF * h, add * (_HALF * goal)
+    step = (gain - drop * half) - lost
     slow = half + step
-    fast = half_goal + keep * (half - half_goal)
     is_slow = drop < _HALF
-    return _TWO * (slow if is_slow else fast), ((slow - half) - step) if is_slow else _F32(0)
+    return _TWO * (slow if is_slow else keep * half + gain), ((slow - half) - step) if is_slow else _F32(0)
 
 
 @_inline
@@ -134,7 +143,7 @@ def _min_gru_row(width, gate, gate0, candidate, candidate0, h, h0, lost, out, ou
     for d in range(width):
         keep, z = _gate(gate[gate0 + d])
         goal, _ = _candidate(candidate[candidate0 + d], positive)
-        value, lost[d] = _step(h[h0 + d], lost[d], keep, z, goal)
+        value, lost[d] = _step(h[h0 + d], lost[d], keep, z, z, goal)
         h[h0 + d] = value
         out[out0 + d] = value
 
@@ -154,103 +163,44 @@ def _min_gru_row_backward(
 
 
 @_row
-def _min_lstm_row(width, forget, f0, input_, i0, candidate, c0, h, h0, lost, out, out0, positive):
+def _min_lstm_row(width, forget, f0, input_, i0, candidate, c0, h, h0, lost, out, out0, positive, normalize):
     for d in range(width):
-        drop, keep = _gate(forget[f0 + d])
-        _, add = _gate(input_[i0 + d])
+        keep, drop, add = _lstm_gates(forget[f0 + d], input_[i0 + d], normalize)
         goal, _ = _candidate(candidate[c0 + d], positive)
-        step = (add * goal - drop * h[h0 + d]) - lost[d]
-        slow = h[h0 + d] + step
-        fast = keep * h[h0 + d] + add * goal
-        is_slow = drop < _HALF
-        lost[d] = ((slow - h[h0 + d]) - step) if is_slow else _F32(0)
-        value = slow if is_slow else fast
+        value, lost[d] = _step(h[h0 + d], lost[d], keep, drop, add, goal)
         h[h0 + d] = value
         out[out0 + d] = value
 
 
 @_row
 def _min_lstm_row_backward(
-    width,
-    forget,
-    f0,
-    input_,
-    i0,
-    candidate,
-    c0,
-    before,
-    before0,
-    carry,
-    carry0,
-    grad,
-    grad0,
-    grads,
-    df0,
-    di0,
-    dc0,
-    positive,
-):
+    width, forget, f0, input_, i0, candidate, c0, before, before0, carry, carry0, grad, grad0, grads, df0, di0, dc0,
+    positive, normalize,
+):  # fmt: skip
     for d in range(width):
-        drop, keep = _gate(forget[f0 + d])
-        shut, add = _gate(input_[i0 + d])
+        f, i = forget[f0 + d], input_[i0 + d]
+        keep, drop, add = _lstm_gates(f, i, normalize)
         goal, slope = _candidate(candidate[c0 + d], positive)
         dh = carry[carry0 + d] + grad[grad0 + d]
-        grads[df0 + d] = dh * (before[before0 + d] * (drop * keep))
-        grads[di0 + d] = dh * (goal * (add * shut))
+        if normalize:  # through log(i / f), of which z = i / (f + i) is the sigmoid
+            half_step = _HALF * goal - _HALF * before[before0 + d]
+            grad_log_ratio = dh * ((_TWO * add * keep) * half_step)
+            grads[df0 + d] = -grad_log_ratio * _gate(f)[0]
+            grads[di0 + d] = grad_log_ratio * _gate(i)[0]
+        else:
+            grads[df0 + d] = dh * (before[before0 + d] * (drop * keep))
+            grads[di0 + d] = dh * (goal * (add * _gate(i)[0]))
         grads[dc0 + d] = dh * add * slope
         carry[carry0 + d] = _decay(keep, drop, dh)
 
 
-@_row
-def _min_lstm_normalized_row(width, forget, f0, input_, i0, candidate, c0, h, h0, lost, out, out0, positive):
-    for d in range(width):
-        keep, z = _gate_shares(forget[f0 + d], input_[i0 + d])
-        goal, _ = _candidate(candidate[c0 + d], positive)
-        value, lost[d] = _step(h[h0 + d], lost[d], keep, z, goal)
-        h[h0 + d] = value
-        out[out0 + d] = value
-
-
-@_row
-def _min_lstm_normalized_row_backward(
-    width,
-    forget,
-    f0,
-    input_,
-    i0,
-    candidate,
-    c0,
-    before,
-    before0,
-    carry,
-    carry0,
-    grad,
-    grad0,
-    grads,
-    df0,
-    di0,
-    dc0,
-    positive,
-):
-    for d in range(width):
-        keep, z = _gate_shares(forget[f0 + d], input_[i0 + d])
-        goal, slope = _candidate(candidate[c0 + d], positive)
-        dh = carry[carry0 + d] + grad[grad0 + d]
-        half_step = _HALF * goal - _HALF * before[before0 + d]
-        grad_log_ratio = dh * ((_TWO * z * keep) * half_step)
-        grads[df0 + d] = -grad_log_ratio * _gate(forget[f0 + d])[0]
-        grads[di0 + d] = grad_log_ratio * _gate(input_[i0 + d])[0]
-        grads[dc0 + d] = dh * z * slope
-        carry[carry0 + d] = _decay(keep, z, dh)
-
-
-_LINEAR, _MIN_GRU, _MIN_LSTM, _MIN_LSTM_NORMALIZED = range(4)
+_LINEAR, _MIN_GRU, _MIN_LSTM = range(3)
 _U = np.uint64  # unsigned indices spare the vectoriser the check for negative ones
 _U1 = _U(1)
 
 
 @_parallel
-def _forward(kind, positive, x, strides, y, z, channels, strip, h0, mask, offsets, out, last):
+def _forward(kind, positive, normalize, x, strides, y, z, channels, strip, h0, mask, offsets, out, last):
     """Inputs x, y, z (z unused where there are two) with row strides; `last` is the running state."""
     strips = (channels + strip - _U1) // strip
     for task in prange(_U(offsets.size - 1) * strips):
@@ -271,14 +221,12 @@ def _forward(kind, positive, x, strides, y, z, channels, strip, h0, mask, offset
                 _linear_row(width, x, x0, y, y0, last, s, out, o)
             elif kind == _MIN_GRU:
                 _min_gru_row(width, x, x0, y, y0, last, s, lost, out, o, positive)
-            elif kind == _MIN_LSTM:
-                _min_lstm_row(width, x, x0, y, y0, z, z0, last, s, lost, out, o, positive)
             else:
-                _min_lstm_normalized_row(width, x, x0, y, y0, z, z0, last, s, lost, out, o, positive)
+                _min_lstm_row(width, x, x0, y, y0, z, z0, last, s, lost, out, o, positive, normalize)
 
 
 @_parallel
-def _backward(kind, positive, x, strides, y, z, channels, strip, h0, mask, offsets, h, grad, grads, carry):
+def _backward(kind, positive, normalize, x, strides, y, z, channels, strip, h0, mask, offsets, h, grad, grads, carry):
     """`carry` holds the gradient of the last states on entry and that of the initial states on return."""
     strips = (channels + strip - _U1) // strip
     count = _U(grads.size) // max(_U(grad.size), _U1)
@@ -305,13 +253,9 @@ def _backward(kind, positive, x, strides, y, z, channels, strip, h0, mask, offse
                 _linear_row_backward(width, x, x0, before, b, carry, s, grad, o, grads, dx, dy)
             elif kind == _MIN_GRU:
                 _min_gru_row_backward(width, x, x0, y, y0, before, b, carry, s, grad, o, grads, dx, dy, positive)
-            elif kind == _MIN_LSTM:
-                _min_lstm_row_backward(
-                    width, x, x0, y, y0, z, z0, before, b, carry, s, grad, o, grads, dx, dy, dz, positive
-                )
             else:
-                _min_lstm_normalized_row_backward(
-                    width, x, x0, y, y0, z, z0, before, b, carry, s, grad, o, grads, dx, dy, dz, positive
+                _min_lstm_row_backward(
+                    width, x, x0, y, y0, z, z0, before, b, carry, s, grad, o, grads, dx, dy, dz, positive, normalize
                 )
 
 
@@ -330,7 +274,7 @@ def _rows(x: Tensor) -> tuple[np.ndarray, np.uint64]:
 
 def _arguments(gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None):
     name, *options = gates.split("+")
-    kind = {"linear": _LINEAR, "min_gru": _MIN_GRU, "min_lstm": _MIN_LSTM}[name] + ("normalize" in options)
+    kind = {"linear": _LINEAR, "min_gru": _MIN_GRU, "min_lstm": _MIN_LSTM}[name]
     batch, time, channels = inputs[0].shape
     offsets = np.arange(batch + 1) * time if cu_seqlens is None else cu_seqlens.numpy()
     sequences = len(offsets) - 1
@@ -346,7 +290,20 @@ def _arguments(gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor
     h0 = np.zeros(sequences * channels, np.float32) if h0 is None else _flat(h0)
     mask = np.empty(0, np.bool_) if mask is None else mask.reshape(-1).bool().numpy()
     strides = (x_stride, y_stride, z_stride)
-    return kind, "g" in options, x, strides, y, z, _U(channels), _U(strip), h0, mask, offsets.astype(np.uint64)
+    return (
+        kind,
+        "g" in options,
+        "normalize" in options,
+        x,
+        strides,
+        y,
+        z,
+        _U(channels),
+        _U(strip),
+        h0,
+        mask,
+        offsets.astype(np.uint64),
+    )
 
 
 def _empty(*shape: int) -> Tensor:
