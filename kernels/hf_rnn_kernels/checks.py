@@ -25,6 +25,30 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, time: int, name: str = "cu_
         raise ValueError(f"{name}: expected offsets that rise from 0 to T = {time}, got {bounds}")
 
 
+def check_scan(inputs: dict[str, Tensor], mask: Tensor | None, cu_seqlens: Tensor | None) -> int:
+    """Raise TypeError or ValueError unless the inputs are (B, T, channels) tensors of one shape, dtype and device that
+    fit `mask` and `cu_seqlens`; return the number of sequences."""
+    (first_name, first), *others = inputs.items()
+    if first.dim() != 3:
+        raise ValueError(f"{first_name}: expected shape (B, T, D), got {tuple(first.shape)}")
+    if first.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{first_name}: expected float32, bfloat16, float16 or float64, got {first.dtype}")
+    for name, x in others:
+        if x.shape != first.shape:
+            raise ValueError(f"{name}: expected the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}")
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name}: expected the dtype of {first_name}, {first.dtype}, got {x.dtype}")
+    for name, other in [*others, ("mask", mask), ("cu_seqlens", cu_seqlens)]:
+        if other is not None and other.device != first.device:
+            raise ValueError(f"{name}: expected on the device of {first_name}, {first.device}, got {other.device}")
+    batch, time, _ = first.shape
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, batch, time)
+    if mask is not None and mask.shape != (batch, time):
+        raise ValueError(f"mask: expected shape (B, T) = {(batch, time)}, got {tuple(mask.shape)}")
+    return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
     """Raise RuntimeError for forward-mode differentiation, which torch would answer with zeros."""
     if torch.compiler.is_compiling():

@@ -8,7 +8,7 @@ as numba code on a CPU, as Triton kernels on a GPU, and as plain torch anywhere 
 import torch
 from torch import Tensor
 
-from hf_rnn_kernels.checks import check_cu_seqlens, refuse_forward_mode
+from hf_rnn_kernels.checks import check_scan, refuse_forward_mode
 from hf_rnn_kernels.gated_scan import op, reference
 
 
@@ -88,7 +88,14 @@ def min_lstm_scan(
 def _scan(
     gates: str, inputs: dict[str, Tensor], h0: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    _check(inputs, h0, mask, cu_seqlens)
+    sequences = check_scan(inputs, mask, cu_seqlens)
+    first_name, first = next(iter(inputs.items()))
+    if h0 is not None and h0.device != first.device:
+        raise ValueError(f"h0: expected on the device of {first_name}, {first.device}, got {h0.device}")
+    if h0 is not None and h0.shape != (sequences, first.shape[2]):
+        raise ValueError(f"h0: expected shape (N, D) = {(sequences, first.shape[2])}, got {tuple(h0.shape)}")
+    if h0 is not None and not h0.is_floating_point():
+        raise TypeError(f"h0: expected a floating dtype, got {h0.dtype}")
     tensors = list(inputs.values())
     refuse_forward_mode(*tensors, h0)
     mask = None if mask is None else mask.bool()
@@ -96,29 +103,3 @@ def _scan(
         return reference.scan(gates, tensors, h0, mask)  # one step of decoding: a few elementwise calls, no scan
     return op.scan(gates, tensors, h0, mask, cu_seqlens)
 
-
-def _check(inputs: dict[str, Tensor], h0: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    (first_name, first), *others = inputs.items()
-    if first.dim() != 3:
-        raise ValueError(f"{first_name}: expected shape (B, T, D), got {tuple(first.shape)}")
-    if first.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"{first_name}: expected float32, bfloat16, float16 or float64, got {first.dtype}")
-    for name, x in others:
-        if x.shape != first.shape:
-            raise ValueError(f"{name}: expected the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}")
-        if x.dtype != first.dtype:
-            raise TypeError(f"{name}: expected the dtype of {first_name}, {first.dtype}, got {x.dtype}")
-    for name, other in [*others, ("h0", h0), ("mask", mask), ("cu_seqlens", cu_seqlens)]:
-        if other is not None and other.device != first.device:
-            raise ValueError(f"{name}: expected on the device of {first_name}, {first.device}, got {other.device}")
-    batch, time, channels = first.shape
-    sequences = batch
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, batch, time)
-        sequences = cu_seqlens.shape[0] - 1
-    if h0 is not None and h0.shape != (sequences, channels):
-        raise ValueError(f"h0: expected shape (N, D) = {(sequences, channels)}, got {tuple(h0.shape)}")
-    if h0 is not None and not h0.is_floating_point():
-        raise TypeError(f"h0: expected a floating dtype, got {h0.dtype}")
-    if mask is not None and mask.shape != (batch, time):
-        raise ValueError(f"mask: expected shape (B, T) = {(batch, time)}, got {tuple(mask.shape)}")

@@ -1,0 +1,118 @@
+"""Recurrences whose gates see the state: LSTM and GRU, dense or with heads, from the input projection to all states.
+
+Shapes: B batch, T time, H heads of P units, D = H * P, N sequences (B, or len(cu_seqlens) - 1 when packed). Both take
+float32, bfloat16 or float16 (state and gates in float32) or float64, give gradients for every floating argument, and
+run as numba code on a CPU, as Triton kernels on a GPU, and as plain torch anywhere else. Pre-activations lie head by
+head, within a head gate by gate: with one head, in torch's order.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_rnn_kernels.checks import check_scan, refuse_forward_mode
+from hf_rnn_kernels.recurrent_scan import op, reference
+
+
+def lstm_scan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """LSTM: i, f, g, o = x_t + R h_{t-1} + b; c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g); h_t = sigmoid(o) tanh(c_t).
+
+    "Long Short-Term Memory" with forget gates, as `torch.nn.LSTM` has it; with several heads, R is block-diagonal
+    (FlashRNN, arXiv 2412.07752).
+
+    Args:
+        x: input projection (B, T, H * 4 * P): for each head the pre-activations i, f, g, o.
+        weight: R, (H, 4 * P, P), floating. One head: torch's `weight_hh` as (1, 4 * D, D).
+        bias: (H * 4 * P), added to R h; torch's `bias_hh`. None for zeros.
+        h0, c0: initial states (N, D), any floating dtype; zeros by default.
+        mask: (B, T), zero or False at padding: such a token leaves the state as it was, and its output is that state.
+        cu_seqlens: (N + 1) integers, 0 = s_0 <= s_1 <= ... <= s_N = T: sequence n is rows s_n to s_{n+1} - 1 of a
+            batch of one, and starts from h0[n], c0[n].
+
+    Returns:
+        h (B, T, D) in the dtype of x, and the last states h and c (N, D) in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument of another shape, dtype or device than above, named in the message.
+    """
+    h, last = _scan("lstm", x, weight, bias, {"h0": h0, "c0": c0}, mask, cu_seqlens)
+    return h, (last[0], last[1])
+
+
+def gru_scan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    h0: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """GRU: r, z = sigmoid(x_t + R h_{t-1} + b); n = tanh(x_t + r * (R h_{t-1} + b)); h_t = (1 - z) n + z h_{t-1}.
+
+    As `torch.nn.GRU` has it (reset gate after the product, as in cuDNN), with R block-diagonal over heads.
+
+    Args:
+        x: input projection (B, T, H * 3 * P): for each head the pre-activations r, z, n.
+        weight: R, (H, 3 * P, P), floating. One head: torch's `weight_hh` as (1, 3 * D, D).
+        bias: (H * 3 * P), added to R h, so that r multiplies its part in n (b_hn); torch's `bias_hh`. None for zeros.
+        h0: initial states (N, D), any floating dtype; zeros by default.
+        mask, cu_seqlens: as in `lstm_scan`.
+
+    Returns:
+        h (B, T, D) in the dtype of x, and the last states (N, D) in float32 (float64 for float64 inputs).
+
+    Raises: as `lstm_scan`.
+    """
+    h, last = _scan("gru", x, weight, bias, {"h0": h0}, mask, cu_seqlens)
+    return h, last[0]
+
+
+def _scan(
+    cell: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: dict[str, Tensor | None],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    gates = reference.CELLS[cell].gates
+    if weight.dim() != 3 or weight.shape[1] != gates * weight.shape[2]:
+        raise ValueError(f"weight: expected shape (H, {gates} * P, P), got {tuple(weight.shape)}")
+    heads, rows, size = weight.shape
+    sequences = check_scan({"x": x}, mask, cu_seqlens)
+    if x.shape[2] != heads * rows:
+        raise ValueError(f"x: expected {heads * rows} = H * {gates} * P channels for this weight, got {x.shape[2]}")
+    expected = {
+        "weight": (weight, weight.shape),
+        "bias": (bias, (heads * rows,)),
+        **{name: (state, (sequences, heads * size)) for name, state in initial.items()},
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected on the device of x, {x.device}, got {tensor.device}")
+    states: list[Tensor] = []
+    if any(state is not None for state in initial.values()):
+        zeros = x.new_zeros(sequences, heads * size, dtype=reference.state_dtype(x))
+        states = [zeros if state is None else state for state in initial.values()]
+    refuse_forward_mode(x, weight, bias, *states)
+    mask = None if mask is None else mask.bool()
+    if x.shape[1] == 1 and cu_seqlens is None and not torch.compiler.is_exporting():
+        h, _, last = reference.scan(cell, x, weight, bias, states, mask)  # one step of decoding: a few torch calls
+        return h, last
+    tracked = any(t is not None and t.requires_grad for t in (x, weight, bias, *states))
+    h, _, last = op.scan(cell, x, weight, bias, states, mask, cu_seqlens, tracked and torch.is_grad_enabled())
+    return h, last

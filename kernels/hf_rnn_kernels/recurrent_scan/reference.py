@@ -1,0 +1,176 @@
+"""The cells as their papers write them: plain torch, any device, any float dtype.
+
+Every other backend is tested against this file in float64. It is also what runs where no compiled backend applies
+(no numba, no Triton, float64), so it loops over time with a dozen torch calls a step.
+
+A new cell is two functions, one step forward and one step back, and an entry in CELLS.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+States = tuple[Tensor, ...]
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# Tensors of one step: pre-activations x and recurrent, the latter R h_{t-1} + b, (N, H, gates, P); states (N, H, P).
+
+
+def lstm_step(x: Tensor, recurrent: Tensor, states: States) -> States:
+    """(h, c) before and after."""
+    i, f, g, o = (x + recurrent).unbind(2)
+    c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def lstm_step_back(
+    x: Tensor, recurrent: Tensor, before: States, after: States, grads: States
+) -> tuple[Tensor, Tensor, States]:
+    """Gradients of (h, c) after the step to those of x, of `recurrent`, and of (h, c) before it, but for R h_{t-1}."""
+    i, f, g, o = (x + recurrent).unbind(2)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    tanh_c = after[1].tanh()
+    dh, dc = grads
+    dc = dc + dh * o * (1 - tanh_c * tanh_c)
+    dx = torch.stack(
+        [dc * g * i * (1 - i), dc * before[1] * f * (1 - f), dc * i * (1 - g * g), dh * tanh_c * o * (1 - o)], 2
+    )
+    return dx, dx, (torch.zeros_like(dh), dc * f)
+
+
+def gru_step(x: Tensor, recurrent: Tensor, states: States) -> States:
+    """(h,) before and after."""
+    r, z = (x + recurrent)[:, :, :2].sigmoid().unbind(2)
+    n = (x[:, :, 2] + r * recurrent[:, :, 2]).tanh()
+    return (n + z * (states[0] - n),)
+
+
+def gru_step_back(
+    x: Tensor, recurrent: Tensor, before: States, after: States, grads: States
+) -> tuple[Tensor, Tensor, States]:
+    """As `lstm_step_back`."""
+    r, z = (x + recurrent)[:, :, :2].sigmoid().unbind(2)
+    n = (x[:, :, 2] + r * recurrent[:, :, 2]).tanh()
+    (dh,) = grads
+    dn = dh * (1 - z) * (1 - n * n)
+    dr, dz = dn * recurrent[:, :, 2] * r * (1 - r), dh * (before[0] - n) * z * (1 - z)
+    return torch.stack([dr, dz, dn], 2), torch.stack([dr, dz, dn * r], 2), (dh * z,)
+
+
+class Cell(NamedTuple):
+    gates: int  # pre-activations of a unit
+    states: int  # tensors of state, h the first
+    step: Callable
+    step_back: Callable
+    own_recurrent_grads: int  # how many gates, the last ones, have another gradient in R h + b than in x
+
+
+CELLS = {"lstm": Cell(4, 2, lstm_step, lstm_step_back, 0), "gru": Cell(3, 1, gru_step, gru_step_back, 1)}
+
+
+def _recurrent(h: Tensor, weight: Tensor, bias: Tensor | None, gates: int) -> Tensor:
+    """R h + b: (N, H, P) to (N, H, gates, P)."""
+    product = torch.bmm(h.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+    return (product if bias is None else product + bias).unflatten(2, (gates, -1))
+
+
+def _prepare(cell: str, x: Tensor, weight: Tensor, bias: Tensor | None, states: list[Tensor], mask: Tensor | None):
+    """Everything in the dtype of the state and split into heads."""
+    dtype, heads, size = state_dtype(x), weight.shape[0], weight.shape[2]
+    x = x.to(dtype).unflatten(2, (heads, CELLS[cell].gates, size))
+    zeros = x.new_zeros(x.shape[0], heads, size)
+    states = [s.to(dtype).unflatten(1, (heads, size)) for s in states] or [zeros] * CELLS[cell].states
+    real = None if mask is None else mask.bool()[:, :, None, None]
+    return x, weight.to(dtype), None if bias is None else bias.to(dtype).view(heads, -1), tuple(states), real
+
+
+def scan(
+    cell: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: list[Tensor],
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    training: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the recurrence one step at a time; arguments and results as in `op.scan`."""
+    if cu_seqlens is not None:
+        pieces = [
+            scan(cell, x[:, at], weight, bias, [s[n : n + 1] for s in states], m, None, training)
+            for n, at, m in _pieces(mask, cu_seqlens)
+        ]
+        return torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces], 1), torch.cat(
+            [p[2] for p in pieces], 1
+        )  # fmt: skip
+    dtype = x.dtype
+    x, weight, bias, state, real = _prepare(cell, x, weight, bias, states, mask)
+    every: list[States] = []
+    for t in range(x.shape[1]):
+        new = CELLS[cell].step(x[:, t], _recurrent(state[0], weight, bias, CELLS[cell].gates), state)
+        state = new if real is None else tuple(a.where(real[:, t], b) for a, b in zip(new, state, strict=True))
+        every.append(state)
+    batch, time, size = x.shape[0], x.shape[1], state[0].shape[1] * state[0].shape[2]
+    kept = len(state) if training else 1
+    all_states = [torch.stack([s[k] for s in every], 1).flatten(2) for k in range(kept if every else 0)]
+    h = all_states[0].to(dtype) if every else x.new_empty(batch, 0, size, dtype=dtype)
+    others = torch.stack(all_states[1:], 2) if all_states[1:] else x.new_empty(batch, time, kept - 1, size)
+    return h, others, torch.stack([s.flatten(1) for s in state])
+
+
+def scan_backward(
+    cell: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: list[Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    h: Tensor,
+    others: Tensor,
+    grad: Tensor,
+    grad_last: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by the chain rule, backwards in time; as `op.scan_backward`."""
+    if cu_seqlens is not None:
+        pieces = [
+            scan_backward(
+                cell, x[:, at], weight, bias, [s[n : n + 1] for s in states], m, None,
+                h[:, at], others[:, at], grad[:, at], grad_last[:, n : n + 1],
+            )
+            for n, at, m in _pieces(mask, cu_seqlens)
+        ]  # fmt: skip
+        return tuple(torch.cat([p[i] for p in pieces], 1) for i in range(3))  # type: ignore[return-value]
+    dtype, heads = x.dtype, weight.shape[0]
+    x, weight, bias, first, real = _prepare(cell, x, weight, bias, states, mask)
+    every = [s.to(x.dtype).unflatten(2, (heads, -1)) for s in (h, *others.unbind(2))]
+    grad = grad.to(x.dtype).unflatten(2, (heads, -1))
+    carry = tuple(grad_last.to(x.dtype).unflatten(2, (heads, -1)))
+    grads_x, grads_recurrent = torch.zeros_like(x), torch.zeros_like(x)
+    for t in reversed(range(x.shape[1])):
+        before = tuple(s[:, t - 1] for s in every) if t else first
+        after = tuple(s[:, t] for s in every)
+        recurrent = _recurrent(before[0], weight, bias, CELLS[cell].gates)
+        grads = (carry[0] + grad[:, t], *carry[1:])
+        dx, d_recurrent, passed = CELLS[cell].step_back(x[:, t], recurrent, before, after, grads)
+        if real is not None:
+            dx, d_recurrent = (d * real[:, t, ..., None] for d in (dx, d_recurrent))
+            passed = tuple(a.where(real[:, t], b) for a, b in zip(passed, grads, strict=True))
+        through = torch.bmm(d_recurrent.flatten(2).transpose(0, 1), weight).transpose(0, 1)
+        carry = (passed[0] + through, *passed[1:])
+        grads_x[:, t], grads_recurrent[:, t] = dx, d_recurrent
+    own = grads_recurrent[:, :, :, x.shape[3] - CELLS[cell].own_recurrent_grads :]
+    return grads_x.flatten(2).to(dtype), own.flatten(2).to(dtype), torch.stack([c.flatten(1) for c in carry])
+
+
+def _pieces(mask: Tensor | None, cu_seqlens: Tensor):
+    """(n, its slice of time, its mask) of each packed sequence."""
+    for n, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+        yield n, slice(start, stop), None if mask is None else mask[:, start:stop]
