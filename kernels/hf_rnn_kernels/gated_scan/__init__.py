@@ -102,4 +102,3 @@ def _scan(
     if tensors[0].shape[1] == 1 and cu_seqlens is None and not torch.compiler.is_exporting():
         return reference.scan(gates, tensors, h0, mask)  # one step of decoding: a few elementwise calls, no scan
     return op.scan(gates, tensors, h0, mask, cu_seqlens)
-

@@ -1,7 +1,6 @@
 """CPU backend: one compiled pass over the rows, vectorised over channels, threads over sequences and channel strips.
 
-numba compiles these loops on first use and keeps the result on disk, so the user needs no compiler. A scalar `exp`
-would cost more than everything else together; `_exp` below is a polynomial that LLVM vectorises. Measurements:
+numba compiles these loops on first use and keeps the result on disk, so the user needs no compiler. Measurements:
 docs/log.md, 2026-11-22.
 
 Rows are time steps: tensors come as flat arrays with a row stride, so that the two halves of one projection are read
@@ -10,118 +9,65 @@ in place. `offsets[n] : offsets[n + 1]` are the rows of sequence n.
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba import prange
 from torch import Tensor
 
 from hf_rnn_kernels.checks import check_cu_seqlens
 from hf_rnn_kernels.threads import run
-
-_FAST = {"contract", "nsz"}  # fused multiply-add; nothing that reorders sums or assumes finite values
-_F32 = np.float32
-_HALF, _ONE, _TWO = _F32(0.5), _F32(1), _F32(2)
-_LOG2E, _ROUND, _LIMIT = _F32(1.4426950408889634), _F32(1.5 * 2**23), _F32(87.0)
-_LN2_HIGH, _LN2_LOW = _F32(0.693359375), _F32(-2.12194440e-4)
-# Minimax polynomial of (e^r - 1 - r) / r^2 on |r| <= ln(2)/2 (Cephes, expf)
-_P0, _P1, _P2 = _F32(1.9875691500e-4), _F32(1.3981999507e-3), _F32(8.3334519073e-3)
-_P3, _P4, _P5 = _F32(4.1665795894e-2), _F32(1.6666665459e-1), _F32(5.0000001201e-1)
+from hf_rnn_kernels.vector_math import F32, HALF, ONE, TWO, U, decay, exp, flat, inline, parallel, row, sigmoids
 
 
-@intrinsic
-def _as_float(typing_context, bits):
-    return types.float32(types.int32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
-
-
-@intrinsic
-def _as_int(typing_context, value):
-    return types.int32(types.float32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-_inline = njit(fastmath=_FAST, error_model="numpy", inline="always")
-_row = njit(fastmath=_FAST, error_model="numpy")
-_parallel = njit(fastmath=_FAST, error_model="numpy", parallel=True, nogil=True, cache=True)
-
-
-@_inline
-def _exp(x):
-    """e^x in float32 to about an ulp, x clamped to +-87 so that it is finite; NaN stays NaN."""
-    x = -_LIMIT if x < -_LIMIT else x
-    x = _LIMIT if x > _LIMIT else x
-    shifted = x * _LOG2E + _ROUND  # adding 1.5 * 2^23 rounds to the nearest integer, held in the low bits
-    n = shifted - _ROUND
-    r = x - n * _LN2_HIGH
-    r = r - n * _LN2_LOW
-    p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
-    return (p * (r * r) + r + _ONE) * _as_float((_as_int(shifted) << np.int32(23)) + np.int32(0x3F800000))
-
-
-@_inline
-def _gate(x):
-    """sigmoid(-x) and sigmoid(x), each to the last bits, with one exponential and one division."""
-    small = _exp(-abs(x))
-    large = _ONE / (_ONE + small)
-    small = small * large
-    return (small, large) if x >= _F32(0) else (large, small)
-
-
-@_inline
+@inline
 def _gate_shares(forget, input_):
     """f / (f + i) and i / (f + i) for f, i = sigmoid of the arguments, without the underflow of f + i.
 
     i : f = (1 + e^-|forget|) : (1 + e^-|input|) * e^(relu(-input) - relu(-forget)).
     """
-    zero = _F32(0)
+    zero = F32(0)
     low_f = -forget if forget < zero else zero
     low_i = -input_ if input_ < zero else zero
-    i = _ONE + _exp(-abs(forget))
-    f = (_ONE + _exp(-abs(input_))) * _exp(low_i - low_f)
-    scale = _ONE / (f + i)
+    i = ONE + exp(-abs(forget))
+    f = (ONE + exp(-abs(input_))) * exp(low_i - low_f)
+    scale = ONE / (f + i)
     return f * scale, i * scale
 
 
-@_inline
+@inline
 def _candidate(x, positive):
     """g(x) and its slope if `positive`, else x and 1."""
-    below = _ONE / (_ONE + _exp(-x))
-    g, slope = (x + _HALF, _ONE) if x >= _F32(0) else (below, below * (_ONE - below))
-    return (g, slope) if positive else (x, _ONE)
+    below = ONE / (ONE + exp(-x))
+    g, slope = (x + HALF, ONE) if x >= F32(0) else (below, below * (ONE - below))
+    return (g, slope) if positive else (x, ONE)
 
 
-@_inline
+@inline
 def _lstm_gates(forget, input_, normalize):
     """keep, drop = 1 - keep, and what the candidate is multiplied by."""
     if normalize:
         keep, share = _gate_shares(forget, input_)
         return keep, share, share
-    drop, keep = _gate(forget)
-    return keep, drop, _gate(input_)[1]
+    drop, keep = sigmoids(forget)
+    return keep, drop, sigmoids(input_)[1]
 
 
-@_inline
+@inline
 def _step(h, lost, keep, drop, add, goal):
     """keep * h + add * goal, and what its rounding lost, to be handed to the next step.
 
     A slow gate adds a little to a lot, thousands of times: `lost` carries the rounding error along (Kahan). Halves keep
     the difference of two large values from overflowing; scaling by 2 is exact.
     """
-    half, gain = _HALF * h, add * (_HALF * goal)
+    half, gain = HALF * h, add * (HALF * goal)
     step = (gain - drop * half) - lost
     slow = half + step
-    is_slow = drop < _HALF
-    return _TWO * (slow if is_slow else keep * half + gain), ((slow - half) - step) if is_slow else _F32(0)
-
-
-@_inline
-def _decay(keep, drop, x):
-    """keep * x, without the rounding of `keep` where it is near 1."""
-    return x - drop * x if drop < _HALF else keep * x
+    is_slow = drop < HALF
+    return TWO * (slow if is_slow else keep * half + gain), ((slow - half) - step) if is_slow else F32(0)
 
 
 # One time step over `width` channels each. Arrays are flat, `x0` is where the row of `x` begins.
 
 
-@_row
+@row
 def _linear_row(width, a, a0, b, b0, h, h0, out, out0):
     for d in range(width):
         value = a[a0 + d] * h[h0 + d] + b[b0 + d]
@@ -129,7 +75,7 @@ def _linear_row(width, a, a0, b, b0, h, h0, out, out0):
         out[out0 + d] = value
 
 
-@_row
+@row
 def _linear_row_backward(width, a, a0, before, before0, carry, carry0, grad, grad0, grads, da0, db0):
     for d in range(width):
         dh = carry[carry0 + d] + grad[grad0 + d]
@@ -138,31 +84,31 @@ def _linear_row_backward(width, a, a0, before, before0, carry, carry0, grad, gra
         carry[carry0 + d] = a[a0 + d] * dh
 
 
-@_row
+@row
 def _min_gru_row(width, gate, gate0, candidate, candidate0, h, h0, lost, out, out0, positive):
     for d in range(width):
-        keep, z = _gate(gate[gate0 + d])
+        keep, z = sigmoids(gate[gate0 + d])
         goal, _ = _candidate(candidate[candidate0 + d], positive)
         value, lost[d] = _step(h[h0 + d], lost[d], keep, z, z, goal)
         h[h0 + d] = value
         out[out0 + d] = value
 
 
-@_row
+@row
 def _min_gru_row_backward(
     width, gate, gate0, candidate, candidate0, before, before0, carry, carry0, grad, grad0, grads, dg0, dc0, positive
 ):
     for d in range(width):
-        keep, z = _gate(gate[gate0 + d])
+        keep, z = sigmoids(gate[gate0 + d])
         goal, slope = _candidate(candidate[candidate0 + d], positive)
         dh = carry[carry0 + d] + grad[grad0 + d]
-        half_step = _HALF * goal - _HALF * before[before0 + d]
-        grads[dg0 + d] = dh * ((_TWO * z * keep) * half_step)
+        half_step = HALF * goal - HALF * before[before0 + d]
+        grads[dg0 + d] = dh * ((TWO * z * keep) * half_step)
         grads[dc0 + d] = dh * z * slope
-        carry[carry0 + d] = _decay(keep, z, dh)
+        carry[carry0 + d] = decay(keep, z, dh)
 
 
-@_row
+@row
 def _min_lstm_row(width, forget, f0, input_, i0, candidate, c0, h, h0, lost, out, out0, positive, normalize):
     for d in range(width):
         keep, drop, add = _lstm_gates(forget[f0 + d], input_[i0 + d], normalize)
@@ -172,7 +118,7 @@ def _min_lstm_row(width, forget, f0, input_, i0, candidate, c0, h, h0, lost, out
         out[out0 + d] = value
 
 
-@_row
+@row
 def _min_lstm_row_backward(
     width, forget, f0, input_, i0, candidate, c0, before, before0, carry, carry0, grad, grad0, grads, df0, di0, dc0,
     positive, normalize,
@@ -183,35 +129,34 @@ def _min_lstm_row_backward(
         goal, slope = _candidate(candidate[c0 + d], positive)
         dh = carry[carry0 + d] + grad[grad0 + d]
         if normalize:  # through log(i / f), of which z = i / (f + i) is the sigmoid
-            half_step = _HALF * goal - _HALF * before[before0 + d]
-            grad_log_ratio = dh * ((_TWO * add * keep) * half_step)
-            grads[df0 + d] = -grad_log_ratio * _gate(f)[0]
-            grads[di0 + d] = grad_log_ratio * _gate(i)[0]
+            half_step = HALF * goal - HALF * before[before0 + d]
+            grad_log_ratio = dh * ((TWO * add * keep) * half_step)
+            grads[df0 + d] = -grad_log_ratio * sigmoids(f)[0]
+            grads[di0 + d] = grad_log_ratio * sigmoids(i)[0]
         else:
             grads[df0 + d] = dh * (before[before0 + d] * (drop * keep))
-            grads[di0 + d] = dh * (goal * (add * _gate(i)[0]))
+            grads[di0 + d] = dh * (goal * (add * sigmoids(i)[0]))
         grads[dc0 + d] = dh * add * slope
-        carry[carry0 + d] = _decay(keep, drop, dh)
+        carry[carry0 + d] = decay(keep, drop, dh)
 
 
 _LINEAR, _MIN_GRU, _MIN_LSTM = range(3)
-_U = np.uint64  # unsigned indices spare the vectoriser the check for negative ones
-_U1 = _U(1)
+U1 = U(1)
 
 
-@_parallel
+@parallel
 def _forward(kind, positive, normalize, x, strides, y, z, channels, strip, h0, mask, offsets, out, last):
     """Inputs x, y, z (z unused where there are two) with row strides; `last` is the running state."""
-    strips = (channels + strip - _U1) // strip
-    for task in prange(_U(offsets.size - 1) * strips):
-        n = _U(task) // strips
-        low = (_U(task) % strips) * strip
+    strips = (channels + strip - U1) // strip
+    for task in prange(U(offsets.size - 1) * strips):
+        n = U(task) // strips
+        low = (U(task) % strips) * strip
         width = min(strip, channels - low)
         s = n * channels + low
         lost = np.zeros(width, np.float32)
         for d in range(width):
             last[s + d] = h0[s + d]
-        for t in range(offsets[n], offsets[n + _U1]):
+        for t in range(offsets[n], offsets[n + U1]):
             x0, y0, z0 = t * strides[0] + low, t * strides[1] + low, t * strides[2] + low
             o = t * channels + low
             if mask.size > 0 and not mask[t]:
@@ -225,30 +170,30 @@ def _forward(kind, positive, normalize, x, strides, y, z, channels, strip, h0, m
                 _min_lstm_row(width, x, x0, y, y0, z, z0, last, s, lost, out, o, positive, normalize)
 
 
-@_parallel
+@parallel
 def _backward(kind, positive, normalize, x, strides, y, z, channels, strip, h0, mask, offsets, h, grad, grads, carry):
     """`carry` holds the gradient of the last states on entry and that of the initial states on return."""
-    strips = (channels + strip - _U1) // strip
-    count = _U(grads.size) // max(_U(grad.size), _U1)
-    for task in prange(_U(offsets.size - 1) * strips):
-        n = _U(task) // strips
-        low = (_U(task) % strips) * strip
+    strips = (channels + strip - U1) // strip
+    count = U(grads.size) // max(U(grad.size), U1)
+    for task in prange(U(offsets.size - 1) * strips):
+        n = U(task) // strips
+        low = (U(task) % strips) * strip
         width = min(strip, channels - low)
         s = n * channels + low
-        for back in range(offsets[n + _U1] - offsets[n]):
-            t = offsets[n + _U1] - _U1 - back
+        for back in range(offsets[n + U1] - offsets[n]):
+            t = offsets[n + U1] - U1 - back
             x0, y0, z0 = t * strides[0] + low, t * strides[1] + low, t * strides[2] + low
             o = t * channels + low
             before, b = (h, o - channels) if t > offsets[n] else (h0, s)
             dx = t * count * channels + low
             dy = dx + channels
-            dz = dx + _U(2) * channels
+            dz = dx + U(2) * channels
             if mask.size > 0 and not mask[t]:
                 for d in range(width):
                     carry[s + d] += grad[o + d]
                 for i in range(count):
                     for d in range(width):
-                        grads[dx + i * channels + d] = _F32(0)
+                        grads[dx + i * channels + d] = F32(0)
             elif kind == _LINEAR:
                 _linear_row_backward(width, x, x0, before, b, carry, s, grad, o, grads, dx, dy)
             elif kind == _MIN_GRU:
@@ -259,17 +204,13 @@ def _backward(kind, positive, normalize, x, strides, y, z, channels, strip, h0, 
                 )
 
 
-def _flat(x: Tensor) -> np.ndarray:
-    return x.detach().float().reshape(-1).numpy()
-
-
 def _rows(x: Tensor) -> tuple[np.ndarray, np.uint64]:
     """A (B, T, D) tensor as a flat float32 array and its row stride; copies only what is not already laid out so."""
     x = x.detach().float()
     if x.stride(2) != 1 or x.stride(0) != x.shape[1] * x.stride(1):
         x = x.contiguous()
     rows, stride = x.shape[0] * x.shape[1], x.stride(1)
-    return x.as_strided(((rows - 1) * stride + x.shape[2],), (1,)).numpy(), _U(stride)
+    return x.as_strided(((rows - 1) * stride + x.shape[2],), (1,)).numpy(), U(stride)
 
 
 def _arguments(gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None):
@@ -287,7 +228,7 @@ def _arguments(gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor
     # at cache lines, except where memory is all that counts (docs/log.md, 2026-11-22).
     strips = 1 if kind == _LINEAR else max(1, -(-torch.get_num_threads() // max(sequences, 1)))
     strip = -(-channels // strips // 16) * 16
-    h0 = np.zeros(sequences * channels, np.float32) if h0 is None else _flat(h0)
+    h0 = np.zeros(sequences * channels, np.float32) if h0 is None else flat(h0)
     mask = np.empty(0, np.bool_) if mask is None else mask.reshape(-1).bool().numpy()
     strides = (x_stride, y_stride, z_stride)
     return (
@@ -298,8 +239,8 @@ def _arguments(gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor
         strides,
         y,
         z,
-        _U(channels),
-        _U(strip),
+        U(channels),
+        U(strip),
         h0,
         mask,
         offsets.astype(np.uint64),
@@ -324,7 +265,7 @@ def scan(
     """See `op.scan`."""
     arguments = _arguments(gates, inputs, h0, mask, cu_seqlens)
     h, last = _empty(*inputs[0].shape), _empty(len(arguments[-1]) - 1, inputs[0].shape[2])
-    run(_forward, *arguments, _flat(h), _flat(last))
+    run(_forward, *arguments, flat(h), flat(last))
     return h.to(inputs[0].dtype), last
 
 
@@ -343,5 +284,5 @@ def scan_backward(
     batch, time, channels = h.shape
     grads = _empty(batch, time, len(inputs), channels)
     grad_h0 = grad_last.float().clone(memory_format=torch.contiguous_format)
-    run(_backward, *arguments, _flat(h), _flat(grad), _flat(grads), _flat(grad_h0))
+    run(_backward, *arguments, flat(h), flat(grad), flat(grads), flat(grad_h0))
     return grads.to(inputs[0].dtype), grad_h0

@@ -22,7 +22,7 @@ def lstm_scan(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """LSTM: i, f, g, o = x_t + R h_{t-1} + b; c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g); h_t = sigmoid(o) tanh(c_t).
+    """LSTM: (i, f, g, o) = x_t + R h_{t-1} + b, c_t = s(f) c_{t-1} + s(i) tanh(g), h_t = s(o) tanh(c_t), s the sigmoid.
 
     "Long Short-Term Memory" with forget gates, as `torch.nn.LSTM` has it; with several heads, R is block-diagonal
     (FlashRNN, arXiv 2412.07752).

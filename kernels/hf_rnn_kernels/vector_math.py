@@ -1,0 +1,82 @@
+"""Elementwise functions for numba's loops, in float32, written so that LLVM vectorises them.
+
+A scalar `exp` of libm would cost more than everything else in a recurrence together. Measurements: docs/log.md.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+FAST = {"contract", "nsz"}  # fused multiply-add; nothing that reorders sums or assumes finite values
+F32 = np.float32
+U = np.uint64  # unsigned indices spare the vectoriser the check for negative ones
+HALF, ONE, TWO = F32(0.5), F32(1), F32(2)
+_LOG2E, _ROUND, _LIMIT = F32(1.4426950408889634), F32(1.5 * 2**23), F32(87.0)
+_LN2_HIGH, _LN2_LOW = F32(0.693359375), F32(-2.12194440e-4)
+# Minimax polynomial of (e^r - 1 - r) / r^2 on |r| <= ln(2)/2 (Cephes, expf)
+_P0, _P1, _P2 = F32(1.9875691500e-4), F32(1.3981999507e-3), F32(8.3334519073e-3)
+_P3, _P4, _P5 = F32(4.1665795894e-2), F32(1.6666665459e-1), F32(5.0000001201e-1)
+
+inline = njit(fastmath=FAST, error_model="numpy", inline="always")  # Python's check for division by zero stops LLVM
+row = njit(fastmath=FAST, error_model="numpy")
+parallel = njit(fastmath=FAST, error_model="numpy", parallel=True, nogil=True, cache=True)
+
+
+@intrinsic
+def _as_float(typing_context, bits):
+    return types.float32(types.int32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def _as_int(typing_context, value):
+    return types.int32(types.float32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@inline
+def _exp_parts(x):
+    """2^n and e^r - 1 with e^x = 2^n e^r, |r| <= ln(2)/2, x clamped to +-87; NaN stays NaN."""
+    x = -_LIMIT if x < -_LIMIT else x
+    x = _LIMIT if x > _LIMIT else x
+    shifted = x * _LOG2E + _ROUND  # adding 1.5 * 2^23 rounds to the nearest integer, held in the low bits
+    n = shifted - _ROUND
+    r = x - n * _LN2_HIGH
+    r = r - n * _LN2_LOW
+    p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+    return _as_float((_as_int(shifted) << np.int32(23)) + np.int32(0x3F800000)), p * (r * r) + r
+
+
+@inline
+def exp(x):
+    """e^x to about an ulp, x clamped to +-87 so that it is finite; NaN stays NaN."""
+    scale, rest = _exp_parts(x)
+    return (rest + ONE) * scale
+
+
+@inline
+def sigmoids(x):
+    """sigmoid(-x) and sigmoid(x), each to the last bits, with one exponential and one division."""
+    small = exp(-abs(x))
+    large = ONE / (ONE + small)
+    small = small * large
+    return (small, large) if x >= F32(0) else (large, small)
+
+
+@inline
+def tanh(x):
+    """-m / (2 + m) with m = e^(-2|x|) - 1, which keeps small arguments to the last bits."""
+    scale, rest = _exp_parts(-TWO * abs(x))
+    m = scale * rest + (scale - ONE)
+    y = -m / (TWO + m)
+    return y if x >= F32(0) else -y
+
+
+@inline
+def decay(keep, drop, x):
+    """keep * x for keep + drop = 1, without the rounding of `keep` where it is near 1."""
+    return x - drop * x if drop < HALF else keep * x
+
+
+def flat(x):
+    """A tensor as a flat float32 array; a copy only where it is not one already."""
+    return x.detach().float().reshape(-1).numpy()
