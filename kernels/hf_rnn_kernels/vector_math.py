@@ -77,6 +77,16 @@ def decay(keep, drop, x):
     return x - drop * x if drop < HALF else keep * x
 
 
-def flat(x):
-    """A tensor as a flat float32 array; a copy only where it is not one already."""
-    return x.detach().float().reshape(-1).numpy()
+@intrinsic
+def prefetch(typing_context, array, index):
+    """Ask for the cache line of array[index], which need not exist."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        i32 = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [data.type, i32, i32, i32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [data.type], kind)
+        builder.call(function, [builder.gep(data, [arguments[1]]), i32(0), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.uint64), generate

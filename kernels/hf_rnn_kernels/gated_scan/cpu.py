@@ -12,9 +12,10 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from hf_rnn_kernels.arrays import empty, flat
 from hf_rnn_kernels.checks import check_cu_seqlens
 from hf_rnn_kernels.threads import run
-from hf_rnn_kernels.vector_math import F32, HALF, ONE, TWO, U, decay, exp, flat, inline, parallel, row, sigmoids
+from hf_rnn_kernels.vector_math import F32, HALF, ONE, TWO, U, decay, exp, inline, parallel, row, sigmoids
 
 
 @inline
@@ -247,14 +248,6 @@ def _arguments(gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor
     )
 
 
-def _empty(*shape: int) -> Tensor:
-    """Uninitialised float32 tensor. From 32 MiB on, where malloc no longer recycles memory, page faults cost more than
-    the recurrence: numpy asks for huge pages, which spares most of them."""
-    if np.prod(shape) * 4 < 2**25:
-        return torch.empty(shape)
-    return torch.from_numpy(np.empty(shape, np.float32))
-
-
 def scan(
     gates: str,
     inputs: list[Tensor],
@@ -264,7 +257,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """See `op.scan`."""
     arguments = _arguments(gates, inputs, h0, mask, cu_seqlens)
-    h, last = _empty(*inputs[0].shape), _empty(len(arguments[-1]) - 1, inputs[0].shape[2])
+    h, last = empty(*inputs[0].shape), empty(len(arguments[-1]) - 1, inputs[0].shape[2])
     run(_forward, *arguments, flat(h), flat(last))
     return h.to(inputs[0].dtype), last
 
@@ -282,7 +275,7 @@ def scan_backward(
     """See `op.scan_backward`."""
     arguments = _arguments(gates, inputs, h0, mask, cu_seqlens)
     batch, time, channels = h.shape
-    grads = _empty(batch, time, len(inputs), channels)
+    grads = empty(batch, time, len(inputs), channels)
     grad_h0 = grad_last.float().clone(memory_format=torch.contiguous_format)
     run(_backward, *arguments, flat(h), flat(grad), flat(grads), flat(grad_h0))
     return grads.to(inputs[0].dtype), grad_h0

@@ -26,14 +26,14 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def _tile(rows: int, panels: int):
-    """out[r, p] = init[r, p] + sum_k a[r, k] b[p, k] for vectors of LANES; arrays are flat, with offsets and strides."""
+    """out[r, p] = init[r, p] + sum_k a[r, k] b[p, k] for vectors of LANES; flat arrays with offsets and strides."""
 
     @intrinsic
-    def tile(typing_context, a, a0, a_row, b, b0, init, i0, i_row, out, o0, o_row, depth):
+    def tile(typing_context, a, a0, a_row, a_step, b, b0, b_panel, b_step, init, i0, i_row, out, o0, o_row, depth):
         def generate(context, builder, signature, arguments):
             vector, lane = ir.VectorType(ir.FloatType(), LANES), ir.IntType(32)
-            values = dict(zip(("a", "a0", "a_row", "b", "b0", "init", "i0", "i_row", "out", "o0", "o_row", "depth"),
-                              arguments, strict=True))  # fmt: skip
+            names = "a a0 a_row a_step b b0 b_panel b_step init i0 i_row out o0 o_row depth".split()
+            values = dict(zip(names, arguments, strict=True))
             data = {
                 name: context.make_array(array)(context, builder, values[name]).data
                 for name, array in (("a", a), ("b", b), ("init", init), ("out", out))
@@ -56,17 +56,18 @@ def _tile(rows: int, panels: int):
                 value.align = 4
                 return value
 
-            panel = builder.mul(values["depth"], lanes)
             sums = [[cgutils.alloca_once(builder, vector) for _ in range(panels)] for _ in range(rows)]
             for r in range(rows):
                 for p in range(panels):
                     where = at("init", values["i0"], times(values["i_row"], r), times(lanes, p), wide=True)
                     builder.store(load(where), sums[r][p])
             with cgutils.for_range(builder, values["depth"]) as loop:
-                here = builder.mul(loop.index, lanes)
-                bs = [load(at("b", values["b0"], times(panel, p), here, wide=True)) for p in range(panels)]
+                b_here, a_here = builder.mul(loop.index, values["b_step"]), builder.mul(loop.index, values["a_step"])
+                bs = [
+                    load(at("b", values["b0"], times(values["b_panel"], p), b_here, wide=True)) for p in range(panels)
+                ]
                 for r in range(rows):
-                    scalar = builder.load(at("a", values["a0"], times(values["a_row"], r), loop.index))
+                    scalar = builder.load(at("a", values["a0"], times(values["a_row"], r), a_here))
                     single = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, lane(0))
                     mask = ir.Constant(ir.VectorType(lane, LANES), [0] * LANES)
                     wide = builder.shuffle_vector(single, ir.Constant(vector, ir.Undefined), mask)
@@ -80,8 +81,8 @@ def _tile(rows: int, panels: int):
                     store.align = 4
             return context.get_dummy_value()
 
-        return types.void(a, types.uint64, types.uint64, b, types.uint64, init, types.uint64, types.uint64, out,
-                          types.uint64, types.uint64, types.uint64), generate  # fmt: skip
+        n = types.uint64
+        return types.void(a, n, n, n, b, n, n, n, init, n, n, out, n, n, n), generate
 
     return tile
 
@@ -91,28 +92,30 @@ _one_panel, _one = _tile(_ROWS, 1), _tile(1, 1)
 
 
 @row
-def product(a, a0, a_row, b, b0, init, i0, i_row, out, o0, o_row, rows, depth, panels):
-    """out (rows, panels * LANES) = init + A B: A (rows, depth) from a[a0] with row stride a_row, B packed from b[b0].
+def product(a, a0, a_row, a_step, b, b0, b_panel, b_step, init, i0, i_row, out, o0, o_row, rows, depth, panels):
+    """out (rows, panels * LANES) = init + A B.
 
-    `init` and `out` may be the same; i_row = 0 gives every row the same init. Offsets and sizes are uint64.
+    A's element (r, k) is a[a0 + r * a_row + k * a_step], B's rows (k) of LANES begin at b[b0 + p * b_panel + k * b_step];
+    `init` and `out` have rows i_row and o_row apart and may be the same; i_row = 0 gives every row the same init.
+    Offsets, strides and sizes are uint64.
     """
     p = U(0)
     while p < panels:
         many = p + U(_PANELS) <= panels
-        shift, packed = p * U(LANES), b0 + p * U(LANES) * depth
+        shift, bp = p * U(LANES), b0 + p * b_panel
         r = U(0)
         while r < rows:
             four = r + U(_ROWS) <= rows
-            ar, start, o = a0 + r * a_row, i0 + r * i_row + shift, o0 + r * o_row + shift
+            ar, i, o = a0 + r * a_row, i0 + r * i_row + shift, o0 + r * o_row + shift
             if many:
                 if four:
-                    _full(a, ar, a_row, b, packed, init, start, i_row, out, o, o_row, depth)
+                    _full(a, ar, a_row, a_step, b, bp, b_panel, b_step, init, i, i_row, out, o, o_row, depth)
                 else:
-                    _one_row(a, ar, a_row, b, packed, init, start, i_row, out, o, o_row, depth)
+                    _one_row(a, ar, a_row, a_step, b, bp, b_panel, b_step, init, i, i_row, out, o, o_row, depth)
             else:
                 if four:
-                    _one_panel(a, ar, a_row, b, packed, init, start, i_row, out, o, o_row, depth)
+                    _one_panel(a, ar, a_row, a_step, b, bp, b_panel, b_step, init, i, i_row, out, o, o_row, depth)
                 else:
-                    _one(a, ar, a_row, b, packed, init, start, i_row, out, o, o_row, depth)
+                    _one(a, ar, a_row, a_step, b, bp, b_panel, b_step, init, i, i_row, out, o, o_row, depth)
             r += U(_ROWS) if four else U(1)
         p += U(_PANELS) if many else U(1)

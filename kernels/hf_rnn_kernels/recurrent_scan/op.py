@@ -1,8 +1,4 @@
-"""`hf_rnn::recurrent_scan`: one operator for torch.compile, torch.export and autograd, and the choice of its backend.
-
-The loops of the backends compute what is sequential: states forward, gradients of pre-activations and states backward.
-The gradients of the weight and the bias are matrix products over all tokens at once, after the loop.
-"""
+"""`hf_rnn::recurrent_scan`: one operator for torch.compile, torch.export and autograd, and the choice of its backend."""
 
 import importlib
 import importlib.util
@@ -85,17 +81,17 @@ def scan_backward(
     others: Tensor,
     grad: Tensor,
     grad_last: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Walk back in time: from the gradients of h (B, T, D) and of the last states (S, N, D) to those of x
-    (B, T, H * G * P), of R h + b where they are others than x's (B, T, H * g * P, the last g gates), and of the initial
-    states (S, N, D). `h` and `others` are what `scan` returned; gates are computed again from them."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the gradients of h (B, T, D) and of the last states (S, N, D) to those of x (B, T, H * G * P), of the weight
+    (H, G * P, P), of R h + b summed over tokens (H * G * P), and of the initial states (S, N, D), the last two in
+    float32 (float64 for float64 inputs). `h` and `others` are what `scan` returned; gates are computed again."""
     return _backend(x).scan_backward(cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last)
 
 
 @scan_backward.register_fake
 def _(cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last):
-    own = CELLS[cell].own_recurrent_grads
-    return x.new_empty(x.shape), x.new_empty(*x.shape[:2], own * h.shape[2]), grad_last.new_empty(grad_last.shape)
+    grad_bias = grad_last.new_empty(weight.shape[0] * weight.shape[1])
+    return x.new_empty(x.shape), torch.empty_like(weight), grad_bias, grad_last.new_empty(grad_last.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -103,51 +99,22 @@ def _setup_context(ctx, inputs, output) -> None:
     if not training:
         raise RuntimeError("hf_rnn::recurrent_scan: called with training=False on tensors that require gradients")
     ctx.cell = cell
+    ctx.set_materialize_grads(False)  # that of the other states, which nobody differentiates, would be large
     ctx.save_for_backward(x, weight, bias, mask, cu_seqlens, output[0], output[1], *states)
 
 
 def _backward(ctx, grad, grad_others, grad_last):
     x, weight, bias, mask, cu_seqlens, h, others, *states = ctx.saved_tensors
-    grad_x, own, grad_states = scan_backward(
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if grad is None:
+        grad = torch.zeros_like(h)
+    if grad_last is None:
+        grad_last = h.new_zeros(CELLS[ctx.cell].states, sequences, h.shape[2], dtype=state_dtype(x))
+    grad_x, grad_weight, grad_bias, grad_states = scan_backward(
         ctx.cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last
     )
-    heads, rows, size = weight.shape
-    shared = rows - CELLS[ctx.cell].own_recurrent_grads * size
-    parts = [grad_x.view(-1, heads, rows)[:, :, :shared], own.reshape(grad_x.shape[0] * grad_x.shape[1], heads, -1)]
-    h0 = states[0] if states else None
-    grad_weight = grad_bias = None
-    if ctx.needs_input_grad[2]:
-        first = _first_tokens(x, cu_seqlens)
-        grad_weight = torch.cat([_grad_weight(d, h.reshape(-1, heads, size), h0, *first) for d in parts], 1)
-        grad_weight = grad_weight.to(weight.dtype)
-    if bias is not None and ctx.needs_input_grad[3]:
-        grad_bias = torch.cat([d.sum(0, dtype=grad_states.dtype) for d in parts], 1).flatten().to(bias.dtype)
     grads = [g.to(s.dtype) for g, s in zip(grad_states, states, strict=False)]
-    return None, grad_x, grad_weight, grad_bias, grads, None, None, None
-
-
-def _first_tokens(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Row of each sequence's first token among the B * T, and where sequences may be empty, which are not."""
-    if cu_seqlens is None:
-        return torch.arange(x.shape[0], device=x.device) * x.shape[1], None
-    starts, stops = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    return starts.clamp(max=max(x.shape[1] - 1, 0)), stops > starts
-
-
-def _grad_weight(d: Tensor, h: Tensor, h0: Tensor | None, first: Tensor, real: Tensor | None) -> Tensor:
-    """sum_t d_t h_{t-1}^T for each head: d (rows, H, m) and h (rows, H, P) to (H, m, P).
-
-    One product over all rows, d shifted by one against h, which pairs the first token of a sequence with the last of
-    the one before; a small product puts its initial state in that place.
-    """
-    if d.numel() == 0:
-        return h.new_zeros(h.shape[1], d.shape[2], h.shape[2])
-    total = torch.bmm(d[1:].permute(1, 2, 0), h[:-1].transpose(0, 1))
-    dtype = state_dtype(h)
-    wrong = (h[(first - 1).clamp(min=0)] * (first > 0)[:, None, None]).to(dtype)
-    right = wrong.new_zeros(wrong.shape) if h0 is None else h0.to(dtype).view(wrong.shape)
-    start = d[first].to(dtype) if real is None else d[first].to(dtype) * real[:, None, None]
-    return total + torch.bmm(start.permute(1, 2, 0), (right - wrong).transpose(0, 1))
+    return None, grad_x, grad_weight, None if bias is None else grad_bias.to(bias.dtype), grads, None, None, None
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)

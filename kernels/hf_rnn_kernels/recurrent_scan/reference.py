@@ -69,10 +69,9 @@ class Cell(NamedTuple):
     states: int  # tensors of state, h the first
     step: Callable
     step_back: Callable
-    own_recurrent_grads: int  # how many gates, the last ones, have another gradient in R h + b than in x
 
 
-CELLS = {"lstm": Cell(4, 2, lstm_step, lstm_step_back, 0), "gru": Cell(3, 1, gru_step, gru_step_back, 1)}
+CELLS = {"lstm": Cell(4, 2, lstm_step, lstm_step_back), "gru": Cell(3, 1, gru_step, gru_step_back)}
 
 
 def _recurrent(h: Tensor, weight: Tensor, bias: Tensor | None, gates: int) -> Tensor:
@@ -137,7 +136,7 @@ def scan_backward(
     others: Tensor,
     grad: Tensor,
     grad_last: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by the chain rule, backwards in time; as `op.scan_backward`."""
     if cu_seqlens is not None:
         pieces = [
@@ -147,13 +146,15 @@ def scan_backward(
             )
             for n, at, m in _pieces(mask, cu_seqlens)
         ]  # fmt: skip
-        return tuple(torch.cat([p[i] for p in pieces], 1) for i in range(3))  # type: ignore[return-value]
-    dtype, heads = x.dtype, weight.shape[0]
+        grads_x, grads_weight, grads_bias, grads_states = zip(*pieces, strict=True)
+        return torch.cat(grads_x, 1), sum(grads_weight), sum(grads_bias), torch.cat(grads_states, 1)
+    dtype, weight_dtype, heads = x.dtype, weight.dtype, weight.shape[0]
     x, weight, bias, first, real = _prepare(cell, x, weight, bias, states, mask)
     every = [s.to(x.dtype).unflatten(2, (heads, -1)) for s in (h, *others.unbind(2))]
     grad = grad.to(x.dtype).unflatten(2, (heads, -1))
     carry = tuple(grad_last.to(x.dtype).unflatten(2, (heads, -1)))
-    grads_x, grads_recurrent = torch.zeros_like(x), torch.zeros_like(x)
+    grads_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
+    grad_bias = x.new_zeros(weight.shape[:2])
     for t in reversed(range(x.shape[1])):
         before = tuple(s[:, t - 1] for s in every) if t else first
         after = tuple(s[:, t] for s in every)
@@ -163,11 +164,13 @@ def scan_backward(
         if real is not None:
             dx, d_recurrent = (d * real[:, t, ..., None] for d in (dx, d_recurrent))
             passed = tuple(a.where(real[:, t], b) for a, b in zip(passed, grads, strict=True))
-        through = torch.bmm(d_recurrent.flatten(2).transpose(0, 1), weight).transpose(0, 1)
-        carry = (passed[0] + through, *passed[1:])
-        grads_x[:, t], grads_recurrent[:, t] = dx, d_recurrent
-    own = grads_recurrent[:, :, :, x.shape[3] - CELLS[cell].own_recurrent_grads :]
-    return grads_x.flatten(2).to(dtype), own.flatten(2).to(dtype), torch.stack([c.flatten(1) for c in carry])
+        d_recurrent = d_recurrent.flatten(2).transpose(0, 1)  # (H, N, gates * P)
+        carry = (passed[0] + torch.bmm(d_recurrent, weight).transpose(0, 1), *passed[1:])
+        grads_x[:, t] = dx
+        grad_weight += torch.bmm(d_recurrent.transpose(1, 2), before[0].transpose(0, 1))
+        grad_bias += d_recurrent.sum(1)
+    grad_states = torch.stack([c.flatten(1) for c in carry])
+    return grads_x.flatten(2).to(dtype), grad_weight.to(weight_dtype), grad_bias.flatten(), grad_states
 
 
 def _pieces(mask: Tensor | None, cu_seqlens: Tensor):
