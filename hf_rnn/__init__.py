@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 from hf_rnn._version import __version__
 
-_ARCHITECTURES = {"MinGRU": "mingru", "MinLSTM": "minlstm"}
+_ARCHITECTURES = {"GRU": "gru", "LSTM": "lstm", "MinGRU": "mingru", "MinLSTM": "minlstm"}
 
 _MODULES = {
     "RecurrentCache": "hf_rnn.cache",
     "RecurrentConfig": "hf_rnn.configuration_recurrent",
     "byte_tokenizer": "hf_rnn.tokenization.byte_tokenizer",
+    "gru_scan": "hf_rnn_kernels",
     "linear_scan": "hf_rnn_kernels",
+    "lstm_scan": "hf_rnn_kernels",
     "min_gru_scan": "hf_rnn_kernels",
     "min_lstm_scan": "hf_rnn_kernels",
     "NonFiniteLossError": "hf_rnn_trainers",
@@ -59,6 +61,10 @@ _register()
 if TYPE_CHECKING:
     from hf_rnn.cache import RecurrentCache
     from hf_rnn.configuration_recurrent import RecurrentConfig
+    from hf_rnn.models.gru.configuration_gru import GRUConfig
+    from hf_rnn.models.gru.modeling_gru import GRUForCausalLM, GRUForSequenceClassification, GRUModel
+    from hf_rnn.models.lstm.configuration_lstm import LSTMConfig
+    from hf_rnn.models.lstm.modeling_lstm import LSTMForCausalLM, LSTMForSequenceClassification, LSTMModel
     from hf_rnn.models.mingru.configuration_mingru import MinGRUConfig
     from hf_rnn.models.mingru.modeling_mingru import MinGRUForCausalLM, MinGRUForSequenceClassification, MinGRUModel
     from hf_rnn.models.minlstm.configuration_minlstm import MinLSTMConfig
@@ -68,5 +74,5 @@ if TYPE_CHECKING:
         MinLSTMModel,
     )
     from hf_rnn.tokenization.byte_tokenizer import byte_tokenizer
-    from hf_rnn_kernels import linear_scan, min_gru_scan, min_lstm_scan
+    from hf_rnn_kernels import gru_scan, linear_scan, lstm_scan, min_gru_scan, min_lstm_scan
     from hf_rnn_trainers import NonFiniteLossError, RecurrentTrainer

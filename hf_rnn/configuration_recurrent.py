@@ -30,7 +30,8 @@ class RecurrentConfig(PreTrainedConfig):
         output_projection: a linear layer from the recurrence back to the residual stream; may be False only at
             expansion 1.
         use_bias: biases in the projections of the recurrence.
-        use_g: candidate states pass through g, which keeps them positive (paper, appendix B.3).
+        residual: blocks add to a residual stream, each branch behind a norm. False stacks the bare recurrences, as
+            `torch.nn.LSTM` does: no residuals, norms, convolutions or feed-forwards.
         learned_initial_state: the state before the first token is a parameter (zeros at first), else zeros.
         hidden_dropout: dropout on every residual branch and on the embeddings.
         norm_eps: epsilon of the RMS norms.
@@ -49,7 +50,7 @@ class RecurrentConfig(PreTrainedConfig):
     feed_forward_factor: int | float = 4.0
     output_projection: bool = True
     use_bias: bool = True
-    use_g: bool = True
+    residual: bool = True
     learned_initial_state: bool = True
     hidden_dropout: int | float = 0.0
     norm_eps: int | float = 1e-6
@@ -111,6 +112,11 @@ class RecurrentConfig(PreTrainedConfig):
             raise ValueError(f"hidden_dropout: expected in [0, 1), got {self.hidden_dropout}")
         if self.inner_size < 1:
             raise ValueError(f"expansion_factor: {self.expansion_factor} leaves the recurrence without channels")
+        if not self.residual and (self.conv_kernel or self.feed_forward_factor):
+            raise ValueError("residual: without residuals set conv_kernel=0 and feed_forward_factor=0, got others")
+        heads = getattr(self, "num_heads", 1)
+        if heads < 1 or self.inner_size % heads:
+            raise ValueError(f"num_heads: expected a divisor of the {self.inner_size} channels, got {heads}")
         if not self.output_projection and self.inner_size != self.hidden_size:
             raise ValueError(
                 f"output_projection: needed at expansion_factor {self.expansion_factor}, only 1 can do without"

@@ -33,7 +33,7 @@ class RecurrentBlock(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         self.conv = CausalConv(config.hidden_size, config.conv_kernel) if config.conv_kernel else None
-        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps) if config.residual else None
         self.mixer = mixer_class(config)
         feed_forward_size = int(config.hidden_size * config.feed_forward_factor)
         self.ff_norm = RMSNorm(config.hidden_size, eps=config.norm_eps) if feed_forward_size else None
@@ -64,8 +64,8 @@ class RecurrentBlock(GradientCheckpointingLayer):
             x = x + self.dropout(y)
             state = None if state is None else state[:-1]
             new_state = (conv_state,)
-        y, mixer_state = self.mixer(self.mixer_norm(x), state, mask, cu_seqlens)
-        x = x + self.dropout(y)
+        y, mixer_state = self.mixer(x if self.mixer_norm is None else self.mixer_norm(x), state, mask, cu_seqlens)
+        x = self.dropout(y) if self.mixer_norm is None else x + self.dropout(y)
         if self.ff is not None:
             x = x + self.dropout(self.ff(self.ff_norm(x)))
         if past_key_values is not None:
@@ -133,7 +133,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         self.layers = nn.ModuleList(
             RecurrentBlock(config, layer_idx, self.mixer_class) for layer_idx in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps) if config.residual else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
 

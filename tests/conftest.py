@@ -5,18 +5,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from hf_rnn import (
-    MinGRUConfig,
-    MinGRUForCausalLM,
-    MinGRUForSequenceClassification,
-    MinLSTMConfig,
-    MinLSTMForCausalLM,
-    MinLSTMForSequenceClassification,
-)
+import hf_rnn
 
 ARCHITECTURES = {
-    "mingru": (MinGRUConfig, MinGRUForCausalLM, MinGRUForSequenceClassification),
-    "minlstm": (MinLSTMConfig, MinLSTMForCausalLM, MinLSTMForSequenceClassification),
+    stem.lower(): [getattr(hf_rnn, stem + suffix) for suffix in ("Config", "ForCausalLM", "ForSequenceClassification")]
+    for stem in ("GRU", "LSTM", "MinGRU", "MinLSTM")
 }
 
 

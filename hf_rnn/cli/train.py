@@ -22,13 +22,14 @@ from hf_rnn.cli.plot import plot_losses
 from hf_rnn.evaluation import bits_per_byte
 from hf_rnn.hub.model_card import write_model_card
 
-ARCHITECTURES = ["mingru", "minlstm"]
+ARCHITECTURES = ["gru", "lstm", "mingru", "minlstm"]
 
 
 @dataclass
 class ModelArguments:
     model: str = field(
-        default="mingru", metadata={"help": "an architecture (mingru, minlstm) to train from scratch, or a checkpoint"}
+        default="mingru",
+        metadata={"help": "an architecture (gru, lstm, mingru, minlstm) to train from scratch, or a checkpoint"},
     )
     config: str = field(
         default="",

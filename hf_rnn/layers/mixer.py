@@ -10,53 +10,56 @@ from hf_rnn.configuration_recurrent import RecurrentConfig
 class RecurrentMixer(nn.Module, ABC):
     """What the recurrences share: the projection to pre-activations, a learned initial state, the output projection.
 
-    An architecture gives `num_projections`, `recurrence` and, where zeros are not it, `initial_bias`.
+    An architecture gives `num_projections`, `recurrence` and, where they differ, `num_states` and `initial_bias`.
 
     Attributes:
         num_projections: pre-activations per channel.
+        num_states: state tensors (N, inner_size).
         state_shapes: shape of each state tensor without its batch dimension.
     """
 
     num_projections: int
+    num_states = 1
 
     def __init__(self, config: RecurrentConfig):
         super().__init__()
         self.config = config
         inner = config.inner_size
-        self.state_shapes: list[tuple[int, ...]] = [(inner,)]
+        self.state_shapes: list[tuple[int, ...]] = [(inner,)] * self.num_states
         self.in_proj = nn.Linear(config.hidden_size, self.num_projections * inner, bias=config.use_bias)
-        self.initial_state = nn.Parameter(torch.empty(inner)) if config.learned_initial_state else None
+        self.initial_state = nn.Parameter(torch.empty(self.num_states, inner)) if config.learned_initial_state else None
         self.out_proj = (
             nn.Linear(inner, config.hidden_size, bias=config.use_bias) if config.output_projection else nn.Identity()
         )
 
     @abstractmethod
     def recurrence(
-        self, projections: tuple[Tensor, ...], h0: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Pre-activations (B, T, inner_size) and state (N, inner_size) to h (B, T, inner_size) and the last state."""
+        self,
+        x: Tensor,
+        state: tuple[Tensor, ...] | tuple[None, ...],
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x (B, T, hidden_size) and state, `num_states` tensors (N, inner_size) or None for zeros, to
+        h (B, T, inner_size) and the last state."""
 
-    def initial_bias(self) -> list[float]:
-        """Initial bias of each projection."""
-        return [0.0] * self.num_projections
+    def initial_bias(self) -> Tensor:
+        """Initial bias of the input projection, (num_projections * inner_size,)."""
+        return torch.zeros(self.in_proj.out_features)
 
     def init_weights(self) -> None:
         """Initialise what `PreTrainedModel._init_weights` does not know; leaves loaded weights alone."""
         if self.in_proj.bias is not None:
-            inner = self.in_proj.out_features // self.num_projections
-            bias = torch.tensor(self.initial_bias(), device=self.in_proj.bias.device)
-            init.copy_(self.in_proj.bias, bias.repeat_interleave(inner).to(self.in_proj.bias.dtype))
+            init.copy_(self.in_proj.bias, self.initial_bias().to(self.in_proj.bias))
         if self.initial_state is not None:
             init.zeros_(self.initial_state)
 
     def forward(
-        self, x: Tensor, state: tuple[Tensor] | None, mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor]]:
+        self, x: Tensor, state: tuple[Tensor, ...] | None, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(B, T, D) and state to (B, T, D) and the float32 state after it; mask and cu_seqlens as in the ops."""
-        projections = self.in_proj(x).chunk(self.num_projections, dim=-1)
-        h0 = None if state is None else state[0]
-        if h0 is None and self.initial_state is not None:
+        if state is None and self.initial_state is not None:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            h0 = self.initial_state.expand(sequences, -1)
-        h, last = self.recurrence(projections, h0, mask, cu_seqlens)
-        return self.out_proj(h), (last,)
+            state = tuple(s.expand(sequences, -1) for s in self.initial_state)
+        h, last = self.recurrence(x, state or (None,) * self.num_states, mask, cu_seqlens)
+        return self.out_proj(h), last

@@ -1,5 +1,7 @@
 """minGRU: a GRU whose gates see only the input, so that training is a scan (arXiv 2410.01201)."""
 
+import torch
+
 from hf_rnn.layers import RecurrentMixer
 from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from hf_rnn.models.mingru.configuration_mingru import MinGRUConfig
@@ -12,11 +14,12 @@ class MinGRU(RecurrentMixer):
     num_projections = 2  # z, h~
 
     def initial_bias(self):
-        return [-self.config.forget_bias, 0.0]
+        return torch.tensor([-self.config.forget_bias, 0.0]).repeat_interleave(self.config.inner_size)
 
-    def recurrence(self, projections, h0, mask, cu_seqlens):
-        gate, candidate = projections
-        return min_gru_scan(gate, candidate, h0, mask, cu_seqlens, use_g=self.config.use_g)
+    def recurrence(self, x, state, mask, cu_seqlens):
+        gate, candidate = self.in_proj(x).chunk(2, -1)
+        h, last = min_gru_scan(gate, candidate, *state, mask, cu_seqlens, use_g=self.config.use_g)
+        return h, (last,)
 
 
 class MinGRUModel(RecurrentModel):

@@ -10,6 +10,7 @@ class MinLSTMConfig(RecurrentConfig):
     Args:
         forget_bias: initial bias of the forget gate: larger keeps the state longer. 3 is the authors' code's.
         normalize_gates: divide f and i by their sum, as the paper does; its code has this off by default.
+        use_g: candidate states pass through g, which keeps them positive (paper, appendix B.3).
         others: see `RecurrentConfig`.
     """
 
@@ -17,3 +18,4 @@ class MinLSTMConfig(RecurrentConfig):
 
     forget_bias: int | float = 3.0
     normalize_gates: bool = True
+    use_g: bool = True

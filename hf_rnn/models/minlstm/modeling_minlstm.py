@@ -1,5 +1,7 @@
 """minLSTM: an LSTM whose gates see only the input, so that training is a scan (arXiv 2410.01201)."""
 
+import torch
+
 from hf_rnn.layers import RecurrentMixer
 from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from hf_rnn.models.minlstm.configuration_minlstm import MinLSTMConfig
@@ -15,20 +17,14 @@ class MinLSTM(RecurrentMixer):
     num_projections = 3  # f, i, h~
 
     def initial_bias(self):
-        return [self.config.forget_bias, 0.0, 0.0]
+        return torch.tensor([self.config.forget_bias, 0.0, 0.0]).repeat_interleave(self.config.inner_size)
 
-    def recurrence(self, projections, h0, mask, cu_seqlens):
-        forget, input_, candidate = projections
-        return min_lstm_scan(
-            forget,
-            input_,
-            candidate,
-            h0,
-            mask,
-            cu_seqlens,
-            use_g=self.config.use_g,
-            normalize=self.config.normalize_gates,
+    def recurrence(self, x, state, mask, cu_seqlens):
+        projections, options = self.in_proj(x).chunk(3, -1), self.config
+        h, last = min_lstm_scan(
+            *projections, *state, mask, cu_seqlens, use_g=options.use_g, normalize=options.normalize_gates
         )
+        return h, (last,)
 
 
 class MinLSTMModel(RecurrentModel):

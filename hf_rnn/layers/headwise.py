@@ -1,0 +1,53 @@
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from hf_rnn.layers.mixer import RecurrentMixer
+
+
+class HeadwiseMixer(RecurrentMixer):
+    """What recurrences whose gates see the state share: recurrent weights, block-diagonal over heads.
+
+    Parameters lie head by head, within a head gate by gate; with one head, as in torch.nn's `weight_ih`, `weight_hh`,
+    `bias_ih` and `bias_hh` (see `hf_rnn.conversion`).
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        heads, size = config.num_heads, config.inner_size // config.num_heads
+        self.recurrent_weight = nn.Parameter(torch.empty(heads, self.num_projections * size, size))
+        self.recurrent_bias = (
+            nn.Parameter(torch.empty(self.num_projections * config.inner_size)) if config.use_bias else None
+        )
+
+    def init_weights(self) -> None:
+        """Each gate's matrix of each head orthogonal, which keeps norms over many steps (Saxe et al., 1312.6120)."""
+        super().init_weights()
+        for head in self.recurrent_weight.data:
+            for gate in head.chunk(self.num_projections):
+                init.orthogonal_(gate)
+        if self.recurrent_bias is not None:
+            init.zeros_(self.recurrent_bias)
+
+    def library_applies(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
+        """Whether torch's own recurrence (oneDNN, cuDNN) can take this call: one head, no padding, no packing.
+
+        It takes x and the weights themselves, so the input projection must be a bare linear layer: no adapter, no
+        hook. Not for a single step, for which it packs its weights anew, and not under torch.compile or torch.export,
+        which would unroll it.
+        """
+        projection = self.in_proj
+        hooks = projection._forward_hooks or projection._forward_pre_hooks or projection._backward_hooks
+        bare = type(projection) is nn.Linear and not hooks and "forward" not in vars(projection)
+        plain = mask is None and cu_seqlens is None and x.shape[1] > 1 and x.shape[0] > 0
+        return self.config.num_heads == 1 and bare and plain and not torch.compiler.is_compiling()
+
+    def library_arguments(self, x: Tensor, state: tuple[Tensor, ...] | tuple[None, ...]) -> tuple:
+        """State (1, B, D) each and the rest of what `torch.lstm` and `torch.gru` take after x."""
+        zeros = x.new_zeros(x.shape[0], self.config.inner_size)
+        states = [(zeros if s is None else s.to(x.dtype))[None].contiguous() for s in state]
+        weights = [self.in_proj.weight, self.recurrent_weight[0]]
+        if self.recurrent_bias is not None:
+            weights += [self.in_proj.bias, self.recurrent_bias]
+        # has_biases, num_layers, dropout, train, bidirectional, batch_first
+        return states, weights, self.recurrent_bias is not None, 1, 0.0, self.training, False, True

@@ -1,0 +1,47 @@
+"""GRU, dense as in torch.nn or with heads: what the other architectures are compared with."""
+
+import torch
+
+from hf_rnn.layers import HeadwiseMixer
+from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from hf_rnn.models.gru.configuration_gru import GRUConfig
+from hf_rnn_kernels import gru_scan
+
+
+class GRU(HeadwiseMixer):
+    """r, z = sigmoid(W x_t + R h_{t-1} + b); n = tanh(W x_t + b + r (R h_{t-1} + b')); h_t = (1 - z) n + z h_{t-1}."""
+
+    num_projections = 3  # r, z, n
+
+    def initial_bias(self):
+        one_head = torch.tensor([0.0, self.config.forget_bias, 0.0])
+        return one_head.repeat_interleave(self.recurrent_weight.shape[2]).repeat(self.config.num_heads)
+
+    def recurrence(self, x, state, mask, cu_seqlens):
+        if x.is_cuda and self.library_applies(x, mask, cu_seqlens):  # on a CPU torch's is a loop over time
+            (h0,), *arguments = self.library_arguments(x, state)
+            h, last = torch.gru(x, h0, *arguments)
+            return h, (last[0].float(),)
+        h, last = gru_scan(self.in_proj(x), self.recurrent_weight, self.recurrent_bias, *state, mask, cu_seqlens)
+        return h, (last,)
+
+
+class GRUModel(RecurrentModel):
+    """GRU without a head."""
+
+    config_class = GRUConfig
+    mixer_class = GRU
+
+
+class GRUForCausalLM(RecurrentForCausalLM):
+    """GRU language model."""
+
+    config_class = GRUConfig
+    model_class = GRUModel
+
+
+class GRUForSequenceClassification(RecurrentForSequenceClassification):
+    """GRU with a classifier on the last real token."""
+
+    config_class = GRUConfig
+    model_class = GRUModel

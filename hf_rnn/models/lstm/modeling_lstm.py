@@ -1,0 +1,48 @@
+"""LSTM, dense as in torch.nn or with heads: what the other architectures are compared with."""
+
+import torch
+
+from hf_rnn.layers import HeadwiseMixer
+from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from hf_rnn.models.lstm.configuration_lstm import LSTMConfig
+from hf_rnn_kernels import lstm_scan
+
+
+class LSTM(HeadwiseMixer):
+    """i, f, g, o = W x_t + R h_{t-1} + b; c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g); h_t = sigmoid(o) tanh(c_t)."""
+
+    num_projections = 4  # i, f, g, o
+    num_states = 2  # h, c
+
+    def initial_bias(self):
+        one_head = torch.tensor([0.0, self.config.forget_bias, 0.0, 0.0])
+        return one_head.repeat_interleave(self.recurrent_weight.shape[2]).repeat(self.config.num_heads)
+
+    def recurrence(self, x, state, mask, cu_seqlens):
+        on_cpu = x.device.type == "cpu"  # where torch's is oneDNN's, and fast, in float32 only
+        fast = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") if on_cpu else x.is_cuda
+        if fast and self.library_applies(x, mask, cu_seqlens):
+            h, *last = torch.lstm(x, *self.library_arguments(x, state))
+            return h, tuple(s[0].float() for s in last)
+        return lstm_scan(self.in_proj(x), self.recurrent_weight, self.recurrent_bias, *state, mask, cu_seqlens)
+
+
+class LSTMModel(RecurrentModel):
+    """LSTM without a head."""
+
+    config_class = LSTMConfig
+    mixer_class = LSTM
+
+
+class LSTMForCausalLM(RecurrentForCausalLM):
+    """LSTM language model."""
+
+    config_class = LSTMConfig
+    model_class = LSTMModel
+
+
+class LSTMForSequenceClassification(RecurrentForSequenceClassification):
+    """LSTM with a classifier on the last real token."""
+
+    config_class = LSTMConfig
+    model_class = LSTMModel
