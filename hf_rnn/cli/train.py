@@ -29,7 +29,7 @@ ARCHITECTURES = ["gru", "lstm", "mingru", "minlstm"]
 class ModelArguments:
     model: str = field(
         default="mingru",
-        metadata={"help": "an architecture (gru, lstm, mingru, minlstm) to train from scratch, or a checkpoint"},
+        metadata={"help": f"an architecture ({', '.join(ARCHITECTURES)}) to train from scratch, or a checkpoint"},
     )
     config: str = field(
         default="",

@@ -16,16 +16,18 @@ class HeadwiseMixer(RecurrentMixer):
         super().__init__(config)
         heads, size = config.num_heads, config.inner_size // config.num_heads
         self.recurrent_weight = nn.Parameter(torch.empty(heads, self.num_projections * size, size))
-        self.recurrent_bias = (
-            nn.Parameter(torch.empty(self.num_projections * config.inner_size)) if config.use_bias else None
-        )
+        biases = self.num_projections * config.inner_size
+        self.recurrent_bias = nn.Parameter(torch.empty(biases)) if config.use_bias else None
 
     def init_weights(self) -> None:
         """Each gate's matrix of each head orthogonal, which keeps norms over many steps (Saxe et al., 1312.6120)."""
         super().init_weights()
-        for head in self.recurrent_weight.data:
-            for gate in head.chunk(self.num_projections):
-                init.orthogonal_(gate)
+        if not getattr(self.recurrent_weight, "_is_hf_initialized", False):
+            size = self.recurrent_weight.shape[2]
+            weight = torch.empty(self.config.num_heads * self.num_projections, size, size)
+            for matrix in weight:
+                nn.init.orthogonal_(matrix)
+            init.copy_(self.recurrent_weight, weight.view_as(self.recurrent_weight).to(self.recurrent_weight))
         if self.recurrent_bias is not None:
             init.zeros_(self.recurrent_bias)
 
@@ -42,7 +44,7 @@ class HeadwiseMixer(RecurrentMixer):
         plain = mask is None and cu_seqlens is None and x.shape[1] > 1 and x.shape[0] > 0
         return self.config.num_heads == 1 and bare and plain and not torch.compiler.is_compiling()
 
-    def library_arguments(self, x: Tensor, state: tuple[Tensor, ...] | tuple[None, ...]) -> tuple:
+    def library_arguments(self, x: Tensor, state: tuple[Tensor | None, ...]) -> tuple:
         """State (1, B, D) each and the rest of what `torch.lstm` and `torch.gru` take after x."""
         zeros = x.new_zeros(x.shape[0], self.config.inner_size)
         states = [(zeros if s is None else s.to(x.dtype))[None].contiguous() for s in state]

@@ -36,7 +36,7 @@ class RecurrentMixer(nn.Module, ABC):
     def recurrence(
         self,
         x: Tensor,
-        state: tuple[Tensor, ...] | tuple[None, ...],
+        state: tuple[Tensor | None, ...],
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -5,6 +5,7 @@ from itertools import pairwise
 import hypothesis.strategies as st
 import pytest
 import torch
+from conftest import ARCHITECTURES
 from hypothesis import HealthCheck, given, settings
 
 from hf_rnn import RecurrentCache
@@ -13,14 +14,19 @@ PROPERTY = settings(max_examples=20, deadline=None, suppress_health_check=[Healt
 VARIANTS = {
     "default": {},
     "paper's selective copying": dict(conv_kernel=0, feed_forward_factor=0, expansion_factor=6, hidden_dropout=0.1),
-    "bare": dict(conv_kernel=0, feed_forward_factor=0, output_projection=False, use_bias=False, use_g=False),
+    "bare": dict(conv_kernel=0, feed_forward_factor=0, output_projection=False, use_bias=False, residual=False),
+    "heads": dict(num_heads=4, expansion_factor=2),
+    "linear candidate": dict(use_g=False),
     "no learned state": dict(learned_initial_state=False),
 }
 
 
 @pytest.fixture(params=sorted(VARIANTS))
-def model(request, make_model):
-    return make_model(**VARIANTS[request.param])
+def model(request, make_model, architecture):
+    settings = VARIANTS[request.param]
+    if unknown := [name for name in settings if not hasattr(ARCHITECTURES[architecture][0], name)]:
+        pytest.skip(f"{architecture} has no {unknown[0]}")
+    return make_model(**settings)
 
 
 def gradients(model, loss):
@@ -154,7 +160,8 @@ def test_the_state_is_small_float32_and_keeps_its_address(make_model, ids):
         model(ids, past_key_values=state)
     assert [x.data_ptr() for layer in state.states for x in layer] == addresses
     assert all(x.dtype == torch.float32 for layer in state.states for x in layer)
-    assert [tuple(x.shape) for x in state[0]] == [(3, 16), (3, 3, 16)]
+    recurrent = [(3, 16)] * model.model.layers[0].mixer.num_states
+    assert [tuple(x.shape) for x in state[0]] == [*recurrent, (3, 3, 16)]
 
 
 def test_a_state_in_a_graph_is_not_overwritten(model, ids):

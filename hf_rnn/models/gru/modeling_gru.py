@@ -1,9 +1,11 @@
 """GRU, dense as in torch.nn or with heads: what the other architectures are compared with."""
 
 import torch
+from torch import nn
 
 from hf_rnn.layers import HeadwiseMixer
-from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from hf_rnn.modeling_headwise import HeadwiseModel
+from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification
 from hf_rnn.models.gru.configuration_gru import GRUConfig
 from hf_rnn_kernels import gru_scan
 
@@ -22,15 +24,16 @@ class GRU(HeadwiseMixer):
             (h0,), *arguments = self.library_arguments(x, state)
             h, last = torch.gru(x, h0, *arguments)
             return h, (last[0].float(),)
-        h, last = gru_scan(self.in_proj(x), self.recurrent_weight, self.recurrent_bias, *state, mask, cu_seqlens)
+        h, last = gru_scan(self.in_proj(x), self.recurrent_weight, self.recurrent_bias, state[0], mask, cu_seqlens)
         return h, (last,)
 
 
-class GRUModel(RecurrentModel):
+class GRUModel(HeadwiseModel):
     """GRU without a head."""
 
     config_class = GRUConfig
     mixer_class = GRU
+    torch_class = nn.GRU
 
 
 class GRUForCausalLM(RecurrentForCausalLM):

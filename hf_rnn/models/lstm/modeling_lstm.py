@@ -1,9 +1,11 @@
 """LSTM, dense as in torch.nn or with heads: what the other architectures are compared with."""
 
 import torch
+from torch import nn
 
 from hf_rnn.layers import HeadwiseMixer
-from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from hf_rnn.modeling_headwise import HeadwiseModel
+from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification
 from hf_rnn.models.lstm.configuration_lstm import LSTMConfig
 from hf_rnn_kernels import lstm_scan
 
@@ -24,14 +26,16 @@ class LSTM(HeadwiseMixer):
         if fast and self.library_applies(x, mask, cu_seqlens):
             h, *last = torch.lstm(x, *self.library_arguments(x, state))
             return h, tuple(s[0].float() for s in last)
-        return lstm_scan(self.in_proj(x), self.recurrent_weight, self.recurrent_bias, *state, mask, cu_seqlens)
+        h0, c0 = state
+        return lstm_scan(self.in_proj(x), self.recurrent_weight, self.recurrent_bias, h0, c0, mask, cu_seqlens)
 
 
-class LSTMModel(RecurrentModel):
+class LSTMModel(HeadwiseModel):
     """LSTM without a head."""
 
     config_class = LSTMConfig
     mixer_class = LSTM
+    torch_class = nn.LSTM
 
 
 class LSTMForCausalLM(RecurrentForCausalLM):

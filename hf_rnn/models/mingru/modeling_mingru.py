@@ -18,7 +18,7 @@ class MinGRU(RecurrentMixer):
 
     def recurrence(self, x, state, mask, cu_seqlens):
         gate, candidate = self.in_proj(x).chunk(2, -1)
-        h, last = min_gru_scan(gate, candidate, *state, mask, cu_seqlens, use_g=self.config.use_g)
+        h, last = min_gru_scan(gate, candidate, state[0], mask, cu_seqlens, use_g=self.config.use_g)
         return h, (last,)
 
 

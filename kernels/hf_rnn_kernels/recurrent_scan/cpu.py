@@ -265,13 +265,15 @@ def _backward(
                     product(
                         scratch, filled * width, width, _U1,
                         transposed, head * back_panels * _LANES * gates * size, _LANES * gates * size, _LANES,
-                        dh, k * rows * padded, padded, dh, k * rows * padded, padded, running, gates * size, back_panels,
+                        dh, k * rows * padded, padded, dh, k * rows * padded, padded,
+                        running, gates * size, back_panels,
                     )  # fmt: skip
                     filled += running
                 product(
                     scratch, _U0, _U1, width, before, _U0, _LANES, padded,
                     grad_weight, (chunk * heads + head) * gates * size * padded, padded,
-                    grad_weight, (chunk * heads + head) * gates * size * padded, padded, gates * size, filled, back_panels,
+                    grad_weight, (chunk * heads + head) * gates * size * padded, padded,
+                    gates * size, filled, back_panels,
                 )  # fmt: skip
                 for r in range(filled):
                     for d in range(gates * size):

@@ -16,6 +16,9 @@ from hf_rnn_kernels.vector_math import U, row
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 _ROWS, _PANELS = 4, 4 if LANES == 16 else 2  # a tile: 16 of AVX-512's 32 registers accumulate, or 8 of AVX2's 16
 
+_NAMES = ["a", "a0", "a_row", "a_step", "b", "b0", "b_panel", "b_step"]
+_NAMES += ["init", "i0", "i_row", "out", "o0", "o_row", "depth"]
+
 
 def pack(matrix: Tensor) -> Tensor:
     """(H, K, N) to (H, panels, K, LANES) with N padded by zeros: each panel is read from end to end."""
@@ -32,8 +35,7 @@ def _tile(rows: int, panels: int):
     def tile(typing_context, a, a0, a_row, a_step, b, b0, b_panel, b_step, init, i0, i_row, out, o0, o_row, depth):
         def generate(context, builder, signature, arguments):
             vector, lane = ir.VectorType(ir.FloatType(), LANES), ir.IntType(32)
-            names = "a a0 a_row a_step b b0 b_panel b_step init i0 i_row out o0 o_row depth".split()
-            values = dict(zip(names, arguments, strict=True))
+            values = dict(zip(_NAMES, arguments, strict=True))
             data = {
                 name: context.make_array(array)(context, builder, values[name]).data
                 for name, array in (("a", a), ("b", b), ("init", init), ("out", out))
@@ -95,7 +97,7 @@ _one_panel, _one = _tile(_ROWS, 1), _tile(1, 1)
 def product(a, a0, a_row, a_step, b, b0, b_panel, b_step, init, i0, i_row, out, o0, o_row, rows, depth, panels):
     """out (rows, panels * LANES) = init + A B.
 
-    A's element (r, k) is a[a0 + r * a_row + k * a_step], B's rows (k) of LANES begin at b[b0 + p * b_panel + k * b_step];
+    A's element (r, k) is a[a0 + r * a_row + k * a_step], B's rows of LANES begin at b[b0 + p * b_panel + k * b_step];
     `init` and `out` have rows i_row and o_row apart and may be the same; i_row = 0 gives every row the same init.
     Offsets, strides and sizes are uint64.
     """

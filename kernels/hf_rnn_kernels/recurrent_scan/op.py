@@ -1,4 +1,4 @@
-"""`hf_rnn::recurrent_scan`: one operator for torch.compile, torch.export and autograd, and the choice of its backend."""
+"""`hf_rnn::recurrent_scan`: one operator for torch.compile, torch.export and autograd, and the choice of backend."""
 
 import importlib
 import importlib.util

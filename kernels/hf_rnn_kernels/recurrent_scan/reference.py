@@ -146,8 +146,9 @@ def scan_backward(
             )
             for n, at, m in _pieces(mask, cu_seqlens)
         ]  # fmt: skip
-        grads_x, grads_weight, grads_bias, grads_states = zip(*pieces, strict=True)
-        return torch.cat(grads_x, 1), sum(grads_weight), sum(grads_bias), torch.cat(grads_states, 1)
+        along_time, *sums, along_sequences = zip(*pieces, strict=True)
+        grad_weight, grad_bias = (torch.stack(s).sum(0) for s in sums)
+        return torch.cat(along_time, 1), grad_weight, grad_bias, torch.cat(along_sequences, 1)
     dtype, weight_dtype, heads = x.dtype, weight.dtype, weight.shape[0]
     x, weight, bias, first, real = _prepare(cell, x, weight, bias, states, mask)
     every = [s.to(x.dtype).unflatten(2, (heads, -1)) for s in (h, *others.unbind(2))]

@@ -1,4 +1,4 @@
-"""Gradients of the weight and the bias, as matrix products over all tokens at once, after a backend's loop over time."""
+"""Gradients of weight and bias, as matrix products over all tokens at once, after a backend's loop over time."""
 
 import torch
 from torch import Tensor
