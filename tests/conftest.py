@@ -15,7 +15,7 @@ ARCHITECTURES = {
 
 def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
     """RMS(x - reference) / RMS(reference)."""
-    x, reference = x.double(), reference.double()
+    x, reference = x.detach().double(), reference.detach().double()
     return float((x - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt().clamp_min(1e-300))
 
 

@@ -1,0 +1,178 @@
+"""LSTM and GRU models are torch.nn's with the same weights, whichever way they are computed."""
+
+import pytest
+import torch
+from conftest import relative_error
+from flashrnn import flashrnn
+from huggingface_hub.errors import StrictDataclassClassValidationError as Strict
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import hf_rnn
+from hf_rnn.conversion import from_flashrnn, to_flashrnn
+from hf_rnn.layers import HeadwiseMixer
+
+NETWORKS = {"gru": (nn.GRU, hf_rnn.GRUModel), "lstm": (nn.LSTM, hf_rnn.LSTMModel)}
+
+
+@pytest.fixture(params=sorted(NETWORKS))
+def network(request):
+    return NETWORKS[request.param]
+
+
+@pytest.fixture(params=["as it comes", "our op"])
+def route(request, monkeypatch):
+    """torch's own recurrence where the layer chooses it, and the op in its place."""
+    if request.param == "our op":
+        monkeypatch.setattr(HeadwiseMixer, "library_applies", lambda *_: False)
+
+
+def gradients(parameters, outputs, cotangents):
+    return torch.autograd.grad(outputs, parameters, cotangents)
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("layers, time, bias", [(1, 1, True), (1, 4096, True), (2, 37, False), (3, 250, True)])
+def test_equal_to_torch(network, layers, time, bias):
+    torch_class, model_class = network
+    torch.manual_seed(0)
+    rnn = torch_class(20, 20, layers, batch_first=True, bias=bias)
+    model = model_class.from_torch(rnn).train()
+    x, grad = torch.randn(3, time, 20), torch.randn(3, time, 20)
+    grad_last = torch.randn(layers, 3, 20)
+    leaf = x.double().requires_grad_()
+    double = torch_class(20, 20, layers, batch_first=True, bias=bias).double()
+    double.load_state_dict(rnn.state_dict())
+    expected, last = double(leaf)
+    last = last[0] if isinstance(last, tuple) else last
+    names = [n for n, _ in double.named_parameters()]
+    expected_grads = gradients([leaf, *double.parameters()], [expected, last], [grad.double(), grad_last.double()])
+    ours = x.clone().requires_grad_()
+    outputs = model(inputs_embeds=ours, use_cache=True)
+    states = outputs.past_key_values.states
+    assert relative_error(outputs.last_hidden_state, expected) <= 1e-6
+    assert relative_error(torch.stack([s[0] for s in states]), last) <= 1e-6
+    kinds = {"weight_ih": "in_proj.weight", "weight_hh": "recurrent_weight"}
+    kinds |= {"bias_ih": "in_proj.bias", "bias_hh": "recurrent_bias"}
+    parameters = [model.get_parameter(f"layers.{n[-1]}.mixer.{kinds[n[:-3]]}") for n in names]
+    grads = gradients([ours, *parameters], [outputs.last_hidden_state, *(s[0] for s in states)], [grad, *grad_last])
+    for name, x, y in zip(["x", *names], grads, expected_grads, strict=True):
+        assert relative_error(x.reshape(y.shape), y) <= 1e-5, name
+
+
+def test_variable_lengths_are_torchs_packed_sequences(network):
+    torch_class, model_class = network
+    torch.manual_seed(0)
+    rnn = torch_class(20, 20, 2, batch_first=True)
+    model = model_class.from_torch(rnn)
+    lengths = torch.tensor([9, 31, 1, 17])
+    x = torch.randn(4, 31, 20)
+    expected, last = rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+    expected, _ = pad_packed_sequence(expected, batch_first=True)
+    mask = torch.arange(31) < lengths[:, None]
+    outputs = model(inputs_embeds=x, attention_mask=mask, use_cache=True)
+    assert relative_error(outputs.last_hidden_state * mask[..., None], expected) <= 1e-6
+    last = last[0] if isinstance(last, tuple) else last
+    assert relative_error(torch.stack([s[0] for s in outputs.past_key_values.states]), last) <= 1e-6
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    packed = model(inputs_embeds=x[mask][None], cu_seq_lens_q=offsets).last_hidden_state
+    assert relative_error(packed[0], expected[mask]) <= 1e-6
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_both_ways(network, bias):
+    torch_class, model_class = network
+    rnn = torch_class(12, 12, 3, bias=bias, dropout=0.1)
+    back = model_class.from_torch(rnn).to_torch()
+    assert isinstance(back, torch_class) and back.batch_first and back.dropout == 0.1
+    assert all(torch.equal(x, y) for x, y in zip(back.parameters(), rnn.parameters(), strict=True))
+    embedding = nn.Embedding(31, 12)
+    model = model_class.from_torch(rnn.double(), embedding, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    assert model.config.vocab_size == 31 and model.dtype == torch.float64
+    assert torch.equal(model.embed_tokens.weight, embedding.weight.double())
+
+
+def test_heads_become_a_dense_matrix_with_zeros(network, tmp_path):
+    _, model_class = network
+    config = model_class.config_class(
+        hidden_size=12, num_heads=3, residual=False, conv_kernel=0, feed_forward_factor=0, output_projection=False,
+        num_hidden_layers=2, initializer_range=0.5,
+    )  # fmt: skip
+    model = model_class(config)
+    with torch.no_grad():
+        for mixer in model.mixers():
+            mixer.recurrent_bias.normal_()
+    x = torch.randn(2, 15, 12)
+    assert relative_error(model(inputs_embeds=x).last_hidden_state, model.to_torch()(x)[0]) <= 1e-6
+    model.save_pretrained(tmp_path)
+    loaded = model_class.from_pretrained(tmp_path)
+    assert torch.equal(loaded(inputs_embeds=x).last_hidden_state, model(inputs_embeds=x).last_hidden_state)
+
+
+def test_flashrnn_both_ways(network):
+    torch_class, model_class = network
+    function = torch_class.__name__.lower()
+    model = model_class(model_class.config_class(hidden_size=48, num_heads=3, num_hidden_layers=1))
+    mixer = model.mixers()[0]
+    torch.nn.init.normal_(mixer.recurrent_bias)
+    torch.nn.init.normal_(mixer.in_proj.bias)
+    R, b = to_flashrnn(mixer)
+    x = torch.randn(2, 11, 48)
+    Wx = nn.functional.linear(x, mixer.in_proj.weight).view(2, 11, 3, -1, 16).transpose(2, 3)
+    states, _ = flashrnn(Wx.contiguous(), R, b, function=function, backend="vanilla", dtype="float32")
+    h, _ = mixer.recurrence(x, (None,) * mixer.num_states, None, None)
+    assert relative_error(states[0].flatten(2), h) <= 1e-6
+    again = from_flashrnn(function, R, b)
+    assert torch.equal(again["recurrent_weight"], mixer.recurrent_weight)
+    both = mixer.recurrent_bias + mixer.in_proj.bias
+    torch.testing.assert_close(again["recurrent_bias"] + again["in_proj.bias"], both)
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: hf_rnn.LSTMModel.from_torch(nn.LSTM(8, 8, bidirectional=True)), ValueError, "bidirectional"),
+        (lambda: hf_rnn.GRUModel.from_torch(nn.GRU(8, 8, bidirectional=True)), ValueError, "bidirectional"),
+        (lambda: hf_rnn.LSTMModel.from_torch(nn.LSTM(8, 8, proj_size=4)), ValueError, "proj_size=0"),
+        (lambda: hf_rnn.LSTMModel.from_torch(nn.LSTM(4, 8)), ValueError, "input_size equal to hidden_size, 8, got 4"),
+        (lambda: hf_rnn.LSTMModel.from_torch(nn.GRU(8, 8)), TypeError, "expected a torch.nn.LSTM, got GRU"),
+        (lambda: hf_rnn.LSTMModel.from_torch(nn.LSTM(8, 8), nn.Embedding(9, 4)), ValueError, "embedding: expected 8"),
+        (lambda: hf_rnn.LSTMModel(hf_rnn.LSTMConfig(hidden_size=8)).to_torch(), ValueError, "residual=False"),
+        (lambda: hf_rnn.LSTMConfig(hidden_size=8, num_heads=3), Strict, "num_heads: expected a divisor of the 8"),
+        (lambda: hf_rnn.LSTMConfig(residual=False), Strict, "residual: without residuals set conv_kernel=0"),
+        (lambda: from_flashrnn("elman", torch.zeros(4, 1, 2, 2), torch.zeros(4, 1, 2)), ValueError, "function: expect"),
+        (lambda: from_flashrnn("gru", torch.zeros(4, 1, 2, 2), torch.zeros(4, 1, 2)), ValueError, "R: expected shape"),
+        (lambda: from_flashrnn("gru", torch.zeros(3, 1, 2, 2), torch.zeros(3, 1, 2)), ValueError, "b: expected shape"),
+    ],
+)
+def test_what_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_learned_initial_state_is_not_dropped():
+    config = hf_rnn.GRUConfig(
+        hidden_size=8, residual=False, conv_kernel=0, feed_forward_factor=0, output_projection=False
+    )
+    model = hf_rnn.GRUModel(config)
+    model.to_torch()
+    torch.nn.init.ones_(model.mixers()[0].initial_state)
+    with pytest.raises(ValueError, match="no learned initial state"):
+        model.to_torch()
+
+
+def test_an_adapter_on_the_projection_is_not_passed_by():
+    """torch's LSTM takes the weights; an adapter's or a hook's part of the projection must not get lost."""
+    model = hf_rnn.LSTMForCausalLM(hf_rnn.LSTMConfig(hidden_size=16)).eval()
+    ids = torch.randint(0, 256, (2, 9))
+    plain = model(ids).logits
+    adapted = get_peft_model(model, LoraConfig(target_modules=["in_proj"], r=2, init_lora_weights=False))
+    assert not torch.allclose(adapted(ids).logits, plain, atol=1e-3)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted(ids).logits, plain)
+    merged = adapted.merge_and_unload()
+    hook = merged.model.layers[0].mixer.in_proj.register_forward_hook(lambda module, inputs, output: output * 0)
+    hooked = merged(ids).logits
+    hook.remove()
+    assert not torch.allclose(hooked, merged(ids).logits, atol=1e-3)
