@@ -76,7 +76,7 @@ def test_going_on_from_a_checkpoint_with_a_dataset(checkpoint, tmp_path, capsys)
         (["train", "--data", "SHORT"], "do not fill one block"),
         (["train", "--data", "SHORT", "--config", "hiden_size=3"], "MinGRUConfig, got 'hiden_size'"),
         (["train", "--data", "SHORT", "--config", "hidden_size"], "expected name=value"),
-        (["train", "--data", "SHORT", "--model", "mingpt"], "expected one of ['mingru', 'minlstm']"),
+        (["train", "--data", "SHORT", "--model", "mingpt"], "expected one of ['gru', 'lstm', 'mingru', 'minlstm']"),
         (["train", "--data", "SHORT", "--block_size", "0"], "block_size: expected at least 2"),
         (["train", "--data", "SHORT", "--held_out", "1.0"], "held_out: expected a share"),
         (["train", "--data", "/nowhere/text.txt"], "there is no file /nowhere/text.txt"),
