@@ -75,14 +75,17 @@ def _lstm_step_back(size, s, s0, before, b0, after, a0, grad, grad0, dh, dc, at)
     for d in range(size):
         tanh_c = tanh(after[a0 + d])
         dh_t = dh[at + d] + grad[grad0 + d]
-        dc_t = dc[at + d] + dh_t * s[o + d] * (ONE - tanh_c * tanh_c)
-        gate_i, gate_g = s[s0 + d], s[g + d]
-        dc[at + d] = decay(s[f + d], s[drop + d], dc_t)
+        dc[at + d] += dh_t * s[o + d] * (ONE - tanh_c * tanh_c)
         dh[at + d] = F32(0)
-        s[s0 + d] = dc_t * gate_g * gate_i * (ONE - gate_i)
-        s[f + d] = dc_t * before[b0 + d] * s[f + d] * s[drop + d]
-        s[g + d] = dc_t * gate_i * (ONE - gate_g * gate_g)
         s[o + d] = dh_t * tanh_c * s[o + d] * (ONE - s[o + d])
+    for d in range(size):
+        gate_i, gate_g = s[s0 + d], s[g + d]
+        s[s0 + d] = dc[at + d] * gate_g * gate_i * (ONE - gate_i)
+        s[g + d] = dc[at + d] * gate_i * (ONE - gate_g * gate_g)
+    for d in range(size):
+        dc_t = dc[at + d]
+        dc[at + d] = decay(s[f + d], s[drop + d], dc_t)
+        s[f + d] = dc_t * before[b0 + d] * s[f + d] * s[drop + d]
 
 
 @row
