@@ -157,9 +157,7 @@ def with_heads(cell: str, batch: int, time: int, heads: int, size: int) -> dict[
             contestants["products and activations alone"] = arithmetic(cell, batch * time, heads, size, backward)
         reference = by_head(lambda b=backward: expected(lambda *t: scan(*t)[0], inputs, grad, b))()
         what = "forward + backward" if backward else "forward"
-        title = (
-            f"{cell} {'forward + backward' if backward else 'forward'}, {heads} x {size}, batch {batch}, {time} tokens"
-        )
+        title = f"{cell} {what}, {heads} heads x {size}, batch {batch}, {time} tokens"
         results[title] = compare(contestants, reference, tolerance=TOLERANCE, repeats=10)
         table(title, results[title])
     return results
