@@ -29,11 +29,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Side by side with minGRU-pytorch on this machine's CPU; results in benchmarks/results.
+# Side by side with peers on this machine; results in benchmarks/results.
 bench: $(STAMP)
 	$(BIN)/python benchmarks/scan.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/recurrent.py
+	$(BIN)/python benchmarks/min_against_traditional.py
+	$(BIN)/python benchmarks/language_model.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -21,8 +21,8 @@ class LSTM(HeadwiseMixer):
         return one_head.repeat_interleave(self.recurrent_weight.shape[2]).repeat(self.config.num_heads)
 
     def recurrence(self, x, state, mask, cu_seqlens):
-        on_cpu = x.device.type == "cpu"  # where torch's is oneDNN's, and fast, in float32 only
-        fast = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") if on_cpu else x.is_cuda
+        one_dnn = torch.backends.mkldnn.is_available() and x.dtype == torch.float32
+        fast = one_dnn and not torch.is_autocast_enabled("cpu") if x.device.type == "cpu" else x.is_cuda  # cuDNN
         if fast and self.library_applies(x, mask, cu_seqlens):
             h, *last = torch.lstm(x, *self.library_arguments(x, state))
             return h, tuple(s[0].float() for s in last)

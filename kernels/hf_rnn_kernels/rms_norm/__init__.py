@@ -12,8 +12,8 @@ from hf_rnn_kernels.checks import refuse_forward_mode
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
 
-    torch's `rms_norm` is one pass forward, but its backward on a CPU is a chain of elementwise passes, 7 times as
-    long as LayerNorm's (docs/log.md, 2026-11-22): in training in float32 on a CPU this is used instead.
+    torch's `rms_norm` is one pass forward, but its backward on a CPU is a chain of elementwise passes: in training in
+    float32 on a CPU this is used instead, which takes a third of the time (`python benchmarks/layers.py`).
 
     Args:
         x: (..., D), any floating dtype.
