@@ -1,0 +1,597 @@
+"""Triton backend for NVIDIA and AMD GPUs: the loop over time inside a kernel, R on chip from first step to last.
+
+A program owns one head of BN sequences (the fewest rows a matrix unit takes) and walks them to the end of the longest.
+Where R fits on chip (`_plan`) it is loaded once, before the loop, and the states stay in registers: a step is then
+G small matrix products and the gates, and the inputs of the next one are on their way meanwhile. Where it does not,
+the "streamed" kernels read R anew at each step, in tiles, from the GPU's cache: correct for any size, and slow.
+Both kinds share everything else, first of all the cells: one step forward and one step back each.
+
+Backward, R h_{t-1} is computed again for all steps at once, since none waits for another (`_recompute`), and left in
+grad_x, rounded to the dtype of x. `_backward` finds it there and puts the gradients in its place: its steps have half
+the work, and R is on chip in one layout. With the second one, which R h needs, 128 units in bfloat16 took 308 KiB of
+shared memory for an LSTM and 228 KiB for a GRU, more than an H100 has, and spilled 1,302 and 776 registers on gfx942.
+
+The number of sequences, their lengths and the number of heads are run-time arguments on which nothing is specialised.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_rnn_kernels.gated_scan.triton import _rows, _sigmoids
+from hf_rnn_kernels.recurrent_scan.reference import CELLS
+from hf_rnn_kernels.recurrent_scan.weight_gradients import weight_gradients
+
+BN = 16
+OWN = {"lstm": 0, "gru": 1}  # how many gates, the last ones, have another gradient in R h + b than in x
+ROOM = 160 * 1024  # bytes on chip for a program, where the device has no number for it
+UNITS, DEPTH = 32, 64  # tiles of R where it is streamed
+# `_recompute` has as many programs, several for each multiprocessor, if that leaves each so many steps.
+PROGRAMS, STEPS = 1024, 16
+
+_jit = triton.jit(
+    do_not_specialize=["time", "rows", "sequences", "heads", "chunks"],
+    do_not_specialize_on_alignment=["mask", "offsets"],
+)
+
+
+@triton.jit
+def _tanh(x):
+    """To the last bits near 0, too: a polynomial fitted below 1/2, where 1 - e^-2|x| would cancel."""
+    square = x * x
+    p = ((0.0172569 * square - 0.053052906) * square + 0.13325986) * square - 0.3333315
+    e = tl.exp(-2.0 * tl.abs(x))
+    y = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.5, x + x * (square * p), tl.where(x < 0, -y, y))
+
+
+# The cells: as in `reference.py`, tuples of (BN, units) tiles in float32. A gate that is nearly open forgets 1 - f,
+# which comes from the sigmoid of -x, since 1 - f of a rounded f would have few bits left.
+
+
+@triton.jit
+def _decay(keep, drop, x):
+    return tl.where(drop < 0.5, x - drop * x, keep * x)
+
+
+@triton.jit
+def _lstm_gates(x, recurrent):
+    i, not_i = _sigmoids(x[0] + recurrent[0])
+    f, not_f = _sigmoids(x[1] + recurrent[1])
+    o, not_o = _sigmoids(x[3] + recurrent[3])
+    return i, not_i, f, not_f, _tanh(x[2] + recurrent[2]), o, not_o
+
+
+@triton.jit
+def _lstm_cell(i, f, not_f, g, c):
+    add = i * g
+    return tl.where(not_f < 0.5, c + (add - not_f * c), f * c + add)
+
+
+@triton.jit
+def _lstm_step(x, recurrent, states):
+    i, _, f, not_f, g, o, _ = _lstm_gates(x, recurrent)
+    c = _lstm_cell(i, f, not_f, g, states[1])
+    return o * _tanh(c), c
+
+
+@triton.jit
+def _lstm_step_back(x, recurrent, before, grads):
+    i, not_i, f, not_f, g, o, not_o = _lstm_gates(x, recurrent)
+    tanh_c = _tanh(_lstm_cell(i, f, not_f, g, before[1]))
+    dh, dc = grads[0], grads[1]
+    dc = dc + dh * o * (1.0 - tanh_c * tanh_c)
+    dx = (dc * g * (i * not_i), dc * before[1] * (f * not_f), dc * i * (1.0 - g * g), dh * tanh_c * (o * not_o))
+    return dx, dx, (tl.zeros_like(dh), _decay(f, not_f, dc))
+
+
+@triton.jit
+def _gru_gates(x, recurrent):
+    r, not_r = _sigmoids(x[0] + recurrent[0])
+    z, not_z = _sigmoids(x[1] + recurrent[1])
+    return r, not_r, z, not_z, _tanh(x[2] + r * recurrent[2])
+
+
+@triton.jit
+def _gru_step(x, recurrent, states):
+    _, _, z, not_z, n = _gru_gates(x, recurrent)
+    h = states[0]
+    return (tl.where(not_z < 0.5, h + not_z * (n - h), n + z * (h - n)),)
+
+
+@triton.jit
+def _gru_step_back(x, recurrent, before, grads):
+    r, not_r, z, not_z, n = _gru_gates(x, recurrent)
+    dh = grads[0]
+    dn = dh * not_z * (1.0 - n * n)
+    dr, dz = dn * recurrent[2] * (r * not_r), dh * (before[0] - n) * (z * not_z)
+    return (dr, dz, dn), (dr, dz, dn * r), (_decay(z, not_z, dh),)
+
+
+@triton.jit
+def _step(x, recurrent, states, CELL: tl.constexpr):
+    """States after a step, from those before it."""
+    return _lstm_step(x, recurrent, states) if CELL == "lstm" else _gru_step(x, recurrent, states)
+
+
+@triton.jit
+def _step_back(x, recurrent, before, grads, CELL: tl.constexpr):
+    """Gradients of x, of `recurrent`, and of the states before the step but for what comes through R h."""
+    lstm: tl.constexpr = CELL == "lstm"
+    return _lstm_step_back(x, recurrent, before, grads) if lstm else _gru_step_back(x, recurrent, before, grads)
+
+
+# Tiles. `to` (BN, 1) says where a row begins, `unit` (1, units) is the column in it, `inside` what of the tile exists.
+
+
+@triton.jit
+def _task(offsets, time, rows, sequences, heads, BN: tl.constexpr):
+    """What this program works on: a head; the sequences n, their first rows and their lengths; the longest of these."""
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    n = (tl.program_id(0) // heads).to(tl.int64) * BN + tl.arange(0, BN)
+    real = n < sequences
+    if offsets is None:
+        start, stop = n * time, (n + 1) * time
+    else:  # clamped, so that wrong offsets read wrong rows but never a wrong address
+        start = tl.minimum(tl.maximum(tl.load(offsets + n, real, other=0).to(tl.int64), 0), rows)
+        stop = tl.minimum(tl.maximum(tl.load(offsets + n + 1, real, other=0).to(tl.int64), start), rows)
+    length = tl.where(real, stop - start, 0).to(tl.int32)
+    return head, n, start, length, tl.max(length, 0)
+
+
+@triton.jit
+def _load(tensor, to, unit, apart, inside, COUNT: tl.constexpr):
+    """COUNT tiles, `apart` from each other."""
+    tiles = ()
+    for k in tl.static_range(COUNT):
+        tiles = tiles + (tl.load(tensor + (to + k * apart) + unit, inside, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _store(tensor, to, unit, apart, inside, tiles, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    for k in tl.static_range(COUNT):
+        tl.store(tensor + (to + k * apart) + unit, tiles[FIRST + k], inside)
+
+
+@triton.jit
+def _float(tiles, COUNT: tl.constexpr):
+    new = ()
+    for k in tl.static_range(COUNT):
+        new = new + (tiles[k].to(tl.float32),)
+    return new
+
+
+@triton.jit
+def _where(condition, tiles, others, COUNT: tl.constexpr):
+    new = ()
+    for k in tl.static_range(COUNT):
+        new = new + (tl.where(condition, tiles[k], others[k]),)
+    return new
+
+
+@triton.jit
+def _live(mask, row, inside):
+    """Whether a row moves the state: inside its sequence and not padding."""
+    if mask is not None:
+        inside = inside & (tl.load(mask + row, inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def _bias(bias, head, size, unit, valid, GATES: tl.constexpr):
+    """b, a row for each gate; zeros where there is none."""
+    if bias is None:
+        tiles = ()
+        for _ in tl.static_range(GATES):
+            tiles = tiles + (tl.zeros_like(unit).to(tl.float32),)
+    else:
+        tiles = _load(bias, head * GATES * size, unit, size, valid, GATES)
+    return tiles
+
+
+@triton.jit
+def _source(first, every, t, n, row, sequences, units, STATES: tl.constexpr):
+    """Where the states before step t are: the tensor, the rows in it, and the distance of one state to the next.
+
+    `first` is (STATES, N, D), `every` (B, T, STATES, D).
+    """
+    if t == 0:
+        source, to, apart = first, n * units, sequences * units
+    else:
+        source, to, apart = every, (row - 1) * STATES * units, units
+    return source, to, apart
+
+
+@triton.jit
+def _held(weight, head, size, unit, GATES: tl.constexpr):
+    """R of a head, a tile (out, in) for each gate."""
+    out = tl.trans(unit)
+    return _load(
+        weight, head * GATES * size * size + out * size, unit, size * size, (out < size) & (unit < size), GATES
+    )
+
+
+@triton.jit
+def _recurrent(h, weights, GATES: tl.constexpr):
+    """R h, gate by gate."""
+    new = ()
+    for g in tl.static_range(GATES):
+        new = new + (tl.dot(h, tl.trans(weights[g]), input_precision="ieee"),)
+    return new
+
+
+@triton.jit
+def _add(tiles, others, COUNT: tl.constexpr):
+    new = ()
+    for k in tl.static_range(COUNT):
+        new = new + (tiles[k].to(tl.float32) + others[k].to(tl.float32),)
+    return new
+
+
+@triton.jit
+def _through(d, weights, dtype, GATES: tl.constexpr):
+    """R^T d."""
+    total = tl.dot(d[0].to(dtype), weights[0], input_precision="ieee")
+    for g in tl.static_range(1, GATES):
+        total = tl.dot(d[g].to(dtype), weights[g], total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _recurrent_streamed(
+    source, to, inside, weight, head, size, unit,
+    GATES: tl.constexpr, BN: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """R h for the units `unit` (1, UNITS), with the rows of h at `source`."""
+    sums = ()
+    for _ in tl.static_range(GATES):
+        sums = sums + (tl.zeros([BN, UNITS], tl.float32),)
+    for depth in range(0, size, DEPTH):
+        in_ = depth + tl.arange(0, DEPTH)
+        h = tl.load(source + to + in_[None, :], inside & (in_ < size)[None, :], other=0.0)
+        tiles = _load(
+            weight, head * GATES * size * size + unit * size, in_[:, None], size * size,
+            (in_ < size)[:, None] & (unit < size), GATES,
+        )  # fmt: skip
+        new = ()
+        for g in tl.static_range(GATES):
+            new = new + (tl.dot(h, tiles[g], sums[g], input_precision="ieee"),)
+        sums = new
+    return sums
+
+
+@triton.jit
+def _through_streamed(
+    grad_x, own, row, inside, weight, head, heads, size, unit,
+    GATES: tl.constexpr, OWN: tl.constexpr, BN: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """R^T d for the units `unit` (1, UNITS), with d as it was stored in `grad_x` and, its last gates, in `own`."""
+    total = tl.zeros([BN, UNITS], tl.float32)
+    for depth in range(0, size, DEPTH):
+        out = depth + tl.arange(0, DEPTH)
+        valid = inside & (out < size)[None, :]
+        tiles = _load(
+            weight, head * GATES * size * size + out.to(tl.int64)[:, None] * size, unit, size * size,
+            (out < size)[:, None] & (unit < size), GATES,
+        )  # fmt: skip
+        d = _load(grad_x, (row * heads + head) * GATES * size, out[None, :], size, valid, GATES - OWN)
+        d = d + _load(own, (row * heads + head) * OWN * size, out[None, :], size, valid, OWN)
+        for g in tl.static_range(GATES):
+            total = tl.dot(d[g], tiles[g], total, input_precision="ieee")
+    return total
+
+
+# Kernels. `first` (N, D) is h before the first token, rounded to the dtype of x as all later ones are. `tl.range` with
+# num_stages has loads of the next step written to shared memory (AMD: registers) during this one.
+
+
+@_jit
+def _forward(
+    x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
+    first, h, others, last,
+    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr,
+    BN: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`last` (S, N, D) holds the initial states on entry, the last ones on return; `others` the KEPT states but h."""
+    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
+    n, start, length = n[:, None], start[:, None], length[:, None]
+    unit = tl.arange(0, BP)[None, :]
+    units = heads.to(tl.int64) * size
+    weights = _held(weight, head, size, unit, GATES)
+    biases = _bias(bias, head, size, unit, unit < size, GATES)
+    there = (n < sequences) & (unit < size)
+    apart = sequences * units
+    states = _load(last, n * units + head * size, unit, apart, there, STATES)
+    for t in tl.range(longest, num_stages=STAGES):
+        inside = (t < length) & (unit < size)
+        x_t = _load(x, (start + t) * x_stride + head * GATES * size, unit, size, inside, GATES)
+        live = _live(mask, start + t, t < length)
+        recurrent = _add(_recurrent(states[0].to(x.dtype.element_ty), weights, GATES), biases, GATES)
+        states = _where(live, _step(_float(x_t, GATES), recurrent, states, CELL), states, STATES)
+        to = (start + t) * units
+        tl.store(h + to + head * size + unit, states[0], inside)
+        _store(others, to * KEPT + head * size, unit, units, inside, states, 1, KEPT)
+    _store(last, n * units + head * size, unit, apart, there, states, 0, STATES)
+
+
+@_jit
+def _forward_streamed(
+    x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
+    first, h, others, last,
+    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr,
+    BN: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """As `_forward`; between steps the states are in `last`."""
+    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
+    n, start, length = n[:, None], start[:, None], length[:, None]
+    units = heads.to(tl.int64) * size
+    apart = sequences * units
+    for t in range(longest):
+        row = start + t
+        live = _live(mask, row, t < length)
+        source, source_to, _ = _source(first, h, t, n, row, sequences, units, 1)
+        for begin in range(0, size, UNITS):
+            unit = begin + tl.arange(0, UNITS)[None, :]
+            inside = (t < length) & (unit < size)
+            recurrent = _recurrent_streamed(
+                source, source_to + head * size, t < length, weight, head, size, unit, GATES, BN, UNITS, DEPTH
+            )
+            recurrent = _add(recurrent, _bias(bias, head, size, unit, unit < size, GATES), GATES)
+            x_t = _load(x, row * x_stride + head * GATES * size, unit, size, inside, GATES)
+            states = _load(last, n * units + head * size, unit, apart, inside, STATES)
+            states = _where(live, _step(_float(x_t, GATES), recurrent, states, CELL), states, STATES)
+            tl.store(h + row * units + head * size + unit, states[0], inside)
+            _store(others, row * KEPT * units + head * size, unit, units, inside, states, 1, KEPT)
+            _store(last, n * units + head * size, unit, apart, inside, states, 0, STATES)
+        tl.debug_barrier()  # the next step reads what other threads wrote in this one
+
+
+@_jit
+def _recompute(
+    x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
+    first, h, chunks, recurrent,
+    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr,
+    BN: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """R h_{t-1} for all t, which nothing has to wait for: of `chunks` programs each takes every chunks-th step."""
+    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
+    n, start, length = n[:, None], start[:, None], length[:, None]
+    unit = tl.arange(0, BP)[None, :]
+    units = heads.to(tl.int64) * size
+    weights = _held(weight, head, size, unit, GATES)
+    for t in tl.range(tl.program_id(1), longest, chunks, num_stages=STAGES):
+        row = start + t
+        inside = (t < length) & (unit < size)
+        source, to, _ = _source(first, h, t, n, row, sequences, units, 1)
+        h_before = tl.load(source + (to + head * size) + unit, inside, other=0.0)
+        products = _recurrent(h_before, weights, GATES)
+        _store(recurrent, (row * heads + head) * GATES * size, unit, size, inside, products, 0, GATES)
+
+
+@_jit
+def _recompute_streamed(
+    x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
+    first, h, chunks, recurrent,
+    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr,
+    BN: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """As `_recompute`."""
+    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
+    n, start, length = n[:, None], start[:, None], length[:, None]
+    units = heads.to(tl.int64) * size
+    for t in range(tl.program_id(1), longest, chunks):
+        row = start + t
+        source, to, _ = _source(first, h, t, n, row, sequences, units, 1)
+        for begin in range(0, size, UNITS):
+            unit = begin + tl.arange(0, UNITS)[None, :]
+            inside = (t < length) & (unit < size)
+            products = _recurrent_streamed(
+                source, to + head * size, t < length, weight, head, size, unit, GATES, BN, UNITS, DEPTH
+            )
+            _store(recurrent, (row * heads + head) * GATES * size, unit, size, inside, products, 0, GATES)
+
+
+@triton.jit
+def _gradients(
+    x, mask, x_stride, sequences, heads, size, first, states, h, others, grad, grad_stride, grad_x, own,
+    t, head, n, start, length, unit, biases, carry,
+    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """Step t of the backward pass, but for R^T d: stores the gradients; returns that of R h + b, and of the states
+    before the step, from those after it."""
+    units = heads.to(tl.int64) * size
+    row = start + t
+    inside = (t < length) & (unit < size)
+    live = _live(mask, row, t < length)
+    x_t = _load(x, row * x_stride + head * GATES * size, unit, size, inside, GATES)
+    dx_to = (row * heads + head) * GATES * size
+    recurrent = _add(_load(grad_x, dx_to, unit, size, inside, GATES), biases, GATES)
+    source, to, apart = _source(first, h, t, n, row, sequences, units, 1)
+    before = _load(source, to + head * size, unit, apart, inside, 1)
+    source, to, apart = _source(states + sequences * units, others, t, n, row, sequences, units, STATES - 1)
+    before = _float(before, 1) + _load(source, to + head * size, unit, apart, inside, STATES - 1)
+    dh = tl.load(grad + (row * grad_stride + head * size) + unit, inside, other=0.0)
+    carry = (carry[0] + dh.to(tl.float32),) + carry[1:]
+    dx, d, passed = _step_back(_float(x_t, GATES), recurrent, before, carry, CELL)
+    zeros = (tl.zeros_like(dx[0]),) * GATES
+    dx, d, passed = _where(live, dx, zeros, GATES), _where(live, d, zeros, GATES), _where(live, passed, carry, STATES)
+    _store(grad_x, dx_to, unit, size, inside, dx, 0, GATES)
+    _store(own, (row * heads + head) * OWN * size, unit, size, inside, d, GATES - OWN, OWN)
+    return d, passed
+
+
+@_jit
+def _backward(
+    x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
+    first, states, h, others, grad, grad_stride, grads, grad_x, own,
+    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, OWN: tl.constexpr,
+    BN: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`states` (S, N, D) are the initial ones; `grads` (S, N, D) holds the gradients of the last states on entry, those
+    of the initial states on return; `grad_x` what `_recompute` left there, which each step replaces by its gradients.
+    """
+    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
+    n, start, length = n[:, None], start[:, None], length[:, None]
+    unit = tl.arange(0, BP)[None, :]
+    units = heads.to(tl.int64) * size
+    weights = _held(weight, head, size, unit, GATES)
+    biases = _bias(bias, head, size, unit, unit < size, GATES)
+    there = (n < sequences) & (unit < size)
+    apart = sequences * units
+    carry = _load(grads, n * units + head * size, unit, apart, there, STATES)
+    for back in tl.range(longest, num_stages=STAGES):
+        d, passed = _gradients(
+            x, mask, x_stride, sequences, heads, size, first, states, h, others, grad, grad_stride, grad_x, own,
+            longest - 1 - back, head, n, start, length, unit, biases, carry, CELL, GATES, STATES, OWN,
+        )  # fmt: skip
+        carry = (passed[0] + _through(d, weights, x.dtype.element_ty, GATES),) + passed[1:]
+    _store(grads, n * units + head * size, unit, apart, there, carry, 0, STATES)
+
+
+@_jit
+def _backward_streamed(
+    x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
+    first, states, h, others, grad, grad_stride, grads, grad_x, own,
+    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, OWN: tl.constexpr,
+    BN: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """As `_backward`; between steps the gradients of the states are in `grads`."""
+    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
+    n, start, length = n[:, None], start[:, None], length[:, None]
+    units = heads.to(tl.int64) * size
+    apart = sequences * units
+    to = n * units + head * size
+    for back in range(longest):
+        t = longest - 1 - back
+        for begin in range(0, size, UNITS):
+            unit = begin + tl.arange(0, UNITS)[None, :]
+            inside = (t < length) & (unit < size)
+            carry = _load(grads, to, unit, apart, inside, STATES)
+            biases = _bias(bias, head, size, unit, unit < size, GATES)
+            _, passed = _gradients(
+                x, mask, x_stride, sequences, heads, size, first, states, h, others, grad, grad_stride, grad_x,
+                own, t, head, n, start, length, unit, biases, carry, CELL, GATES, STATES, OWN,
+            )  # fmt: skip
+            _store(grads, to, unit, apart, inside, passed, 0, STATES)
+        tl.debug_barrier()  # what follows reads what other threads wrote above
+        for begin in range(0, size, UNITS):
+            unit = begin + tl.arange(0, UNITS)[None, :]
+            inside = (t < length) & (unit < size)
+            through = _through_streamed(
+                grad_x, own, start + t, t < length, weight, head, heads, size, unit, GATES, OWN, BN, UNITS, DEPTH
+            )
+            tl.store(grads + to + unit, tl.load(grads + to + unit, inside, other=0.0) + through, inside)
+        tl.debug_barrier()
+
+
+def _chip(device: torch.device) -> tuple[int, bool]:
+    """Bytes that a program may hold on chip, and whether it is AMD's: there R goes to registers, on NVIDIA to shared
+    memory."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return ROOM, torch.version.hip is not None
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin, False
+
+
+def _plan(cell: str, weight: Tensor, back: bool) -> tuple[bool, dict]:
+    """Whether R is held on chip, and tiles, stages and warps for that, from what Triton 3.7 makes of these kernels."""
+    gates, states = CELLS[cell].gates, CELLS[cell].states
+    block = max(16, triton.next_power_of_2(weight.shape[2]))
+    tile = BN * block * weight.element_size()
+    room, amd = _chip(weight.device)
+    # R, and tiles on their way from one layout to another: two, or backward d and one more.
+    held = gates * block * tile // BN + (gates + 1 if back else 2) * tile
+    if held > room:
+        return False, {"UNITS": UNITS, "DEPTH": DEPTH, "num_warps": 8}
+    # Loaded ahead: x, and backward R h, h before the step, the gradient of h and, in float32, the other states before.
+    ahead = (2 * gates + 2) * tile + (states - 1) * BN * block * 4 if back else gates * tile
+    # Float32 has no matrix units on NVIDIA. At 64 units 4 warps there spill hundreds of bytes, on AMD 8 do.
+    warps = 8 if block > 64 or (tile > 2048 and not amd) else 4
+    return True, {"BP": block, "STAGES": 2 if held + ahead <= room else 1, "num_warps": warps, "num_stages": 1}
+
+
+class _Launch:
+    """The arguments that the kernels of one scan share."""
+
+    def __init__(
+        self, cell: str, x: Tensor, weight: Tensor, bias: Tensor | None, states: list[Tensor], mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ):  # fmt: skip
+        batch, time, _ = x.shape
+        self.heads, _, size = weight.shape
+        self.sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.weight = weight.to(x.dtype).contiguous()
+        x, x_stride = _rows(x)
+        bias = None if bias is None else bias.float().contiguous()
+        # Of 16 bits because Triton lays out the operands of `tl.dot` for the narrowest load they depend on.
+        mask = None if mask is None else mask.bool().to(torch.int16).contiguous()
+        offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self.shared = (
+            x, self.weight, bias, mask, offsets, x_stride,
+            time, batch * time, self.sequences, self.heads, size,
+        )  # fmt: skip
+        self.tasks = self.heads * triton.cdiv(self.sequences, BN)
+        self.cell = CELLS[cell]
+        self.constants = {"CELL": cell, "GATES": self.cell.gates, "STATES": self.cell.states, "BN": BN}
+        if states:
+            self.states = torch.stack([state.float() for state in states])
+        else:
+            self.states = torch.zeros(self.cell.states, self.sequences, self.heads * size, device=x.device)
+        self.first = self.states[0].to(x.dtype, copy=True)
+
+    def run(self, kernel, streamed, *arguments, chunks: int = 1, **constants) -> None:
+        held, plan = _plan(self.constants["CELL"], self.weight, kernel is _backward)
+        kernel = kernel if held else streamed
+        kernel[(self.tasks, chunks)](*self.shared, self.first, *arguments, **self.constants, **constants, **plan)
+
+
+def scan(
+    cell: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: list[Tensor],
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    training: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `op.scan`."""
+    with torch.cuda.device_of(x):
+        launch = _Launch(cell, x, weight, bias, states, mask, cu_seqlens)
+        batch, time, units = *x.shape[:2], launch.states.shape[2]
+        kept = launch.cell.states - 1 if training else 0
+        h = torch.empty(batch, time, units, dtype=x.dtype, device=x.device)
+        others = torch.empty(batch, time, kept, units, dtype=torch.float32, device=x.device)
+        launch.run(_forward, _forward_streamed, h, others, launch.states, KEPT=kept)
+    return h, others, launch.states
+
+
+def scan_backward(
+    cell: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: list[Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    h: Tensor,
+    others: Tensor,
+    grad: Tensor,
+    grad_last: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `op.scan_backward`."""
+    with torch.cuda.device_of(x):
+        launch = _Launch(cell, x, weight, bias, states, mask, cu_seqlens)
+        h, (grad, grad_stride) = h.contiguous(), _rows(grad)
+        grads = grad_last.to(torch.float32, copy=True).contiguous()
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        own = torch.empty(*x.shape[:2], OWN[cell] * h.shape[2], dtype=x.dtype, device=x.device)
+        chunks = max(1, min(PROGRAMS // launch.tasks, x.shape[1] // STEPS))
+        launch.run(_recompute, _recompute_streamed, h, chunks, grad_x, chunks=chunks)
+        launch.run(
+            _backward, _backward_streamed, launch.states, h, others.contiguous(), grad, grad_stride,
+            grads, grad_x, own, OWN=OWN[cell],
+        )  # fmt: skip
+        grad_weight, grad_bias = weight_gradients(grad_x, own, weight, h, states, cu_seqlens)
+    return grad_x, grad_weight, grad_bias, grads
