@@ -21,12 +21,27 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=sorted(VARIANTS))
-def model(request, make_model, architecture):
-    settings = VARIANTS[request.param]
-    if unknown := [name for name in settings if not hasattr(ARCHITECTURES[architecture][0], name)]:
-        pytest.skip(f"{architecture} has no {unknown[0]}")
-    return make_model(**settings)
+CASES = [
+    (architecture, variant)
+    for architecture in sorted(ARCHITECTURES)
+    for variant, settings in VARIANTS.items()
+    if all(hasattr(ARCHITECTURES[architecture][0], name) for name in settings)
+]
+
+
+@pytest.fixture(params=CASES, ids=[" ".join(case) for case in CASES])
+def case(request):
+    return request.param
+
+
+@pytest.fixture
+def architecture(case):
+    return case[0]
+
+
+@pytest.fixture
+def model(make_model, case):
+    return make_model(**VARIANTS[case[1]])
 
 
 def gradients(model, loss):
