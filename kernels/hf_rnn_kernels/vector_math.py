@@ -56,19 +56,17 @@ def exp(x):
 @inline
 def sigmoids(x):
     """sigmoid(-x) and sigmoid(x), each to the last bits, with one exponential and one division."""
-    small = exp(-abs(x))
-    large = ONE / (ONE + small)
-    small = small * large
-    return (small, large) if x >= F32(0) else (large, small)
+    e = exp(-x)  # at most e^87, so that no product overflows
+    large = ONE / (ONE + e)
+    return e * large, large
 
 
 @inline
 def tanh(x):
-    """-m / (2 + m) with m = e^(-2|x|) - 1, which keeps small arguments to the last bits."""
-    scale, rest = _exp_parts(-TWO * abs(x))
+    """m / (2 + m) with m = e^(2x) - 1, which keeps small arguments to the last bits."""
+    scale, rest = _exp_parts(TWO * x)
     m = scale * rest + (scale - ONE)
-    y = -m / (TWO + m)
-    return y if x >= F32(0) else -y
+    return m / (TWO + m)
 
 
 @inline
