@@ -33,7 +33,8 @@ class RecurrentConfig(PreTrainedConfig):
         residual: blocks add to a residual stream, each branch behind a norm. False stacks the bare recurrences, as
             `torch.nn.LSTM` does: no residuals, norms, convolutions or feed-forwards.
         learned_initial_state: the state before the first token is a parameter (zeros at first), else zeros.
-        hidden_dropout: dropout on every residual branch and on the embeddings.
+        hidden_dropout: dropout on every residual branch and on the embeddings; without residuals between the layers
+            alone, as `torch.nn.LSTM` has it.
         norm_eps: epsilon of the RMS norms.
         initializer_range: standard deviation of the initial embeddings and linear weights.
         tie_word_embeddings: the head shares the embedding's weights.

@@ -49,9 +49,9 @@ def from_flashrnn(function: str, R: Tensor, b: Tensor) -> dict[str, Tensor]:
         recurrent_bias[2] = b[0]
         b = b[1:]
     return {
-        "recurrent_weight": R.transpose(0, 1).flatten(1, 2).contiguous(),
+        "recurrent_weight": R.transpose(0, 1).flatten(1, 2).clone(),
         "recurrent_bias": recurrent_bias.transpose(0, 1).flatten(),
-        "in_proj.bias": b.transpose(0, 1).flatten(),
+        "in_proj.bias": b.transpose(0, 1).flatten().clone(),
     }
 
 
@@ -67,6 +67,6 @@ def to_flashrnn(mixer: HeadwiseMixer) -> tuple[Tensor, Tensor]:
             x.detach().view(heads, gates, size).transpose(0, 1) for x in (mixer.recurrent_bias, mixer.in_proj.bias)
         )
     if gates == 4:
-        return R.contiguous(), recurrent + of_input
+        return R.clone(memory_format=torch.contiguous_format), recurrent + of_input
     both = recurrent + of_input
     return R[[2, 0, 1]].contiguous(), torch.stack([recurrent[2], both[0], both[1], of_input[2]])

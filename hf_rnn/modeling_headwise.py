@@ -29,14 +29,16 @@ class HeadwiseModel(RecurrentModel):
         """The same network as an instance of this class: given `inputs_embeds`, equal outputs and gradients.
 
         Args:
-            rnn: a `torch.nn.LSTM` (`GRU`), any number of layers, its input as wide as its states.
+            rnn: a `torch.nn.LSTM` (`GRU`), any number of layers, its input as wide as its states. Models of this
+                package take the batch first, whatever its `batch_first`.
             embedding: the network's embedding, if it has one; else a new one, (config's vocab_size, hidden_size).
-            config: other settings of the config.
+            config: settings that `rnn` does not determine, such as vocab_size, or a pad_token_id for `embedding`, which
+                has no special tokens but its padding_idx by default.
 
         Raises:
             TypeError: not the torch class of this model.
             ValueError: a network this class cannot be: bidirectional, with projections, or with an input of another
-                width.
+                width; a setting that `rnn` determines.
         """
         if not isinstance(rnn, cls.torch_class):
             raise TypeError(f"rnn: expected a torch.nn.{cls.torch_class.__name__}, got {type(rnn).__name__}")
@@ -52,8 +54,9 @@ class HeadwiseModel(RecurrentModel):
         if embedding is not None:
             if embedding.embedding_dim != rnn.input_size:
                 raise ValueError(f"embedding: expected {rnn.input_size} wide, got {embedding.embedding_dim}")
-            config["vocab_size"] = embedding.num_embeddings
-        settings = cls.config_class(
+            tokens = dict(pad_token_id=embedding.padding_idx, bos_token_id=None, eos_token_id=None)
+            config = tokens | config | {"vocab_size": embedding.num_embeddings}
+        settings = dict(
             hidden_size=rnn.hidden_size,
             num_hidden_layers=rnn.num_layers,
             use_bias=rnn.bias,
@@ -63,10 +66,13 @@ class HeadwiseModel(RecurrentModel):
             conv_kernel=0,
             feed_forward_factor=0,
             output_projection=False,
-            **config,
+            num_heads=1,
+            expansion_factor=1,
         )
+        if taken := [name for name in config if name in settings]:
+            raise ValueError(f"{taken[0]}: not a choice here, rnn determines it")
         weight = rnn.weight_ih_l0
-        model = cls(settings).to(weight.device, weight.dtype).train(rnn.training)  # type: ignore[arg-type]
+        model = cls(cls.config_class(**settings, **config)).to(weight.device, weight.dtype).train(rnn.training)  # type: ignore[arg-type]
         with torch.no_grad():
             for layer, mixer in enumerate(model.mixers()):
                 for parameter, name in _pairs(mixer):
@@ -92,6 +98,8 @@ class HeadwiseModel(RecurrentModel):
         rnn = rnn.to(self.embed_tokens.weight.device, self.embed_tokens.weight.dtype).train(self.training)
         with torch.no_grad():
             for layer, mixer in enumerate(self.mixers()):
+                if type(mixer.in_proj) is not nn.Linear:
+                    raise ValueError("to_torch: in_proj is no plain linear layer; merge adapters into it first")
                 if mixer.initial_state is not None and mixer.initial_state.any():
                     raise ValueError("to_torch: torch.nn has no learned initial state; pass it as hx, and zero it here")
                 for parameter, name in _pairs(mixer):

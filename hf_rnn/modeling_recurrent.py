@@ -38,7 +38,8 @@ class RecurrentBlock(GradientCheckpointingLayer):
         feed_forward_size = int(config.hidden_size * config.feed_forward_factor)
         self.ff_norm = RMSNorm(config.hidden_size, eps=config.norm_eps) if feed_forward_size else None
         self.ff = FeedForward(config.hidden_size, feed_forward_size) if feed_forward_size else None
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        between = config.residual or layer_idx < config.num_hidden_layers - 1
+        self.dropout = nn.Dropout(config.hidden_dropout if between else 0.0)
         self.state_shapes = list(self.mixer.state_shapes)
         if self.conv is not None:
             self.state_shapes.append((config.conv_kernel - 1, config.hidden_size))
@@ -129,7 +130,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
     def __init__(self, config: RecurrentConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout if config.residual else 0.0)
         self.layers = nn.ModuleList(
             RecurrentBlock(config, layer_idx, self.mixer_class) for layer_idx in range(config.num_hidden_layers)
         )

@@ -39,17 +39,24 @@ class HeadwiseMixer(RecurrentMixer):
         which would unroll it.
         """
         projection = self.in_proj
-        hooks = projection._forward_hooks or projection._forward_pre_hooks or projection._backward_hooks
-        bare = type(projection) is nn.Linear and not hooks and "forward" not in vars(projection)
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        hooked = "forward" in vars(projection) or any(getattr(projection, name) for name in hooks)
         plain = mask is None and cu_seqlens is None and x.shape[1] > 1 and x.shape[0] > 0
-        return self.config.num_heads == 1 and bare and plain and not torch.compiler.is_compiling()
+        bare = type(projection) is nn.Linear and not hooked
+        return plain and bare and self.config.num_heads == 1 and not torch.compiler.is_compiling()
 
     def library_arguments(self, x: Tensor, state: tuple[Tensor | None, ...]) -> tuple:
-        """State (1, B, D) each and the rest of what `torch.lstm` and `torch.gru` take after x."""
+        """State (1, B, D) each, in the dtype of x, and the rest of what `torch.lstm` and `torch.gru` take after x."""
         zeros = x.new_zeros(x.shape[0], self.config.inner_size)
         states = [(zeros if s is None else s.to(x.dtype))[None].contiguous() for s in state]
         weights = [self.in_proj.weight, self.recurrent_weight[0]]
         if self.recurrent_bias is not None:
             weights += [self.in_proj.bias, self.recurrent_bias]
+        train = torch.is_grad_enabled()  # cuDNN keeps what its backward needs only if so; there is no dropout
         # has_biases, num_layers, dropout, train, bidirectional, batch_first
-        return states, weights, self.recurrent_bias is not None, 1, 0.0, self.training, False, True
+        return states, weights, self.recurrent_bias is not None, 1, 0.0, train, False, True
+
+    @staticmethod
+    def to_state_dtype(state: Tensor) -> Tensor:
+        """In float32, or float64."""
+        return state.to(torch.promote_types(state.dtype, torch.float32))

@@ -1,16 +1,15 @@
 """Tensors as numba's loops see them, and the memory of large ones."""
 
-import contextlib
 import weakref
-from collections import defaultdict
+from collections import deque
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _LARGE, _PAGE = 2**25, 2**21  # bytes: from where on malloc no longer recycles memory; a huge page
-_KEPT = 2**30  # bytes that are kept for the next large tensor at most
-_spare: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+_KEPT = 2**29  # bytes that are kept for large tensors to come, at most
+_spare: deque[np.ndarray] = deque()  # the oldest first
 
 
 def flat(x: Tensor) -> np.ndarray:
@@ -21,24 +20,34 @@ def flat(x: Tensor) -> np.ndarray:
 def empty(*shape: int) -> Tensor:
     """Uninitialised float32 tensor.
 
-    A large one goes back into `_spare` when the last tensor that shares its memory is gone, and serves the next of its
-    size: fresh memory costs more than a recurrence (docs/log.md, 2026-11-22). It comes from numpy, which asks the
+    A large one is given back to `_spare` when the last tensor that shares its memory is gone, and serves the next that
+    fits: fresh memory costs more than a recurrence (docs/log.md, 2026-11-22). It comes from numpy, which asks the
     system for huge pages.
     """
     count = int(np.prod(shape))
     if count * 4 < _LARGE:
         return torch.empty(shape)
-    size = -(-count * 4 // _PAGE) * _PAGE
-    buffer = None
-    with contextlib.suppress(IndexError):
-        buffer = _spare[size].pop()
-    if buffer is None:
-        buffer = np.empty(size // 4, np.float32)
+    buffer = _take(-(-count * 4 // _PAGE) * _PAGE)
     array = buffer[:count].reshape(shape)
     weakref.finalize(array, _give_back, buffer).atexit = False
     return torch.from_numpy(array)
 
 
+def _take(size: int) -> np.ndarray:
+    """A spare buffer of `size` to twice as many bytes, the newest, or a new one. Each call of the deque is atomic: no lock, which
+    a finalizer that runs in between could wait for forever."""
+    for _ in range(len(_spare)):
+        try:
+            buffer = _spare.pop()
+        except IndexError:  # another thread took it
+            break
+        if size <= buffer.nbytes <= 2 * size:
+            return buffer
+        _spare.appendleft(buffer)
+    return np.empty(size // 4, np.float32)
+
+
 def _give_back(buffer: np.ndarray) -> None:
-    if sum(b.nbytes for spare in list(_spare.values()) for b in list(spare)) + buffer.nbytes <= _KEPT:
-        _spare[buffer.nbytes].append(buffer)
+    _spare.append(buffer)
+    while sum(b.nbytes for b in list(_spare)) > _KEPT:
+        _spare.popleft()

@@ -19,7 +19,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, time: int, name: str = "cu_
     if batch != 1:
         raise ValueError(f"{name}: packed sequences lie in a batch of one, got a batch of {batch}")
     if torch.compiler.is_compiling():
-        return  # the CPU backend checks them when it runs, the Triton kernels clamp them
+        return  # on a CPU the operator checks them when it runs, the Triton kernels clamp them
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != time or any(b < a for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"{name}: expected offsets that rise from 0 to T = {time}, got {bounds}")

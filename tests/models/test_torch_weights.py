@@ -138,6 +138,8 @@ def test_flashrnn_both_ways(network):
         (lambda: hf_rnn.LSTMModel.from_torch(nn.LSTM(4, 8)), ValueError, "input_size equal to hidden_size, 8, got 4"),
         (lambda: hf_rnn.LSTMModel.from_torch(nn.GRU(8, 8)), TypeError, "expected a torch.nn.LSTM, got GRU"),
         (lambda: hf_rnn.LSTMModel.from_torch(nn.LSTM(8, 8), nn.Embedding(9, 4)), ValueError, "embedding: expected 8"),
+        (lambda: hf_rnn.LSTMModel.from_torch(nn.LSTM(8, 8), num_heads=2), ValueError, "num_heads: not a choice"),
+        (lambda: hf_rnn.LSTMModel.from_torch(nn.LSTM(8, 8), residual=True), ValueError, "residual: not a choice"),
         (lambda: hf_rnn.LSTMModel(hf_rnn.LSTMConfig(hidden_size=8)).to_torch(), ValueError, "residual=False"),
         (lambda: hf_rnn.LSTMConfig(hidden_size=8, num_heads=3), Strict, "num_heads: expected a divisor of the 8"),
         (lambda: hf_rnn.LSTMConfig(residual=False), Strict, "residual: without residuals set conv_kernel=0"),
@@ -162,6 +164,80 @@ def test_a_learned_initial_state_is_not_dropped():
         model.to_torch()
 
 
+def test_dropout_is_between_the_layers(network):
+    """As in torch.nn: not before the first, not after the last."""
+    torch_class, model_class = network
+    x = torch.randn(3, 40, 16)
+    one = torch_class(16, 16, 1, batch_first=True)
+    one.dropout = 0.9  # torch ignores it, with a warning if it is passed
+    model = model_class.from_torch(one)
+    assert model.training and relative_error(model(inputs_embeds=x).last_hidden_state, one(x)[0]) <= 1e-6
+    two = torch_class(16, 16, 2, batch_first=True, dropout=0.9)
+    model = model_class.from_torch(two)
+    assert not (model(inputs_embeds=x).last_hidden_state == 0).any()
+    torch.manual_seed(0)
+    again = model(inputs_embeds=x).last_hidden_state
+    assert not torch.allclose(again, model(inputs_embeds=x).last_hidden_state)
+    assert not model_class.from_torch(two.eval()).training
+
+
+def test_converted_weights_are_copies(network):
+    _, model_class = network
+    mixer = model_class(model_class.config_class(hidden_size=8)).mixers()[0]
+    before = {name: p.clone() for name, p in mixer.named_parameters()}
+    R, b = to_flashrnn(mixer)
+    pieces = from_flashrnn("lstm" if R.shape[0] == 4 else "gru", R, b)
+    kept = R.clone(), b.clone()
+    for piece in pieces.values():
+        piece.fill_(7)
+    assert torch.equal(R, kept[0]) and torch.equal(b, kept[1])
+    R.fill_(7)
+    b.fill_(7)
+    assert all(torch.equal(p, before[name]) for name, p in mixer.named_parameters())
+
+
+def test_flashrnn_without_biases(network):
+    _, model_class = network
+    mixer = model_class(model_class.config_class(hidden_size=8, use_bias=False)).mixers()[0]
+    R, b = to_flashrnn(mixer)
+    assert b.shape == (4, 1, 8) and not b.any() and R.shape[1:] == (1, 8, 8)
+
+
+def test_an_embedding_and_its_padding():
+    embedding = nn.Embedding(31, 8, padding_idx=3)
+    config = hf_rnn.GRUModel.from_torch(nn.GRU(8, 8), embedding).config
+    assert (config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id) == (31, 3, None, None)
+
+
+@pytest.mark.parametrize("how", ["forward hook", "pre-hook", "backward hook", "backward pre-hook", "forward replaced"])
+def test_hooks_on_the_projection_are_called(how):
+    mixer = hf_rnn.LSTMModel(hf_rnn.LSTMConfig(hidden_size=8)).mixers()[0]
+    calls = []
+    projection = mixer.in_proj
+    if how == "forward replaced":  # as accelerate does
+        original = projection.forward
+        projection.forward = lambda x: (calls.append(1), original(x))[1]
+    else:
+        register = {
+            "forward hook": projection.register_forward_hook,
+            "pre-hook": projection.register_forward_pre_hook,
+            "backward hook": projection.register_full_backward_hook,
+            "backward pre-hook": projection.register_full_backward_pre_hook,
+        }[how]
+        register(lambda *_: calls.append(1))
+    mixer(torch.randn(2, 5, 8, requires_grad=True), None, None, None)[0].sum().backward()
+    assert calls
+
+
+def test_autocast_and_an_empty_batch_take_the_op():
+    mixer = hf_rnn.LSTMModel(hf_rnn.LSTMConfig(hidden_size=8)).mixers()[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        h, state = mixer.recurrence(torch.randn(2, 5, 8), (None, None), None, None)
+    assert h.dtype == torch.bfloat16 and all(s.dtype == torch.float32 for s in state)
+    h, state = mixer.recurrence(torch.randn(0, 5, 8), (None, None), None, None)
+    assert h.shape == (0, 5, 8) and state[0].shape == (0, 8)
+
+
 def test_an_adapter_on_the_projection_is_not_passed_by():
     """torch's LSTM takes the weights; an adapter's or a hook's part of the projection must not get lost."""
     model = hf_rnn.LSTMForCausalLM(hf_rnn.LSTMConfig(hidden_size=16)).eval()
@@ -171,6 +247,8 @@ def test_an_adapter_on_the_projection_is_not_passed_by():
     assert not torch.allclose(adapted(ids).logits, plain, atol=1e-3)
     with adapted.disable_adapter():
         torch.testing.assert_close(adapted(ids).logits, plain)
+    with pytest.raises(ValueError, match="to_torch"):
+        adapted.base_model.model.model.to_torch()
     merged = adapted.merge_and_unload()
     hook = merged.model.layers[0].mixer.in_proj.register_forward_hook(lambda module, inputs, output: output * 0)
     hooked = merged(ids).logits

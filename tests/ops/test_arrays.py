@@ -32,12 +32,22 @@ def test_a_graph_keeps_what_it_needs():
     assert leaf.data_ptr() == address and (leaf.grad == 6).all()
 
 
-def test_little_is_kept():
-    tensors = [arrays.empty(2**27) for _ in range(3)]  # 512 MiB each
+def kept() -> int:
+    gc.collect()
+    return sum(buffer.nbytes for buffer in arrays._spare)
+
+
+def test_little_is_kept_and_what_is_in_use_now_comes_first():
+    """Also when lengths vary: old sizes make room."""
+    tensors = [arrays.empty(2**26) for _ in range(3)]  # 256 MiB each, never touched
     assert len({t.data_ptr() for t in tensors}) == 3
     del tensors
-    gc.collect()
-    assert sum(b.nbytes for spare in arrays._spare.values() for b in spare) <= arrays._KEPT
+    assert kept() <= arrays._KEPT
+    for n in range(40):
+        arrays.empty(2**23 + n * 2**19)
+        assert kept() <= arrays._KEPT
+    address = arrays.empty(2**24 + 7).data_ptr()
+    assert arrays.empty(2**24 + 7).data_ptr() == address
     arrays._spare.clear()
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from hf_rnn.conversion import from_flashrnn, to_gate_major, to_head_major
-from hf_rnn_kernels import gru_scan, lstm_scan
+from hf_rnn_kernels import gru_scan, lstm_scan, min_gru_scan
 from hf_rnn_kernels.recurrent_scan import cpu, op, reference
 from hf_rnn_kernels.recurrent_scan.weight_gradients import weight_gradients
 
@@ -380,3 +380,57 @@ def test_the_operator_refuses_to_lose_a_gradient():
     x, weight, bias, *initial = make("lstm", 1, 3, 1, 2)
     with pytest.raises(RuntimeError, match="training=False"):
         op.scan("lstm", x.requires_grad_(), weight, bias, initial, None, None, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offsets", [[0, 9, 4, 8], [0, 3, 5], [2, 8], [0, 10**6]])
+def test_wrong_offsets_under_compile(dtype, offsets):
+    """Their values are not known when the call is traced; the loops would write through them."""
+    x, weight, *_ = make("lstm", 1, 8, 1, 3, dtype=dtype)
+    run = torch.compile(lambda x, w, c: lstm_scan(x, w, cu_seqlens=c)[0], backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match="rise from 0 to T = 8"):
+        run(x, weight, torch.tensor(offsets))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.zeros(2, 5, 23)), "x: expected shape"),
+        (dict(weight=torch.zeros(2, 11, 3)), "weight: expected shape|x: expected shape"),
+        (dict(bias=torch.zeros(5)), "bias: expected shape"),
+        (dict(states=[torch.zeros(1, 6)] * 2), r"states\[0\]: expected shape \(2, 6\)"),
+        (dict(states=[torch.zeros(2, 6)]), "states: expected 2 of a lstm"),
+        (dict(mask=torch.ones(1, 1)), "mask: expected shape"),
+    ],
+)
+def test_the_operator_itself_checks_shapes(change, message):
+    arguments = dict(cell="lstm", x=X, weight=W, bias=torch.zeros(24), states=[], mask=None, cu_seqlens=None)
+    with pytest.raises(ValueError, match=message):
+        op.scan(**arguments | change, training=False)
+
+
+def test_one_initial_state_without_the_other():
+    x, weight, bias, h0, c0 = make("lstm", 2, 4, 2, 3)
+    for given, both in [((h0, None), (h0, 0 * c0)), ((None, c0), (0 * h0, c0))]:
+        for a, b in zip(lstm_scan(x, weight, bias, *given)[1], lstm_scan(x, weight, bias, *both)[1], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("time", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scan", [lstm_scan, gru_scan, min_gru_scan])
+def test_what_padding_holds_does_not_matter(scan, dtype, time):
+    """NaN there reaches neither outputs nor gradients."""
+    cell = "lstm" if scan is lstm_scan else "gru"
+    x, weight, _, *initial = make(cell, 2, time, 1, 3, dtype=dtype)
+    x[0, 0] = float("nan")
+    mask = torch.ones(2, time, dtype=torch.bool)
+    mask[0, 0] = False
+    inputs = (
+        [x[..., :3].clone(), x[..., 3:6].clone(), initial[0]] if scan is min_gru_scan else [x, weight, None, *initial]
+    )
+    leaves = [t.requires_grad_() for t in inputs if t is not None]
+    h, _ = scan(*inputs, mask)
+    assert h.isfinite().all()
+    for grad in torch.autograd.grad(h.sum(), leaves):
+        assert grad.isfinite().all()

@@ -20,10 +20,10 @@ class GRU(HeadwiseMixer):
         return one_head.repeat_interleave(self.recurrent_weight.shape[2]).repeat(self.config.num_heads)
 
     def recurrence(self, x, state, mask, cu_seqlens):
-        if x.is_cuda and self.library_applies(x, mask, cu_seqlens):  # on a CPU torch's is a loop over time
+        if self.library_applies(x, mask, cu_seqlens) and x.is_cuda:  # on a CPU torch's is a loop over time
             (h0,), *arguments = self.library_arguments(x, state)
             h, last = torch.gru(x, h0, *arguments)
-            return h, (last[0].float(),)
+            return h, (self.to_state_dtype(last[0]),)
         h, last = gru_scan(self.in_proj(x), self.recurrent_weight, self.recurrent_bias, state[0], mask, cu_seqlens)
         return h, (last,)
 

@@ -21,13 +21,17 @@ class LSTM(HeadwiseMixer):
         return one_head.repeat_interleave(self.recurrent_weight.shape[2]).repeat(self.config.num_heads)
 
     def recurrence(self, x, state, mask, cu_seqlens):
-        one_dnn = torch.backends.mkldnn.is_available() and x.dtype == torch.float32
-        fast = one_dnn and not torch.is_autocast_enabled("cpu") if x.device.type == "cpu" else x.is_cuda  # cuDNN
-        if fast and self.library_applies(x, mask, cu_seqlens):
+        if self.library_applies(x, mask, cu_seqlens) and (x.is_cuda or self._one_dnn_applies(x)):
             h, *last = torch.lstm(x, *self.library_arguments(x, state))
-            return h, tuple(s[0].float() for s in last)
+            return h, tuple(self.to_state_dtype(s[0]) for s in last)
         h0, c0 = state
         return lstm_scan(self.in_proj(x), self.recurrent_weight, self.recurrent_bias, h0, c0, mask, cu_seqlens)
+
+    @staticmethod
+    def _one_dnn_applies(x):
+        """On a CPU torch's LSTM is oneDNN's in float32, and a loop over time otherwise."""
+        in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return x.device.type == "cpu" and in_float32 and torch.backends.mkldnn.is_available()
 
 
 class LSTMModel(HeadwiseModel):

@@ -13,7 +13,6 @@ from numba import prange
 from torch import Tensor
 
 from hf_rnn_kernels.arrays import empty, flat
-from hf_rnn_kernels.checks import check_cu_seqlens
 from hf_rnn_kernels.threads import run
 from hf_rnn_kernels.vector_math import F32, HALF, ONE, TWO, U, decay, exp, inline, parallel, row, sigmoids
 
@@ -220,10 +219,6 @@ def _arguments(gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor
     batch, time, channels = inputs[0].shape
     offsets = np.arange(batch + 1) * time if cu_seqlens is None else cu_seqlens.numpy()
     sequences = len(offsets) - 1
-    if cu_seqlens is not None:  # again, for callers that could not: wrong offsets would write anywhere
-        check_cu_seqlens(cu_seqlens, batch, time)
-    if h0 is not None and h0.shape != (sequences, channels):
-        raise ValueError(f"h0: expected shape (N, D) = {(sequences, channels)}, got {tuple(h0.shape)}")
     (x, x_stride), (y, y_stride), (z, z_stride) = [_rows(i) for i in [*inputs, inputs[0]][:3]]
     # A thread walks whole rows, which prefetches best, while there are sequences for every thread. Else rows are split,
     # at cache lines, except where memory is all that counts (docs/log.md, 2026-11-22).

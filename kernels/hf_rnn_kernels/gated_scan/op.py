@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_rnn_kernels import threads
+from hf_rnn_kernels.checks import check_scan
 from hf_rnn_kernels.gated_scan import reference
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -43,6 +44,11 @@ def scan(
     Returns:
         h (B, T, D) in the inputs' dtype and the last states (N, D) in float32 (float64 for float64 inputs).
     """
+    channels = inputs[0].shape[2]
+    if inputs[0].device.type == "cpu":  # again, for callers that could not know or did not ask: the loops trust it
+        sequences = check_scan({f"inputs[{i}]": x for i, x in enumerate(inputs)}, mask, cu_seqlens)
+        if h0 is not None and h0.shape != (sequences, channels):
+            raise ValueError(f"h0: expected shape (N, D) = {(sequences, channels)}, got {tuple(h0.shape)}")
     backend = _compiled(inputs[0]) or reference
     return backend.scan(gates, inputs, h0, mask, cu_seqlens)
 

@@ -110,9 +110,9 @@ def _scan(
         states = [zeros if state is None else state for state in initial.values()]
     refuse_forward_mode(x, weight, bias, *states)
     mask = None if mask is None else mask.bool()
-    if x.shape[1] == 1 and cu_seqlens is None and not torch.compiler.is_exporting():
+    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *states))
+    if x.shape[1] == 1 and cu_seqlens is None and not tracked and not torch.compiler.is_exporting():
         h, _, last = reference.scan(cell, x, weight, bias, states, mask)  # one step of decoding: a few torch calls
-        return h, last
-    tracked = any(t is not None and t.requires_grad for t in (x, weight, bias, *states))
-    h, _, last = op.scan(cell, x, weight, bias, states, mask, cu_seqlens, tracked and torch.is_grad_enabled())
+    else:
+        h, _, last = op.scan(cell, x, weight, bias, states, mask, cu_seqlens, tracked)
     return h, last

@@ -15,7 +15,6 @@ from numba import prange
 from torch import Tensor
 
 from hf_rnn_kernels.arrays import empty, flat
-from hf_rnn_kernels.checks import check_cu_seqlens
 from hf_rnn_kernels.recurrent_scan.matrix_product import LANES, pack, product
 from hf_rnn_kernels.recurrent_scan.reference import CELLS
 from hf_rnn_kernels.threads import run
@@ -303,14 +302,10 @@ def _arguments(
 ) -> tuple:
     heads, _, size = weight.shape
     batch, time, _ = x.shape
-    if cu_seqlens is not None:  # again, for callers that could not: wrong offsets would write anywhere
-        check_cu_seqlens(cu_seqlens, batch, time)
     offsets = np.arange(batch + 1) * time if cu_seqlens is None else cu_seqlens.numpy()
     sequences = len(offsets) - 1
     shape = (CELLS[cell].states, sequences, heads * size)
     first = torch.stack(states).float() if states else torch.zeros(shape)
-    if first.shape != shape:
-        raise ValueError(f"states: expected shapes (N, D) = {shape[1:]}, got {tuple(first.shape[1:])}")
     order = np.argsort(-np.diff(offsets), kind="stable")
     # As few shares of the sequences as keep every thread busy: each share reads all of R at every step
     groups = math.gcd(heads, torch.get_num_threads())

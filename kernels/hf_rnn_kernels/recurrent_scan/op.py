@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_rnn_kernels import threads
+from hf_rnn_kernels.checks import check_scan
 from hf_rnn_kernels.recurrent_scan import reference
 from hf_rnn_kernels.recurrent_scan.reference import CELLS, state_dtype
 
@@ -51,7 +52,34 @@ def scan(
         h (B, T, D) in the dtype of x; the other states (B, T, S - 1, D) in float32 if training, else (B, T, 0, D);
         the last states (S, N, D) in float32 (float64 for float64 inputs).
     """
+    if x.device.type == "cpu":  # the Triton kernels clamp offsets, whose values only the device knows
+        _check(cell, x, weight, bias, states, mask, cu_seqlens)
     return _backend(x).scan(cell, x, weight, bias, states, mask, cu_seqlens, training)
+
+
+def _check(
+    cell: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: list[Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Shapes and offsets again, for callers that could not know them (torch.compile) or did not ask: the CPU's loops
+    write through raw indices."""
+    heads, rows, size = weight.shape
+    sequences = check_scan({"x": x}, mask, cu_seqlens)
+    expected = {"x": (x, (*x.shape[:2], heads * rows)), "weight": (weight, (heads, CELLS[cell].gates * size, size))}
+    if bias is not None:
+        expected["bias"] = (bias, (heads * rows,))
+    for n, state in enumerate(states):
+        expected[f"states[{n}]"] = (state, (sequences, heads * size))
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if states and len(states) != CELLS[cell].states:
+        raise ValueError(f"states: expected {CELLS[cell].states} of a {cell}, or none, got {len(states)}")
 
 
 @scan.register_fake

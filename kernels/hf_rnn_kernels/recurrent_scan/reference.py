@@ -163,7 +163,7 @@ def scan_backward(
         grads = (carry[0] + grad[:, t], *carry[1:])
         dx, d_recurrent, passed = CELLS[cell].step_back(x[:, t], recurrent, before, after, grads)
         if real is not None:
-            dx, d_recurrent = (d * real[:, t, ..., None] for d in (dx, d_recurrent))
+            dx, d_recurrent = (d.where(real[:, t, ..., None], 0.0) for d in (dx, d_recurrent))
             passed = tuple(a.where(real[:, t], b) for a, b in zip(passed, grads, strict=True))
         d_recurrent = d_recurrent.flatten(2).transpose(0, 1)  # (H, N, gates * P)
         carry = (passed[0] + torch.bmm(d_recurrent, weight).transpose(0, 1), *passed[1:])
