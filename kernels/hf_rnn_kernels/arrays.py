@@ -34,8 +34,8 @@ def empty(*shape: int) -> Tensor:
 
 
 def _take(size: int) -> np.ndarray:
-    """A spare buffer of `size` to twice as many bytes, the newest, or a new one. Each call of the deque is atomic: no lock, which
-    a finalizer that runs in between could wait for forever."""
+    """The newest spare buffer of `size` to twice as many bytes, or a new one. Each call of the deque is atomic: no
+    lock, for which a finalizer that runs in between could wait forever."""
     for _ in range(len(_spare)):
         try:
             buffer = _spare.pop()

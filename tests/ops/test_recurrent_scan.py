@@ -411,8 +411,8 @@ def test_the_operator_itself_checks_shapes(change, message):
 
 def test_one_initial_state_without_the_other():
     x, weight, bias, h0, c0 = make("lstm", 2, 4, 2, 3)
-    for given, both in [((h0, None), (h0, 0 * c0)), ((None, c0), (0 * h0, c0))]:
-        for a, b in zip(lstm_scan(x, weight, bias, *given)[1], lstm_scan(x, weight, bias, *both)[1], strict=True):
+    for one, both in [((h0, None), (h0, 0 * c0)), ((None, c0), (0 * h0, c0))]:
+        for a, b in zip(lstm_scan(x, weight, bias, *one)[1], lstm_scan(x, weight, bias, *both)[1], strict=True):
             assert torch.equal(a, b)
 
 
