@@ -39,7 +39,7 @@ def main() -> None:
     text = Path(options.data).read_text(encoding="utf-8") if options.data else "\n\n".join(topics.values())
     target, results = parameters("MinGRU", 512), {}
     for name in ARCHITECTURES:
-        channels = min(range(64, 769, 8), key=lambda n: abs(parameters(name, n) - target))
+        channels = min(range(64, 769, 2), key=lambda n: abs(parameters(name, n) - target))
         set_seed(0)
         config = getattr(hf_rnn, f"{name}Config")(**SETTINGS, expansion_factor=channels / SETTINGS["hidden_size"])
         model = getattr(hf_rnn, f"{name}ForCausalLM")(config)
