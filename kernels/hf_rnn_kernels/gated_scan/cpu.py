@@ -128,14 +128,14 @@ def _min_lstm_row_backward(
         keep, drop, add = _lstm_gates(f, i, normalize)
         goal, slope = _candidate(candidate[c0 + d], positive)
         dh = carry[carry0 + d] + grad[grad0 + d]
-        if normalize:  # through log(i / f), of which z = i / (f + i) is the sigmoid
-            half_step = HALF * goal - HALF * before[before0 + d]
-            grad_log_ratio = dh * ((TWO * add * keep) * half_step)
-            grads[df0 + d] = -grad_log_ratio * sigmoids(f)[0]
-            grads[di0 + d] = grad_log_ratio * sigmoids(i)[0]
-        else:
-            grads[df0 + d] = dh * (before[before0 + d] * (drop * keep))
-            grads[di0 + d] = dh * (goal * (add * sigmoids(i)[0]))
+        # Normalised, through log(i / f), of which i / (f + i) is the sigmoid. No branches with stores: LLVM would not
+        # vectorise the loop.
+        half_step = HALF * goal - HALF * before[before0 + d]
+        grad_log_ratio = dh * ((TWO * add * keep) * half_step)
+        grad_f = -grad_log_ratio * sigmoids(f)[0] if normalize else dh * (before[before0 + d] * (drop * keep))
+        grad_i = grad_log_ratio if normalize else dh * (goal * add)
+        grads[df0 + d] = grad_f
+        grads[di0 + d] = grad_i * sigmoids(i)[0]
         grads[dc0 + d] = dh * add * slope
         carry[carry0 + d] = decay(keep, drop, dh)
 
