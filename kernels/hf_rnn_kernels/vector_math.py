@@ -55,7 +55,7 @@ def exp(x):
 
 @inline
 def sigmoids(x):
-    """sigmoid(-x) and sigmoid(x), each to the last bits, with one exponential and one division."""
+    """sigmoid(-x) and sigmoid(x), each to the last bits (for |x| < 87), with one exponential and one division."""
     e = exp(-x)  # at most e^87, so that no product overflows
     large = ONE / (ONE + e)
     return e * large, large
