@@ -119,11 +119,12 @@ def test_every_process_stops(tmp_path):
         try:
             trainer.train()
         except NonFiniteLossError as error:
-            print("STOPPED", os.environ["RANK"], "nan" in str(error), flush=True)
+            line = f"STOPPED {{os.environ['RANK']}} {{'nan' in str(error)}}\\n"
+            os.write(1, line.encode())  # in one piece: print's would mix with the other process's
         """)
     )
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)],
         capture_output=True,
         text=True,
         timeout=200,
