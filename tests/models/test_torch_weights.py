@@ -229,11 +229,16 @@ def test_hooks_on_the_projection_are_called(how):
     assert calls
 
 
-def test_autocast_and_an_empty_batch_take_the_op():
-    mixer = hf_rnn.LSTMModel(hf_rnn.LSTMConfig(hidden_size=8)).mixers()[0]
+def test_autocast_and_an_empty_batch(monkeypatch):
+    """Under autocast the op, whose state is not rounded."""
+    mixer, x = hf_rnn.LSTMModel(hf_rnn.LSTMConfig(hidden_size=8)).mixers()[0], torch.randn(2, 5, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        h, state = mixer.recurrence(torch.randn(2, 5, 8), (None, None), None, None)
+        h, state = mixer.recurrence(x, (None, None), None, None)
+        monkeypatch.setattr(HeadwiseMixer, "library_applies", lambda *_: False)
+        expected, expected_state = mixer.recurrence(x, (None, None), None, None)
+        monkeypatch.undo()
     assert h.dtype == torch.bfloat16 and all(s.dtype == torch.float32 for s in state)
+    assert torch.equal(h, expected) and all(torch.equal(a, b) for a, b in zip(state, expected_state, strict=True))
     h, state = mixer.recurrence(torch.randn(0, 5, 8), (None, None), None, None)
     assert h.shape == (0, 5, 8) and state[0].shape == (0, 8)
 
