@@ -1,0 +1,62 @@
+"""mLSTM: a matrix memory with exponential input gates, computed for all tokens of a chunk at once."""
+
+import torch
+from torch import Tensor
+
+from hf_rnn_kernels.checks import refuse_forward_mode
+from hf_rnn_kernels.mlstm_scan import op, reference
+
+States = tuple[Tensor, Tensor, Tensor]
+
+
+def mlstm_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C0: Tensor | None = None,
+    n0: Tensor | None = None,
+    m0: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, States]:
+    """mLSTM: C_t = f' C_{t-1} + i' k_t v_t^T, n_t = f' n_{t-1} + i' k_t, h_t = C_t^T q_t / (max(|n_t q_t|, e^-m_t) + eps).
+
+    With m_t = max(log sigmoid(f_t) + m_{t-1}, i_t), f' = sigmoid(f_t) e^(m_{t-1} - m_t), i' = e^(i_t - m_t), and q
+    divided by sqrt(K): "xLSTM: Extended Long Short-Term Memory" (arXiv 2405.04517), stabilised as in its appendix. The
+    memory that C and n stand for is C e^m and n e^m; but for eps, h does not depend on m.
+
+    Shapes: B batch, T time, H heads, K and V channels of a head's keys and values, N sequences (B, or
+    len(cu_seqlens) - 1 when packed). Takes float32, bfloat16 or float16 (states and gates in float32) or float64, gives
+    the gradient of every floating argument, and runs as numba code on a CPU, as Triton kernels on a GPU, and as plain
+    torch anywhere else; in chunks of tokens, for any T.
+
+    Args:
+        q, k: (B, T, H, K). v: (B, T, H, V). One dtype.
+        i, f: pre-activations of the input and the forget gate (B, T, H), in any one floating dtype.
+        C0, n0, m0: initial states (N, H, K, V), (N, H, K), (N, H), any floating dtype, m0 finite; zeros by default.
+        mask: (B, T), zero or False at padding: such a token leaves the states as they were, and its h is zero.
+        cu_seqlens: (N + 1) integers, 0 = s_0 <= s_1 <= ... <= s_N = T: sequence n is rows s_n to s_{n+1} - 1 of a
+            batch of one, and starts from C0[n], n0[n], m0[n].
+        eps: added to the normaliser; 1e-6 is the published models'.
+
+    Returns:
+        h (B, T, H, V) in the dtype of q, and the last C, n and m in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument of another shape, dtype or device than above, named in the message.
+    """
+    given = {name: s for name, s in (("C0", C0), ("n0", n0), ("m0", m0)) if s is not None}
+    op.check_shapes(q, k, v, i, f, given, mask, cu_seqlens)
+    refuse_forward_mode(q, k, v, i, f, *given.values())
+    states: list[Tensor] = []
+    if given:
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        zeros = reference.initial_states(q, v, sequences)
+        states = [zero if s is None else s for zero, s in zip(zeros, (C0, n0, m0), strict=True)]
+    mask = None if mask is None else mask.bool()
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, i, f, *states))
+    h, _, *last = op.scan(q, k, v, i, f, states, mask, cu_seqlens, eps, tracked)
+    return h, (last[0], last[1], last[2])
