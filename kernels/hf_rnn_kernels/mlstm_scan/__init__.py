@@ -22,9 +22,10 @@ def mlstm_scan(
     cu_seqlens: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, States]:
-    """mLSTM: C_t = f' C_{t-1} + i' k_t v_t^T, n_t = f' n_{t-1} + i' k_t, h_t = C_t^T q_t / (max(|n_t q_t|, e^-m_t) + eps).
+    """mLSTM: C_t = f' C_{t-1} + i' k_t v_t^T, n_t = f' n_{t-1} + i' k_t, and h_t = C_t^T q_t over
+    max(|n_t q_t|, e^-m_t) + eps.
 
-    With m_t = max(log sigmoid(f_t) + m_{t-1}, i_t), f' = sigmoid(f_t) e^(m_{t-1} - m_t), i' = e^(i_t - m_t), and q
+    Where m_t = max(log sigmoid(f_t) + m_{t-1}, i_t), f' = sigmoid(f_t) e^(m_{t-1} - m_t), i' = e^(i_t - m_t), and q is
     divided by sqrt(K): "xLSTM: Extended Long Short-Term Memory" (arXiv 2405.04517), stabilised as in its appendix. The
     memory that C and n stand for is C e^m and n e^m; but for eps, h does not depend on m.
 

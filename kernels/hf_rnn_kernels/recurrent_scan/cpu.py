@@ -15,7 +15,7 @@ from numba import prange
 from torch import Tensor
 
 from hf_rnn_kernels.arrays import empty, flat
-from hf_rnn_kernels.recurrent_scan.matrix_product import LANES, pack, product
+from hf_rnn_kernels.matrix_product import LANES, pack, product
 from hf_rnn_kernels.recurrent_scan.reference import CELLS
 from hf_rnn_kernels.threads import run
 from hf_rnn_kernels.vector_math import F32, HALF, ONE, U, decay, parallel, prefetch, row, sigmoids, tanh
