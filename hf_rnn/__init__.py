@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_rnn._version import __version__
 
-_ARCHITECTURES = {"GRU": "gru", "LSTM": "lstm", "MinGRU": "mingru", "MinLSTM": "minlstm"}
+_ARCHITECTURES = {"GRU": "gru", "LSTM": "lstm", "MinGRU": "mingru", "MinLSTM": "minlstm", "XLSTM": "xlstm"}
 
 _MODULES = {
     "RecurrentCache": "hf_rnn.cache",
@@ -19,6 +19,8 @@ _MODULES = {
     "lstm_scan": "hf_rnn_kernels",
     "min_gru_scan": "hf_rnn_kernels",
     "min_lstm_scan": "hf_rnn_kernels",
+    "mlstm_scan": "hf_rnn_kernels",
+    "slstm_scan": "hf_rnn_kernels",
     "NonFiniteLossError": "hf_rnn_trainers",
     "RecurrentTrainer": "hf_rnn_trainers",
 }
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
         MinLSTMForSequenceClassification,
         MinLSTMModel,
     )
+    from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
+    from hf_rnn.models.xlstm.modeling_xlstm import XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMModel
     from hf_rnn.tokenization.byte_tokenizer import byte_tokenizer
     from hf_rnn_kernels import gru_scan, linear_scan, lstm_scan, min_gru_scan, min_lstm_scan
     from hf_rnn_trainers import NonFiniteLossError, RecurrentTrainer

@@ -4,6 +4,7 @@ import difflib
 import math
 from dataclasses import fields
 
+from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
@@ -18,24 +19,16 @@ _TRANSFORMERS_NAMES = {
 
 
 class RecurrentConfig(PreTrainedConfig):
-    """Shared configuration of the recurrent models.
+    """What all architectures can be told.
 
     Args:
         vocab_size: number of tokens; 259 is the byte tokenizer's (256 bytes and three special tokens).
         hidden_size: width D of the residual stream.
         num_hidden_layers: number of blocks.
-        expansion_factor: the recurrence has int(hidden_size * expansion_factor) channels.
-        conv_kernel: width of the causal convolution before each recurrence, 0 for none.
-        feed_forward_factor: the feed-forward has int(hidden_size * feed_forward_factor) channels, 0 for none.
-        output_projection: a linear layer from the recurrence back to the residual stream; may be False only at
-            expansion 1.
         use_bias: biases in the projections of the recurrence.
-        residual: blocks add to a residual stream, each branch behind a norm. False stacks the bare recurrences, as
-            `torch.nn.LSTM` does: no residuals, norms, convolutions or feed-forwards.
-        learned_initial_state: the state before the first token is a parameter (zeros at first), else zeros.
         hidden_dropout: dropout on every residual branch and on the embeddings; without residuals between the layers
             alone, as `torch.nn.LSTM` has it.
-        norm_eps: epsilon of the RMS norms.
+        norm_eps: epsilon of the norms.
         initializer_range: standard deviation of the initial embeddings and linear weights.
         tie_word_embeddings: the head shares the embedding's weights.
         use_cache: return the state from forward outside training.
@@ -46,13 +39,7 @@ class RecurrentConfig(PreTrainedConfig):
     vocab_size: int = 259
     hidden_size: int = 384
     num_hidden_layers: int = 3
-    expansion_factor: int | float = 1.0
-    conv_kernel: int = 4
-    feed_forward_factor: int | float = 4.0
-    output_projection: bool = True
     use_bias: bool = True
-    residual: bool = True
-    learned_initial_state: bool = True
     hidden_dropout: int | float = 0.0
     norm_eps: int | float = 1e-6
     initializer_range: int | float = 0.02
@@ -90,27 +77,61 @@ class RecurrentConfig(PreTrainedConfig):
             "AutoModelForSequenceClassification": f"{stem}ForSequenceClassification",
         }
 
+    def validate_architecture(self):
+        """Part of the validation that `@strict` runs; raises ValueError."""
+        for name in ("norm_eps", "initializer_range"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
+        if self.norm_eps is not None and self.norm_eps <= 0:
+            raise ValueError(f"norm_eps: expected more than 0, got {self.norm_eps}")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.hidden_dropout < 1:
+            raise ValueError(f"hidden_dropout: expected in [0, 1), got {self.hidden_dropout}")
+
+    @property
+    def layer_types(self) -> list[str]:
+        return ["linear_attention"] * self.num_hidden_layers
+
+
+@strict
+class MinBlockConfig(RecurrentConfig):
+    """Configuration of architectures in the blocks of the minGRU paper (arXiv 2410.01201), or bare.
+
+    Args:
+        expansion_factor: the recurrence has int(hidden_size * expansion_factor) channels.
+        conv_kernel: width of the causal convolution before each recurrence, 0 for none.
+        feed_forward_factor: the feed-forward has int(hidden_size * feed_forward_factor) channels, 0 for none.
+        output_projection: a linear layer from the recurrence back to the residual stream; may be False only at
+            expansion 1.
+        residual: blocks add to a residual stream, each branch behind a norm. False stacks the bare recurrences, as
+            `torch.nn.LSTM` does: no residuals, norms, convolutions or feed-forwards.
+        learned_initial_state: the state before the first token is a parameter (zeros at first), else zeros.
+        others: see `RecurrentConfig`.
+    """
+
+    expansion_factor: int | float = 1.0
+    conv_kernel: int = 4
+    feed_forward_factor: int | float = 4.0
+    output_projection: bool = True
+    residual: bool = True
+    learned_initial_state: bool = True
+
     @property
     def inner_size(self) -> int:
         """Channels of the recurrence."""
         return int(self.hidden_size * self.expansion_factor)
 
     def validate_architecture(self):
-        """Part of the validation that `@strict` runs; raises ValueError."""
-        for name in ("expansion_factor", "feed_forward_factor", "norm_eps", "initializer_range", "forget_bias"):
+        super().validate_architecture()
+        for name in ("expansion_factor", "feed_forward_factor", "forget_bias"):
             if not math.isfinite(getattr(self, name, 0.0)):
                 raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps: expected more than 0, got {self.norm_eps}")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.conv_kernel < 0 or self.conv_kernel == 1:
             raise ValueError(f"conv_kernel: expected 0 (none) or a width of at least 2, got {self.conv_kernel}")
         if self.feed_forward_factor < 0:
             raise ValueError(f"feed_forward_factor: expected 0 (none) or more, got {self.feed_forward_factor}")
-        if not 0 <= self.hidden_dropout < 1:
-            raise ValueError(f"hidden_dropout: expected in [0, 1), got {self.hidden_dropout}")
         if self.inner_size < 1:
             raise ValueError(f"expansion_factor: {self.expansion_factor} leaves the recurrence without channels")
         if not self.residual and (self.conv_kernel or self.feed_forward_factor):
@@ -122,7 +143,3 @@ class RecurrentConfig(PreTrainedConfig):
             raise ValueError(
                 f"output_projection: needed at expansion_factor {self.expansion_factor}, only 1 can do without"
             )
-
-    @property
-    def layer_types(self) -> list[str]:
-        return ["linear_attention"] * self.num_hidden_layers

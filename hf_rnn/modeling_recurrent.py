@@ -1,7 +1,7 @@
 """The skeleton every architecture shares: embedding -> blocks -> norm -> head.
 
 A block is pre-norm residual: x += conv(x), x += recurrence(norm(x)), x += feed_forward(norm(x)), the first and the
-last where the configuration has them. An architecture gives the recurrence (a `RecurrentMixer`) and its config.
+last where the configuration has them. An architecture gives what mixes tokens (a `Mixer`) and its config.
 """
 
 from typing import Any
@@ -25,24 +25,31 @@ from hf_rnn.configuration_recurrent import RecurrentConfig
 from hf_rnn.hub.damage import find_damaged_file
 from hf_rnn.hub.remote_code import write_remote_code
 from hf_rnn.inputs import check_ids, packed_offsets, padding_mask
-from hf_rnn.layers import CausalConv, FeedForward, RecurrentMixer, RMSNorm
+from hf_rnn.layers import CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm
 
 
 class RecurrentBlock(GradientCheckpointingLayer):
-    def __init__(self, config: RecurrentConfig, layer_idx: int, mixer_class: type[RecurrentMixer]):
+    """One block of parts that `RecurrentModel.make_block` chooses; all but the mixer may be missing."""
+
+    def __init__(
+        self,
+        layer_idx: int,
+        mixer: Mixer,
+        mixer_norm: nn.Module | None = None,
+        conv: CausalConv | None = None,
+        ff_norm: nn.Module | None = None,
+        ff: nn.Module | None = None,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.layer_idx = layer_idx
-        self.conv = CausalConv(config.hidden_size, config.conv_kernel) if config.conv_kernel else None
-        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps) if config.residual else None
-        self.mixer = mixer_class(config)
-        feed_forward_size = int(config.hidden_size * config.feed_forward_factor)
-        self.ff_norm = RMSNorm(config.hidden_size, eps=config.norm_eps) if feed_forward_size else None
-        self.ff = FeedForward(config.hidden_size, feed_forward_size) if feed_forward_size else None
-        between = config.residual or layer_idx < config.num_hidden_layers - 1
-        self.dropout = nn.Dropout(config.hidden_dropout if between else 0.0)
-        self.state_shapes = list(self.mixer.state_shapes)
-        if self.conv is not None:
-            self.state_shapes.append((config.conv_kernel - 1, config.hidden_size))
+        self.conv = conv
+        self.mixer_norm = mixer_norm
+        self.mixer = mixer
+        self.ff_norm = ff_norm
+        self.ff = ff
+        self.dropout = nn.Dropout(dropout)
+        self.state_shapes = list(mixer.state_shapes) + ([] if conv is None else [conv.state_shape])
 
     def forward(
         self,
@@ -97,7 +104,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, RecurrentMixer):
+        if isinstance(module, Mixer):
             module.init_weights()
         elif isinstance(module, CausalConv):
             init.normal_(module.weight, std=self.config.initializer_range)
@@ -113,8 +120,11 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             raise OSError(f"{file}: the weights cannot be read ({error}); copy or download the file again") from error
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As transformers', plus the file by which `trust_remote_code=True` finds this package."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+        """As transformers', plus the file by which `trust_remote_code=True` finds this package.
+
+        `save_original_format` is off: weights that came under other names are saved under this package's.
+        """
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)
         write_remote_code(self.config, save_directory)
 
 
@@ -122,7 +132,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
     """Embedding, blocks and final norm.
 
     Attributes:
-        mixer_class: the architecture's recurrence.
+        mixer_class: the architecture's recurrence; others than those in minGRU's blocks override `make_block`.
     """
 
     mixer_class: type[RecurrentMixer]
@@ -130,13 +140,30 @@ class RecurrentModel(RecurrentPreTrainedModel):
     def __init__(self, config: RecurrentConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout if config.residual else 0.0)
-        self.layers = nn.ModuleList(
-            RecurrentBlock(config, layer_idx, self.mixer_class) for layer_idx in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps) if config.residual else nn.Identity()
+        norm = self.make_norm(config)
+        self.dropout = nn.Dropout(0.0 if norm is None else config.hidden_dropout)
+        self.layers = nn.ModuleList(self.make_block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = norm or nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def make_norm(self, config: Any) -> nn.Module | None:
+        """The norm of the residual stream in front of a branch or the head; None where there is no such stream."""
+        return RMSNorm(config.hidden_size, eps=config.norm_eps) if config.residual else None
+
+    def make_block(self, config: Any, layer_idx: int) -> RecurrentBlock:
+        """The blocks of minGRU's paper."""
+        size, inner = config.hidden_size, int(config.hidden_size * config.feed_forward_factor)
+        dropped = config.residual or layer_idx < config.num_hidden_layers - 1
+        return RecurrentBlock(
+            layer_idx,
+            self.mixer_class(config),
+            self.make_norm(config),
+            CausalConv(size, config.conv_kernel) if config.conv_kernel else None,
+            self.make_norm(config) if inner else None,
+            FeedForward(size, inner) if inner else None,
+            config.hidden_dropout if dropped else 0.0,
+        )
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -261,6 +288,10 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, T, hidden_size) to (B, T, vocab_size)."""
+        return self.lm_head(x)
+
     def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
         """As transformers', and widens the state that a prompt goes on from, for beams and several samples."""
         if expand_size > 1 and isinstance(kwargs.get("past_key_values"), RecurrentCache):
@@ -316,7 +347,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, positions])
+        logits = self.logits(outputs.last_hidden_state[:, positions])
         loss = None
         if labels is not None:
             check_ids("labels", labels, self.config.vocab_size, ignore_index=-100)

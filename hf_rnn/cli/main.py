@@ -6,6 +6,7 @@ COMMANDS = {
     "train": "train a model on your text and save a checkpoint",
     "generate": "continue a prompt, streamed to the terminal",
     "eval": "bits per byte of a checkpoint on a text",
+    "convert": "an xLSTM checkpoint from or to transformers' own xlstm, or the xlstm package's",
 }
 
 
@@ -27,8 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         from hf_rnn.cli.train import main as command
     elif argv[0] == "generate":
         from hf_rnn.cli.generate import main as command
-    else:
+    elif argv[0] == "eval":
         from hf_rnn.cli.evaluate import main as command
+    else:
+        from hf_rnn.cli.convert import main as command
     try:
         command(argv[1:])
     except (ValueError, OSError, FloatingPointError) as error:

@@ -22,7 +22,7 @@ from hf_rnn.cli.plot import plot_losses
 from hf_rnn.evaluation import bits_per_byte
 from hf_rnn.hub.model_card import write_model_card
 
-ARCHITECTURES = ["gru", "lstm", "mingru", "minlstm"]
+ARCHITECTURES = ["gru", "lstm", "mingru", "minlstm", "xlstm"]
 
 
 @dataclass

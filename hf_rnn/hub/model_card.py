@@ -35,7 +35,7 @@ def write_model_card(
         card_data,
         template_path=str(TEMPLATE),
         architecture=architecture,
-        equation=(type(model.model).mixer_class.__doc__ or "").strip().splitlines()[0],
+        equation=(type(model.model.layers[0].mixer).__doc__ or "").strip().splitlines()[0],
         name=Path(folder).name,
         parameters=f"{model.num_parameters():,}",
         vocabulary=len(tokenizer),

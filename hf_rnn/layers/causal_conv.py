@@ -12,6 +12,7 @@ class CausalConv(nn.Module):
     def __init__(self, channels: int, kernel_size: int):
         super().__init__()
         self.kernel_size = kernel_size
+        self.state_shape = (kernel_size - 1, channels)
         self.weight = nn.Parameter(torch.empty(channels, kernel_size))
         self.bias = nn.Parameter(torch.empty(channels))
 

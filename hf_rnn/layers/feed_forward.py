@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 
@@ -11,3 +13,17 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(nn.functional.gelu(self.up_proj(x)))
+
+
+class GatedFeedForward(nn.Module):
+    """down(activation(gate) * up) with gate, up = up_proj(x): SwiGLU and its kin (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: Callable[[Tensor], Tensor], bias: bool):
+        super().__init__()
+        self.activation = activation
+        self.up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up_proj(x).chunk(2, -1)
+        return self.down_proj(self.activation(gate) * up)

@@ -4,28 +4,47 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from hf_rnn.configuration_recurrent import RecurrentConfig
+from hf_rnn.configuration_recurrent import MinBlockConfig
 
 
-class RecurrentMixer(nn.Module, ABC):
-    """What the recurrences share: the projection to pre-activations, a learned initial state, the output projection.
+class Mixer(nn.Module, ABC):
+    """What a block has of an architecture: all that mixes tokens.
+
+    Attributes:
+        state_shapes: shape of each state tensor without its batch dimension.
+    """
+
+    state_shapes: list[tuple[int, ...]]
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, ...] | None, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(B, T, D) and state to (B, T, D) and the float32 state after it; mask and cu_seqlens as in the ops."""
+
+    def init_weights(self) -> None:
+        """Initialise what `PreTrainedModel._init_weights` does not know; leaves loaded weights alone."""
+
+
+class RecurrentMixer(Mixer):
+    """What the recurrences in minGRU's blocks share: the projection to pre-activations, a learned initial state, the
+    output projection.
 
     An architecture gives `num_projections`, `recurrence` and, where they differ, `num_states` and `initial_bias`.
 
     Attributes:
         num_projections: pre-activations per channel.
         num_states: state tensors (N, inner_size).
-        state_shapes: shape of each state tensor without its batch dimension.
     """
 
     num_projections: int
     num_states = 1
 
-    def __init__(self, config: RecurrentConfig):
+    def __init__(self, config: MinBlockConfig):
         super().__init__()
         self.config = config
         inner = config.inner_size
-        self.state_shapes: list[tuple[int, ...]] = [(inner,)] * self.num_states
+        self.state_shapes = [(inner,)] * self.num_states
         self.in_proj = nn.Linear(config.hidden_size, self.num_projections * inner, bias=config.use_bias)
         self.initial_state = nn.Parameter(torch.empty(self.num_states, inner)) if config.learned_initial_state else None
         self.out_proj = (
@@ -48,7 +67,6 @@ class RecurrentMixer(nn.Module, ABC):
         return torch.zeros(self.in_proj.out_features)
 
     def init_weights(self) -> None:
-        """Initialise what `PreTrainedModel._init_weights` does not know; leaves loaded weights alone."""
         if self.in_proj.bias is not None:
             init.copy_(self.in_proj.bias, self.initial_bias().to(self.in_proj.bias))
         if self.initial_state is not None:
@@ -57,7 +75,6 @@ class RecurrentMixer(nn.Module, ABC):
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(B, T, D) and state to (B, T, D) and the float32 state after it; mask and cu_seqlens as in the ops."""
         if state is None and self.initial_state is not None:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             state = tuple(s.expand(sequences, -1) for s in self.initial_state)

@@ -11,3 +11,13 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, float(self.eps))  # type: ignore[arg-type]
+
+
+class MultiHeadNorm(nn.LayerNorm):
+    """LayerNorm of each head for itself, with a weight per channel, no bias: (..., H, P) to (..., H * P)."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__(channels, eps=eps, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight

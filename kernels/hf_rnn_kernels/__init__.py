@@ -1,8 +1,17 @@
 """Recurrent kernels for PyTorch. This package imports torch, and triton or numba only when first used."""
 
 from hf_rnn_kernels.gated_scan import linear_scan, min_gru_scan, min_lstm_scan
-from hf_rnn_kernels.mlstm_scan import mlstm_scan
+from hf_rnn_kernels.mlstm_scan import mlstm_scan, mlstm_step
 from hf_rnn_kernels.recurrent_scan import gru_scan, lstm_scan
 from hf_rnn_kernels.rms_norm import rms_norm
 
-__all__ = ["gru_scan", "linear_scan", "lstm_scan", "min_gru_scan", "min_lstm_scan", "mlstm_scan", "rms_norm"]
+__all__ = [
+    "gru_scan",
+    "linear_scan",
+    "lstm_scan",
+    "min_gru_scan",
+    "min_lstm_scan",
+    "mlstm_scan",
+    "mlstm_step",
+    "rms_norm",
+]

@@ -1,5 +1,6 @@
 """The state: splitting, padding, packing and batch order change nothing, in logits and gradients."""
 
+from dataclasses import fields
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -18,6 +19,8 @@ VARIANTS = {
     "heads": dict(num_heads=4, expansion_factor=2),
     "linear candidate": dict(use_g=False),
     "no learned state": dict(learned_initial_state=False),
+    "neurips": dict(block_layout="neurips"),
+    "mixture": dict(block_layout="neurips", slstm_at=[0], use_bias=True),
 }
 
 
@@ -25,7 +28,7 @@ CASES = [
     (architecture, variant)
     for architecture in sorted(ARCHITECTURES)
     for variant, settings in VARIANTS.items()
-    if all(hasattr(ARCHITECTURES[architecture][0], name) for name in settings)
+    if settings.keys() <= {field.name for field in fields(ARCHITECTURES[architecture][0])}
 ]
 
 

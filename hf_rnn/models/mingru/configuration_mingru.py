@@ -1,16 +1,16 @@
 from huggingface_hub.dataclasses import strict
 
-from hf_rnn.configuration_recurrent import RecurrentConfig
+from hf_rnn.configuration_recurrent import MinBlockConfig
 
 
 @strict
-class MinGRUConfig(RecurrentConfig):
+class MinGRUConfig(MinBlockConfig):
     """Configuration of minGRU ("Were RNNs All We Needed?", arXiv 2410.01201).
 
     Args:
         forget_bias: initial value of minus the update gate's bias: larger keeps the state longer. 0 is the paper's.
         use_g: candidate states pass through g, which keeps them positive (paper, appendix B.3).
-        others: see `RecurrentConfig`.
+        others: see `MinBlockConfig`.
     """
 
     model_type = "hf_rnn_mingru"

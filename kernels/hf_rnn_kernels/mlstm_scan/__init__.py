@@ -59,5 +59,28 @@ def mlstm_scan(
         states = [zero if s is None else s for zero, s in zip(zeros, (C0, n0, m0), strict=True)]
     mask = None if mask is None else mask.bool()
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, i, f, *states))
-    h, _, *last = op.scan(q, k, v, i, f, states, mask, cu_seqlens, eps, tracked)
-    return h, (last[0], last[1], last[2])
+    if q.shape[1] == 1 and cu_seqlens is None and mask is None and not tracked and not torch.compiler.is_exporting():
+        C, n, m = states or reference.initial_states(q, v, q.shape[0])
+        h, last = mlstm_step(q[:, 0], k[:, 0], v[:, 0], i[:, 0], f[:, 0], C, n, m, eps)
+        return h[:, None], last
+    h, _, C, n, m = op.scan(q, k, v, i, f, states, mask, cu_seqlens, eps, tracked)
+    return h, (C, n, m)
+
+
+def mlstm_step(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, States]:
+    """One token of `mlstm_scan`, for decoding: no checks, no gradients.
+
+    Args:
+        q, k: (B, H, K). v: (B, H, V). i, f: (B, H).
+        C, n, m: the states before it, (B, H, K, V), (B, H, K), (B, H).
+
+    Returns:
+        h (B, H, V) in the dtype of q, and the states after it, in float32 (float64 for float64 inputs).
+    """
+    dtype = reference.state_dtype(q)
+    log_f = torch.nn.functional.logsigmoid(f.to(dtype))
+    token = (q.to(dtype), k.to(dtype), v.to(dtype), i.to(dtype), log_f)
+    h, _, states = reference.step(token, (C.to(dtype), n.to(dtype), m.to(dtype)), eps)
+    return h.to(q.dtype), states

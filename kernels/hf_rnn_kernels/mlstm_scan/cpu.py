@@ -7,106 +7,41 @@ D_tj = e^(g_j - M_t) at t, the chunk's first state e_t = e^(m - M_t): at most 1,
     W = (Q K^T) * D,  a = e (Q n) + W 1,  h = (e (Q C) + W V) / (max(|a|, e^-m_t) + eps),  Q divided by sqrt(K).
 
 Forward, `_states` walks the chunks of a (sequence, head) and keeps the states at their starts, `_outputs` then takes
-each chunk for itself. Backward, `_states` again, `_adjoints` walks from the last chunk to the first, and `_gradients`
-takes each chunk for itself. Adjoints of C and n are kept times e^m at the same place: their weights are those above.
+each chunk for itself. Backward (`cpu_backward.py`), `_states` again, `adjoints` walks from the last chunk to the first,
+and `gradients` takes each chunk for itself. Adjoints of C and n are kept times e^m at the same place: their weights are
+those above.
 
 Tensors come as flat arrays, a token's heads `apart` from the next token's. F, g and M are sums of up to L terms whose
 differences count: float64.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from hf_rnn_kernels.arrays import empty
 from hf_rnn_kernels.matrix_product import LANES, product
+from hf_rnn_kernels.mlstm_scan.cpu_backward import adjoints, gradients
+from hf_rnn_kernels.mlstm_scan.cpu_chunks import ROWS, dot, gates, load, scale_rows, sum_of, transpose, triangle, weight
 from hf_rnn_kernels.mlstm_scan.reference import initial_states
 from hf_rnn_kernels.threads import run
-from hf_rnn_kernels.vector_math import F32, FAST, ONE, U, exp, inline, parallel, row
+from hf_rnn_kernels.vector_math import F32, ONE, U, exp, parallel, row
 
 _U0, _U1, _LANES = U(0), U(1), U(LANES)
-_ROWS = U(16)  # of a block of the triangle; what lies above it is skipped. Chunks are multiples of it, and of LANES
-_LOWEST = -80.0  # e^-80 times anything that counts is no denormal number yet
 _ZERO = F32(0)
-
-
-@inline
-def _weight(x):
-    """e^x for x <= 0, zero where it is negligible."""
-    y = exp(F32(x))
-    return y if x > _LOWEST else _ZERO
-
-
-@njit(fastmath=FAST | {"reassoc"}, error_model="numpy")
-def _dot(size, a, a0, b, b0):
-    total = _ZERO
-    for d in range(size):
-        total += a[a0 + d] * b[b0 + d]
-    return total
-
-
-@njit(fastmath=FAST | {"reassoc"}, error_model="numpy")
-def _sum(size, a, a0):
-    total = _ZERO
-    for d in range(size):
-        total += a[a0 + d]
-    return total
-
-
-@row
-def _load(rows, size, padded, source, at, apart, mask, token, scale, target):
-    """Rows of a head, times `scale`, into rows of `padded` floats; zeros after the end and for padding."""
-    for r in range(rows):
-        to, here = r * padded, at + r * apart
-        if mask.size > 0 and not mask[token + r]:
-            for d in range(padded):
-                target[to + d] = _ZERO
-        else:
-            for d in range(size):
-                target[to + d] = source[here + d] * scale
-            for d in range(size, padded):
-                target[to + d] = _ZERO
-
-
-@row
-def _scale_rows(rows, size, weights, source, target):
-    for r in range(rows):
-        for d in range(size):
-            target[r * size + d] = source[r * size + d] * weights[r]
-
-
-@row
-def _transpose(rows, columns, padded, source, s0, target):
-    """(rows, columns) with rows of `padded` floats to panels (columns, LANES) of its transpose, zeros behind `rows`."""
-    for p in range(_U0, rows, _LANES):
-        for c in range(columns):
-            to = (p * columns) + c * _LANES
-            for r in range(min(_LANES, rows - p)):
-                target[to + r] = source[s0 + (p + r) * padded + c]
-            for r in range(rows - p, _LANES):
-                target[to + r] = _ZERO
-
-
-@row
-def _gates(rows, i, log_f, at, heads, m, g, top, total):
-    """g, M and F of a chunk that starts with the stabiliser m."""
-    summed, largest = np.float64(0), np.float64(m)
-    for r in range(rows):
-        summed += log_f[at + r * heads]
-        g[r] = i[at + r * heads] - summed
-        largest = max(largest, g[r])
-        top[r], total[r] = largest, summed
 
 
 @row
 def _next_state(rows, keys, values, k, v, g, top, m, C, c0, n, n0, scratch, weights):
     """C and n at the end of a chunk in place of those at its start."""
     last = top[rows - _U1]
-    keep = _weight(m - last)
+    keep = weight(m - last)
     for r in range(rows):
-        weights[r] = _weight(g[r] - last)
-    _scale_rows(rows, values, weights, v, scratch)
+        weights[r] = weight(g[r] - last)
+    scale_rows(rows, values, weights, v, scratch)
     for d in range(keys * values):
         C[c0 + d] *= keep
     product(
@@ -121,7 +56,8 @@ def _next_state(rows, keys, values, k, v, g, top, m, C, c0, n, n0, scratch, weig
 
 @parallel
 def _states(
-    chunk_size, heads, K, V, first_chunk, start, count, mask, k, k_apart, v, v_apart, i, log_f, C, n, m, C_at, n_at, m_at
+    chunk_size, heads, K, V, first_chunk, start, count, mask, k, k_apart, v, v_apart, i, log_f, C, n, m, C_at, n_at,
+    m_at,
 ):  # fmt: skip
     """C, n, m from the first states of each sequence to its last; `C_at`, `n_at`, `m_at` get those of chunk starts."""
     keys, values = (K + _LANES - _U1) // _LANES * _LANES, (V + _LANES - _U1) // _LANES * _LANES
@@ -138,9 +74,9 @@ def _states(
             for d in range(keys):
                 n_at[at * keys + d] = n[n0 + d]
             m_at[at] = m[m0]
-            _load(rows, K, keys, k, token * k_apart + head * K, k_apart, mask, token, ONE, ks)
-            _load(rows, V, values, v, token * v_apart + head * V, v_apart, mask, token, ONE, vs)
-            _gates(rows, i, log_f, token * heads + head, heads, m[m0], g, top, total)
+            load(rows, K, keys, k, token * k_apart + head * K, k_apart, mask, token, ONE, ks)
+            load(rows, V, values, v, token * v_apart + head * V, v_apart, mask, token, ONE, vs)
+            gates(rows, i, log_f, token * heads + head, heads, m[m0], g, top, total)
             _next_state(rows, keys, values, ks, vs, g, top, m[m0], C, c0, n, n0, scratch, weights)
             m[m0] = F32(total[rows - _U1] + top[rows - _U1])
 
@@ -150,18 +86,8 @@ def _decays(r, below, g, top, w, w0):
     """Row r of Q K^T to that of W: times D up to the diagonal, zero beyond it; `below` entries."""
     largest = top[r]
     for j in range(below):
-        weight = _weight(g[j] - largest)
-        w[w0 + j] *= weight if j <= r else _ZERO
-
-
-@row
-def _triangle(rows, keys, side, q, k_panels, w):
-    """Q K^T in blocks of rows, each up to its diagonal block; rows of `side` floats."""
-    for b in range(_U0, rows, _ROWS):
-        product(
-            q, b * keys, keys, _U1, k_panels, _U0, keys * _LANES, _LANES, w, b * side, side, w, b * side, side,
-            min(_ROWS, rows - b), keys, (b + _ROWS) // _LANES,
-        )  # fmt: skip
+        decay = weight(g[j] - largest)
+        w[w0 + j] *= decay if j <= r else _ZERO
 
 
 @parallel
@@ -179,21 +105,21 @@ def _outputs(
         panels, vs = np.empty(side * keys, np.float32), np.empty(chunk_size * values, np.float32)
         out, w = np.zeros(chunk_size * values, np.float32), np.zeros(chunk_size * side, np.float32)
         g, top, total = np.empty(chunk_size), np.empty(chunk_size), np.empty(chunk_size)
-        _load(rows, K, keys, q, token * q_apart + head * K, q_apart, mask, token, scale, qs)
-        _load(rows, K, keys, k, token * k_apart + head * K, k_apart, mask, token, ONE, ks)
-        _load(rows, V, values, v, token * v_apart + head * V, v_apart, mask, token, ONE, vs)
-        _gates(rows, i, log_f, token * heads + head, heads, m_at[at], g, top, total)
-        _transpose(rows, keys, keys, ks, _U0, panels)
-        _triangle(rows, keys, side, qs, panels, w)
+        load(rows, K, keys, q, token * q_apart + head * K, q_apart, mask, token, scale, qs)
+        load(rows, K, keys, k, token * k_apart + head * K, k_apart, mask, token, ONE, ks)
+        load(rows, V, values, v, token * v_apart + head * V, v_apart, mask, token, ONE, vs)
+        gates(rows, i, log_f, token * heads + head, heads, m_at[at], g, top, total)
+        transpose(rows, keys, keys, ks, _U0, panels)
+        triangle(rows, keys, side, qs, panels, w)
         product(
             qs, _U0, keys, _U1, C_at, at * keys * values, _LANES, values, out, _U0, values, out, _U0, values,
             rows, keys, values // _LANES,
         )  # fmt: skip
-        for b in range(_U0, rows, _ROWS):
-            stop = min(b + _ROWS, rows)
+        for b in range(_U0, rows, ROWS):
+            stop = min(b + ROWS, rows)
             for r in range(b, stop):
-                _decays(r, b + _ROWS, g, top, w, r * side)
-                from_start = _weight(m_at[at] - top[r])
+                _decays(r, b + ROWS, g, top, w, r * side)
+                from_start = weight(m_at[at] - top[r])
                 for d in range(values):
                     out[r * values + d] *= from_start
             product(
@@ -201,8 +127,8 @@ def _outputs(
                 stop - b, stop, values // _LANES,
             )  # fmt: skip
         for r in range(rows):
-            normalizer = _weight(m_at[at] - top[r]) * _dot(keys, qs, r * keys, n_at, at * keys)
-            normalizer += _sum(r + _U1, w, r * side)
+            normalizer = weight(m_at[at] - top[r]) * dot(keys, qs, r * keys, n_at, at * keys)
+            normalizer += sum_of(r + _U1, w, r * side)
             m = F32(total[r] + top[r])
             inverse = ONE / (max(abs(normalizer), exp(-m)) + eps)
             to = ((token + r) * heads + head) * V
@@ -211,184 +137,6 @@ def _outputs(
             if norms.size > 0:
                 norms[((token + r) * heads + head) * U(2)] = normalizer
                 norms[((token + r) * heads + head) * U(2) + _U1] = m
-
-
-@parallel
-def _adjoints(
-    chunk_size, heads, K, V, first_chunk, start, count, mask, q, q_apart, i, log_f, m_at, eps, h, norms, grad, dC, dn, mu,
-    dC_at, dn_at, inverses, d_normalizers, di, d_log_f,
-):  # fmt: skip
-    """dC, dn and mu, the adjoint of m, from those of a sequence's last states to those of its first; `dC_at`, `dn_at`
-    get those of chunk ends. Of each token: 1 / denominator, the gradient of a, and what mu gives to i and log f."""
-    scale = ONE / np.sqrt(F32(K))
-    keys, values = (K + _LANES - _U1) // _LANES * _LANES, (V + _LANES - _U1) // _LANES * _LANES
-    for task in prange(U(first_chunk.size - 1) * heads):
-        sequence, head = U(task) // heads, U(task) % heads
-        qs, numerators = np.empty(chunk_size * keys, np.float32), np.empty(chunk_size * values, np.float32)
-        g, top, total = np.empty(chunk_size), np.empty(chunk_size), np.empty(chunk_size)
-        c0, n0, m0 = U(task) * keys * values, U(task) * keys, U(task)
-        chunks = first_chunk[sequence + _U1] - first_chunk[sequence]
-        for back in range(chunks):
-            chunk = first_chunk[sequence + _U1] - _U1 - back
-            at, token, rows = chunk * heads + head, start[chunk], count[chunk]
-            for d in range(keys * values):
-                dC_at[at * keys * values + d] = dC[c0 + d]
-            for d in range(keys):
-                dn_at[at * keys + d] = dn[n0 + d]
-            _load(rows, K, keys, q, token * q_apart + head * K, q_apart, mask, token, scale, qs)
-            _load(rows, V, values, grad, (token * heads + head) * V, heads * V, mask, token, ONE, numerators)
-            _gates(rows, i, log_f, token * heads + head, heads, m_at[at], g, top, total)
-            keep = _weight(m_at[at] - top[rows - _U1])
-            for d in range(keys):
-                dn[n0 + d] *= keep
-            for d in range(keys * values):
-                dC[c0 + d] *= keep
-            for later in range(rows):
-                r = rows - _U1 - later
-                here = (token + r) * heads + head
-                normalizer, floor = norms[here * U(2)], exp(-norms[here * U(2) + _U1])
-                inverse = ONE / (max(abs(normalizer), floor) + eps)
-                inner = _dot(V, numerators, r * values, h, here * V) * inverse
-                above = inner if abs(normalizer) > floor else _ZERO
-                inverses[here] = inverse
-                d_normalizers[here] = above if normalizer < _ZERO else -above
-                mu[m0] -= inner * eps
-                if g[r] > (top[r - _U1] if r > _U0 else np.float64(m_at[at])):
-                    di[here], d_log_f[here] = mu[m0], _ZERO
-                    mu[m0] = _ZERO
-                else:
-                    di[here], d_log_f[here] = _ZERO, mu[m0]
-                from_start = _weight(m_at[at] - top[r])
-                for d in range(values):
-                    numerators[r * values + d] *= from_start * inverse
-                for d in range(keys):
-                    dn[n0 + d] += from_start * d_normalizers[here] * qs[r * keys + d]
-            product(
-                qs, _U0, _U1, keys, numerators, _U0, _LANES, values, dC, c0, values, dC, c0, values,
-                keys, rows, values // _LANES,
-            )  # fmt: skip
-
-
-@row
-def _pairs(r, below, d_normalizer, g, top, w, dw, w0, decay, shares, columns):
-    """Row r of Q K^T and of the gradient of W to W and to the gradient of Q K^T; zero beyond the diagonal. `shares`:
-    what each pair (r, j) gives to the logarithm of its weight; summed over rows in `columns`."""
-    largest = top[r]
-    for j in range(below):
-        weight = _weight(g[j] - largest)
-        decay[j] = weight if j <= r else _ZERO
-    for j in range(below):
-        dw[w0 + j] = (dw[w0 + j] + d_normalizer) * decay[j]
-        shares[j] = dw[w0 + j] * w[w0 + j]
-        w[w0 + j] *= decay[j]
-    for j in range(below):
-        columns[j] += shares[j]
-
-
-@parallel
-def _gradients(
-    chunk_size, heads, K, V, chunk_count, start, count, mask, q, q_apart, k, k_apart, v, v_apart, i, log_f, C_at, n_at,
-    m_at, grad, dC_at, dn_at, inverses, d_normalizers, dq, dk, dv, di, d_log_f,
-):  # fmt: skip
-    scale = ONE / np.sqrt(F32(K))
-    keys, values = (K + _LANES - _U1) // _LANES * _LANES, (V + _LANES - _U1) // _LANES * _LANES
-    side = chunk_size
-    for task in prange(chunk_count * heads):
-        chunk, head, at = U(task) // heads, U(task) % heads, U(task)
-        token, rows, c0 = start[chunk], count[chunk], at * keys * values
-        qs, ks = np.empty(chunk_size * keys, np.float32), np.empty(chunk_size * keys, np.float32)
-        vs, numerators = np.empty(chunk_size * values, np.float32), np.empty(chunk_size * values, np.float32)
-        panels = np.empty(max(side * max(keys, values), keys * values), np.float32)
-        w, dw = np.zeros(chunk_size * side, np.float32), np.zeros(chunk_size * side, np.float32)
-        dqs, dks = np.zeros(chunk_size * keys, np.float32), np.zeros(chunk_size * keys, np.float32)
-        dvs, from_end = np.zeros(chunk_size * values, np.float32), np.empty(chunk_size, np.float32)
-        g, top, total = np.empty(chunk_size), np.empty(chunk_size), np.empty(chunk_size)
-        decay, shares = np.empty(chunk_size, np.float32), np.empty(chunk_size, np.float32)
-        columns, crossing = np.zeros(chunk_size, np.float32), np.zeros(chunk_size)
-        enter, leave = np.empty(chunk_size, np.float32), np.empty(chunk_size, np.float32)
-        _load(rows, K, keys, q, token * q_apart + head * K, q_apart, mask, token, scale, qs)
-        _load(rows, K, keys, k, token * k_apart + head * K, k_apart, mask, token, ONE, ks)
-        _load(rows, V, values, v, token * v_apart + head * V, v_apart, mask, token, ONE, vs)
-        _load(rows, V, values, grad, (token * heads + head) * V, heads * V, mask, token, ONE, numerators)
-        for r in range(rows):
-            for d in range(values):
-                numerators[r * values + d] *= inverses[(token + r) * heads + head]
-        _gates(rows, i, log_f, token * heads + head, heads, m_at[at], g, top, total)
-
-        # Pairs of tokens of this chunk
-        _transpose(rows, keys, keys, ks, _U0, panels)
-        _triangle(rows, keys, side, qs, panels, w)
-        _transpose(rows, values, values, vs, _U0, panels)
-        _triangle(rows, values, side, numerators, panels, dw)
-        for r in range(rows):
-            here = (token + r) * heads + head
-            _pairs(r, (r // _ROWS + _U1) * _ROWS, d_normalizers[here], g, top, w, dw, r * side, decay, shares, columns)
-            crossing[r] = _sum(r + _U1, shares, _U0)
-
-        # What the chunk's first state gives to its outputs, and its tokens to the last
-        _transpose(keys, values, values, C_at, c0, panels)
-        product(
-            numerators, _U0, values, _U1, panels, _U0, values * _LANES, _LANES, dqs, _U0, keys, dqs, _U0, keys,
-            rows, values, keys // _LANES,
-        )  # fmt: skip
-        _transpose(keys, values, values, dC_at, c0, panels)
-        product(
-            vs, _U0, values, _U1, panels, _U0, values * _LANES, _LANES, dks, _U0, keys, dks, _U0, keys,
-            rows, values, keys // _LANES,
-        )  # fmt: skip
-        product(
-            ks, _U0, keys, _U1, dC_at, c0, _LANES, values, dvs, _U0, values, dvs, _U0, values,
-            rows, keys, values // _LANES,
-        )  # fmt: skip
-        for r in range(rows):
-            from_start, to_end = _weight(m_at[at] - top[r]), _weight(g[r] - top[rows - _U1])
-            d_normalizer = d_normalizers[(token + r) * heads + head]
-            for d in range(keys):
-                dqs[r * keys + d] = from_start * (dqs[r * keys + d] + d_normalizer * n_at[at * keys + d])
-            for d in range(keys):
-                dks[r * keys + d] = to_end * (dks[r * keys + d] + dn_at[at * keys + d])
-            for d in range(values):
-                dvs[r * values + d] *= to_end
-            enter[r] = _dot(keys, qs, r * keys, dqs, r * keys)
-            leave[r] = _dot(keys, ks, r * keys, dks, r * keys)
-        through = _dot(keys * values, dC_at, c0, C_at, c0) + _dot(keys, dn_at, at * keys, n_at, at * keys)
-        through *= _weight(m_at[at] - top[rows - _U1])
-
-        # Gates: a forget gate counts in every weight that reaches across it
-        before = np.float64(through)
-        for r in range(rows):
-            before += leave[r]
-        inside = np.float64(0)
-        for later in range(rows):
-            r = rows - _U1 - later
-            here = (token + r) * heads + head
-            inside += crossing[r] - columns[r]
-            before += enter[r] - leave[r]
-            di[here] += columns[r] + leave[r]
-            d_log_f[here] += F32(before + inside)
-
-        for b in range(_U0, rows, _ROWS):
-            many = min(_ROWS, rows - b)
-            product(
-                dw, b * side, side, _U1, ks, _U0, _LANES, keys, dqs, b * keys, keys, dqs, b * keys, keys,
-                many, b + many, keys // _LANES,
-            )  # fmt: skip
-            product(
-                dw, b * side + b, _U1, side, qs, b * keys, _LANES, keys, dks, b * keys, keys, dks, b * keys, keys,
-                many, rows - b, keys // _LANES,
-            )  # fmt: skip
-            product(
-                w, b * side + b, _U1, side, numerators, b * values, _LANES, values, dvs, b * values, values,
-                dvs, b * values, values, many, rows - b, values // _LANES,
-            )  # fmt: skip
-        for r in range(rows):
-            here = (token + r) * heads + head
-            for d in range(K):
-                dq[here * K + d] = dqs[r * keys + d] * scale
-            for d in range(K):
-                dk[here * K + d] = dks[r * keys + d]
-            for d in range(V):
-                dv[here * V + d] = dvs[r * values + d]
 
 
 def _flat(x: Tensor) -> tuple[np.ndarray, np.uint64]:
@@ -408,7 +156,7 @@ def _padded(x: Tensor) -> Tensor:
 
 
 def _chunk_size(keys: int, values: int) -> int:
-    """About where the products within a chunk cost what those with its states do; the more, the fewer states to keep."""
+    """About where the products within a chunk cost as much as those with its states."""
     balance = 2 * keys * values / (keys + values)
     return 64 if balance < 96 else 128 if balance < 192 else 256
 
@@ -423,7 +171,7 @@ class _Call:
         offsets = np.arange(batch + 1) * time if cu_seqlens is None else cu_seqlens.numpy()
         per_sequence = -(-np.diff(offsets) // size)
         first = np.concatenate([[0], np.cumsum(per_sequence)])
-        start = [np.arange(a, b, size) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        start = [np.arange(a, b, size) for a, b in pairwise(offsets)]
         stop = [np.minimum(s + size, b) for s, b in zip(start, offsets[1:], strict=True)]
         start, count = np.concatenate(start).astype(np.uint64), (np.concatenate(stop) - np.concatenate(start))
         self.chunks = len(start)
@@ -495,12 +243,12 @@ def scan_backward(
     per_token = [x.view(-1).numpy() for x in (dC_at, dn_at, inverses, d_normalizers)]
     gates = [x.view(-1).numpy() for x in (di, d_log_f)]
     run(
-        _adjoints, *call.sizes, *call.walk, call.mask, *call.q, *call.gates, call.starts()[2], call.eps, *arrays,
+        adjoints, *call.sizes, *call.walk, call.mask, *call.q, *call.gates, call.starts()[2], call.eps, *arrays,
         *(x.view(-1).numpy() for x in (dC, dn, mu)), *per_token, *gates,
     )  # fmt: skip
     run(
-        _gradients, *call.sizes, *call.each, call.mask, *call.q, *call.k, *call.v, *call.gates, *call.starts(), arrays[2],
-        *per_token, *(x.view(-1).numpy() for x in (dq, dk, dv)), *gates,
+        gradients, *call.sizes, *call.each, call.mask, *call.q, *call.k, *call.v, *call.gates, *call.starts(),
+        arrays[2], *per_token, *(x.view(-1).numpy() for x in (dq, dk, dv)), *gates,
     )  # fmt: skip
     df = d_log_f * torch.sigmoid(-f.detach().float())
     if mask is not None:

@@ -4,12 +4,14 @@ Every other backend is tested against this file in float64. It is also what runs
 (no numba, no Triton, float64), so it loops over time.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 States = tuple[Tensor, Tensor, Tensor]  # C (N, H, K, V), n (N, H, K), m (N, H)
+Token = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k (N, H, K), v (N, H, V), i and log sigmoid(f) (N, H)
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
@@ -23,11 +25,9 @@ def initial_states(q: Tensor, v: Tensor, sequences: int) -> list[Tensor]:
     return [q.new_zeros(sequences, heads, *shape, dtype=dtype) for shape in shapes]
 
 
-def step(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, states: States, eps: float
-) -> tuple[Tensor, Tensor, States]:
-    """One token: q, k (N, H, K), v (N, H, V), input gate i and log forget gate f (N, H) to h (N, H, V), the normaliser
-    n q (N, H), and the new states."""
+def step(token: Token, states: States, eps: float) -> tuple[Tensor, Tensor, States]:
+    """One token to h (N, H, V), the normaliser n q (N, H), and the new states."""
+    q, k, v, i, f = token
     C, n, m_before = states
     m = torch.maximum(f + m_before, i)
     forget, add = (f + m_before - m).exp(), (i - m).exp()
@@ -40,10 +40,11 @@ def step(
 
 
 def step_back(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, before: States, eps: float, grad: Tensor, grads: States
+    token: Token, before: States, eps: float, grad: Tensor, grads: States
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, States]:
     """Gradients of h and of the states after a step to those of q, k, v, i, f and the states before it."""
-    h, normalizer, (C, n, m) = step(q, k, v, i, f, before, eps)
+    q, k, v, i, f = token
+    h, normalizer, (C, n, m) = step(token, before, eps)
     forget, add = (f + before[2] - m).exp(), (i - m).exp()
     floor, scale = (-m).exp(), q.shape[-1] ** -0.5
     denominator = torch.maximum(normalizer.abs(), floor) + eps
@@ -94,14 +95,16 @@ def scan(
     """Run the recurrence one step at a time; arguments and results as in `op.scan`."""
     if cu_seqlens is not None:
         pieces = [
-            scan(*(x[:, at] for x in (q, k, v, i, f)), [s[n : n + 1] for s in states], m, None, eps, training)
+            scan(
+                q[:, at], k[:, at], v[:, at], i[:, at], f[:, at], [s[n : n + 1] for s in states], m, None, eps, training
+            )
             for n, at, m in _pieces(mask, cu_seqlens)
         ]
         return _joined(pieces, 2)  # type: ignore[return-value]
     tokens, state = _prepare(q, k, v, i, f, states, mask)
     hs, norms = [], []
     for token in tokens:
-        h, normalizer, state = step(*token, state, eps)
+        h, normalizer, state = step(token, state, eps)
         hs.append(h)
         norms.append(torch.stack([normalizer, state[2]], -1))
     all_h = torch.stack(hs, 1).to(q.dtype) if hs else torch.empty_like(v)
@@ -128,7 +131,7 @@ def scan_backward(
     if cu_seqlens is not None:
         pieces = [
             scan_backward(
-                *(x[:, at] for x in (q, k, v, i, f)), [s[n : n + 1] for s in states], m, None, eps,
+                q[:, at], k[:, at], v[:, at], i[:, at], f[:, at], [s[n : n + 1] for s in states], m, None, eps,
                 h[:, at], norms[:, at], grad[:, at], [g[n : n + 1] for g in grad_last],
             )
             for n, at, m in _pieces(mask, cu_seqlens)
@@ -137,14 +140,15 @@ def scan_backward(
     tokens, state = _prepare(q, k, v, i, f, states, mask)
     every, carry = [], tuple(g.to(s.dtype) for g, s in zip(grad_last, state, strict=False))
     carry = carry or tuple(torch.zeros_like(s) for s in state)
+    assert len(carry) == 3
     for token in tokens:
         every.append((token, state))
-        state = step(*token, state, eps)[2]
+        state = step(token, state, eps)[2]
     real = torch.ones_like(i).bool() if mask is None else mask.bool()[..., None].expand_as(i)
     grads = [x.new_zeros(x.shape, dtype=state[0].dtype) for x in (q, k, v, i, f)]
     for t, (token, before) in reversed(list(enumerate(every))):
         dh = grad[:, t].to(state[0].dtype).where(real[:, t, :, None], 0.0)
-        *of_token, carry = step_back(*token, before, eps, dh, carry)
+        *of_token, carry = step_back(token, before, eps, dh, carry)
         for x, dx in zip(grads, of_token, strict=True):
             x[:, t] = dx
     grads[4] = grads[4] * torch.sigmoid(-f.to(grads[4].dtype)).where(real, 0.0)
@@ -157,7 +161,7 @@ def _pieces(mask: Tensor | None, cu_seqlens: Tensor):
         yield n, slice(start, stop), None if mask is None else mask[:, start:stop]
 
 
-def _joined(pieces: list[tuple[Tensor, ...]], along_time: int) -> tuple[Tensor, ...]:
+def _joined(pieces: Sequence[tuple[Tensor, ...]], along_time: int) -> tuple[Tensor, ...]:
     """Results of packed sequences, the first `along_time` of them with a time dimension."""
     columns = list(zip(*pieces, strict=True))
     return *(torch.cat(c, 1) for c in columns[:along_time]), *(torch.cat(c) for c in columns[along_time:])

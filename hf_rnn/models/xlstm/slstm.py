@@ -1,0 +1,54 @@
+"""The sLSTM layer."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from hf_rnn.layers import BlockLinear, CausalConv, Mixer, MultiHeadNorm
+from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
+from hf_rnn.models.xlstm.mlstm import init_block_linear
+
+try:
+    from hf_rnn_kernels import slstm_scan
+except ImportError:
+    slstm_scan = None
+
+
+class SLSTM(Mixer):
+    """c_t = f_t c_{t-1} + i_t tanh(z_t), n_t = f_t n_{t-1} + i_t, h_t = norm(sigmoid(o_t) c_t / n_t), i_t exponential.
+
+    i and f come from SiLU(conv(x)), z and o from x, all four also from h_{t-1}, each head for itself (xLSTM, arXiv
+    2405.04517, figure 9).
+    """
+
+    def __init__(self, config: XLSTMConfig, layer_idx: int):
+        super().__init__()
+        width, self.num_heads = config.hidden_size, config.num_heads
+        size = width // config.num_heads
+        self.conv = CausalConv(width, config.conv_kernel)
+        self.if_proj = BlockLinear(config.num_heads, size, 2 * size, bias=False)
+        self.zo_proj = BlockLinear(config.num_heads, size, 2 * size, bias=False)
+        self.recurrent_weight = nn.Parameter(torch.empty(config.num_heads, 4 * size, size))
+        self.recurrent_bias = nn.Parameter(torch.empty(config.num_heads * 4 * size))
+        self.norm = MultiHeadNorm(width, config.epsilon)
+        self.state_shapes = [(width,)] * 4 + [self.conv.state_shape]
+        self.std, self.depth = config.initial_std, layer_idx / max(config.num_hidden_layers - 1, 1)
+
+    def init_weights(self) -> None:
+        """No recurrence at first; forget gates from open (bias 5) to closed (-7) over a head's units, more of them open
+        in the blocks nearer the output (the paper's code)."""
+        init_block_linear(self.std, self.if_proj, self.zo_proj)
+        init.zeros_(self.recurrent_weight)
+        size = self.recurrent_weight.shape[2]
+        forget = 5.0 - 12.0 * (torch.arange(size) / max(size - 1, 1)) ** (0.3 + 1.3 * self.depth)
+        bias = torch.zeros(self.num_heads, 4, size)
+        bias[:, 1] = forget
+        init.copy_(self.recurrent_bias, bias.flatten().to(self.recurrent_bias))
+
+    def forward(self, x, state, mask, cu_seqlens):
+        *states, conv_state = state or (None,) * 5
+        convolved, conv_state = self.conv(x, conv_state, mask, cu_seqlens)
+        halves = [self.if_proj(nn.functional.silu(convolved)), self.zo_proj(x)]
+        gates = torch.cat([y.unflatten(-1, (self.num_heads, -1)) for y in halves], -1).flatten(-2)
+        h, last = slstm_scan(gates, self.recurrent_weight, self.recurrent_bias, *states, mask, cu_seqlens)
+        return self.norm(h.unflatten(-1, (self.num_heads, -1))), (*last, conv_state)

@@ -1,0 +1,90 @@
+"""Parts of the mLSTM's loops on a CPU, forward and backward: rows of a chunk in and out of matrices, its gates."""
+
+import numpy as np
+from numba import njit
+
+from hf_rnn_kernels.matrix_product import LANES, product
+from hf_rnn_kernels.vector_math import F32, FAST, U, exp, inline, row
+
+_U0, _U1, _LANES = U(0), U(1), U(LANES)
+ROWS = U(16)  # of a block of the triangle; what lies above it is skipped. Chunks are multiples of it, and of LANES
+_LOWEST = -80.0  # e^-80 times anything that counts is no denormal number yet
+_ZERO = F32(0)
+
+
+@inline
+def weight(x):
+    """e^x for x <= 0, zero where it is negligible."""
+    y = exp(F32(x))
+    return y if x > _LOWEST else _ZERO
+
+
+@njit(fastmath=FAST | {"reassoc"}, error_model="numpy")
+def dot(size, a, a0, b, b0):
+    total = _ZERO
+    for d in range(size):
+        total += a[a0 + d] * b[b0 + d]
+    return total
+
+
+@njit(fastmath=FAST | {"reassoc"}, error_model="numpy")
+def sum_of(size, a, a0):
+    result = _ZERO
+    for d in range(size):
+        result += a[a0 + d]
+    return result
+
+
+@row
+def load(rows, size, padded, source, at, apart, mask, token, scale, target):
+    """Rows of a head, times `scale`, into rows of `padded` floats; zeros after the end and for padding."""
+    for r in range(rows):
+        to, here = r * padded, at + r * apart
+        if mask.size > 0 and not mask[token + r]:
+            for d in range(padded):
+                target[to + d] = _ZERO
+        else:
+            for d in range(size):
+                target[to + d] = source[here + d] * scale
+            for d in range(size, padded):
+                target[to + d] = _ZERO
+
+
+@row
+def scale_rows(rows, size, weights, source, target):
+    for r in range(rows):
+        for d in range(size):
+            target[r * size + d] = source[r * size + d] * weights[r]
+
+
+@row
+def transpose(rows, columns, padded, source, s0, target):
+    """(rows, columns) with rows of `padded` floats to panels (columns, LANES) of its transpose, zeros behind `rows`."""
+    for p in range(_U0, rows, _LANES):
+        for c in range(columns):
+            to = (p * columns) + c * _LANES
+            for r in range(min(_LANES, rows - p)):
+                target[to + r] = source[s0 + (p + r) * padded + c]
+            for r in range(rows - p, _LANES):
+                target[to + r] = _ZERO
+
+
+@row
+def gates(rows, i, log_f, at, heads, m, g, top, total):
+    """g, M and F of a chunk that starts with the stabiliser m."""
+    summed, largest = np.float64(0), np.float64(m)
+    for r in range(rows):
+        summed += log_f[at + r * heads]
+        g[r] = i[at + r * heads] - summed
+        largest = max(largest, g[r])
+        top[r], total[r] = largest, summed
+
+
+@row
+def triangle(rows, keys, side, q, k_panels, w):
+    """Q K^T in blocks of rows, each up to its diagonal block; rows of `side` floats."""
+    for b in range(_U0, rows, ROWS):
+        product(
+            q, b * keys, keys, _U1, k_panels, _U0, keys * _LANES, _LANES, w, b * side, side, w, b * side, side,
+            min(ROWS, rows - b), keys, (b + ROWS) // _LANES,
+        )  # fmt: skip
