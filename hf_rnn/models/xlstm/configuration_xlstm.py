@@ -123,8 +123,8 @@ class XLSTMConfig(RecurrentConfig):
                     f"qkv_block_size: expected a divisor of inner_size, {self.sizes['inner_size']}, "
                     f"got {self.qkv_block_size}"
                 )
-            if self.conv_kernel < 2:
-                raise ValueError(f"conv_kernel: expected a width of at least 2, got {self.conv_kernel}")
+        if self.conv_kernel < 2:
+            raise ValueError(f"conv_kernel: expected a width of at least 2, got {self.conv_kernel}")
         if self.sizes["intermediate_size"] < 1:
             raise ValueError(f"intermediate_size: expected at least 1, got {self.intermediate_size}")
 
