@@ -2,7 +2,7 @@
 
 from hf_rnn_kernels.gated_scan import linear_scan, min_gru_scan, min_lstm_scan
 from hf_rnn_kernels.mlstm_scan import mlstm_scan, mlstm_step
-from hf_rnn_kernels.recurrent_scan import gru_scan, lstm_scan
+from hf_rnn_kernels.recurrent_scan import gru_scan, lstm_scan, slstm_scan
 from hf_rnn_kernels.rms_norm import rms_norm
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "mlstm_scan",
     "mlstm_step",
     "rms_norm",
+    "slstm_scan",
 ]

@@ -17,6 +17,10 @@ _LN2_HIGH, _LN2_LOW = F32(0.693359375), F32(-2.12194440e-4)
 # Minimax polynomial of (e^r - 1 - r) / r^2 on |r| <= ln(2)/2 (Cephes, expf)
 _P0, _P1, _P2 = F32(1.9875691500e-4), F32(1.3981999507e-3), F32(8.3334519073e-3)
 _P3, _P4, _P5 = F32(4.1665795894e-2), F32(1.6666665459e-1), F32(5.0000001201e-1)
+# Minimax polynomial of log(1 + e) / e on 0 <= e <= 1, to half an ulp
+_L0, _L1, _L2 = F32(0.99999994), F32(-0.499994934), F32(0.333190978)
+_L3, _L4, _L5 = F32(-0.24842982), F32(0.191060066), F32(-0.136632442)
+_L6, _L7, _L8 = F32(0.078225933), F32(-0.0295052268), F32(0.0052326913)
 
 inline = njit(fastmath=FAST, error_model="numpy", inline="always")  # Python's check for division by zero stops LLVM
 row = njit(fastmath=FAST, error_model="numpy")
@@ -59,6 +63,24 @@ def sigmoids(x):
     e = exp(-x)  # at most e^87, so that no product overflows
     large = ONE / (ONE + e)
     return e * large, large
+
+
+@inline
+def log_sigmoid(x):
+    """log(sigmoid(x)) and sigmoid(-x), each to the last bits (for |x| < 87)."""
+    e = exp(-abs(x))
+    large = ONE / (ONE + e)
+    p = (((_L8 * e + _L7) * e + _L6) * e + _L5) * e + _L4
+    p = (((p * e + _L3) * e + _L2) * e + _L1) * e + _L0
+    return (x if x < F32(0) else F32(0)) - e * p, large if x < F32(0) else e * large
+
+
+@inline
+def keep_and_drop(x):
+    """e^x and 1 - e^x for x <= 0, each to the last bits, and 0 and 1 below -87."""
+    scale, rest = _exp_parts(x)
+    keep = (rest + ONE) * scale  # before the choice: a branch around it would stop LLVM
+    return F32(0) if x < -_LIMIT else keep, (ONE - scale) - scale * rest
 
 
 @inline

@@ -1,5 +1,7 @@
 """mlstm_scan against the paper's recurrence, written apart from the package's, in float64 and under raw losses."""
 
+from itertools import pairwise
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 
 from hf_rnn_kernels import mlstm_scan, mlstm_step
 
-NAMES = "h C n m dq dk dv di df dC0 dn0 dm0".split()
+NAMES = ["h", "C", "n", "m", "dq", "dk", "dv", "di", "df", "dC0", "dn0", "dm0"]
 
 
 def recurrence(q, k, v, i, f, C, n, m, mask=None, eps=1e-6):
@@ -40,7 +42,7 @@ def make(batch, time, heads, keys, values, sequences=None, input_bias=0.0, forge
 
 def run(function, leaves, grads, dtype=torch.float32, **options):
     """h, the last states, and the gradients of everything."""
-    leaves = [x.to(dtype).requires_grad_() for x in leaves]
+    leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in leaves]
     h, last = function(*leaves, **options)
     outputs = [h, *last]
     return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in grads])]
@@ -82,7 +84,7 @@ def test_against_the_recurrence(batch, time, heads, keys, values):
         dict(scale=15.0),  # as far as soft caps let them go
         dict(forget_bias=-12, scale=2),  # forgets at once
         dict(forget_bias=25, scale=1),  # never
-        dict(input_bias=60, scale=20),  # e^i alone is beyond float32
+        dict(input_bias=95, scale=3),  # e^i alone is beyond float32
     ],
 )
 def test_gates(gates, dtype):
@@ -136,7 +138,7 @@ def test_packing(dtype):
 
     def one_by_one(*leaves):
         pieces = []
-        for n, (start, stop) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+        for n, (start, stop) in enumerate(pairwise(cu_seqlens)):
             if start < stop:
                 own = [x[:, start:stop] for x in leaves[:5]]
                 pieces.append(recurrence(*own, *(s[n : n + 1] for s in leaves[5:]), mask=mask[:, start:stop]))
@@ -225,7 +227,7 @@ def test_registration():
     ],
 )
 def test_bad_input(change, error, message):
-    arguments = dict(zip("q k v i f C0 n0 m0".split(), make(2, 9, 2, 3, 4), strict=True))
+    arguments = dict(zip(["q", "k", "v", "i", "f", "C0", "n0", "m0"], make(2, 9, 2, 3, 4), strict=True))
     for name, how in change.items():
         arguments[name] = how(arguments.get(name))
     with pytest.raises(error, match=message):

@@ -1,4 +1,6 @@
-"""lstm_scan and gru_scan on a CPU, against torch.nn in float64 with the same weights, under raw losses."""
+"""lstm_scan, gru_scan and slstm_scan on a CPU, against torch.nn in float64 with the same weights, under raw losses; for
+sLSTM, which torch.nn lacks, against a loop that is written another way.
+"""
 
 import itertools
 
@@ -11,11 +13,12 @@ from hypothesis import given, settings
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from hf_rnn.conversion import from_flashrnn, to_gate_major, to_head_major
-from hf_rnn_kernels import gru_scan, lstm_scan, min_gru_scan
+from hf_rnn_kernels import gru_scan, lstm_scan, min_gru_scan, slstm_scan
 from hf_rnn_kernels.recurrent_scan import cpu, op, reference
 from hf_rnn_kernels.recurrent_scan.weight_gradients import weight_gradients
 
-CELLS = ["gru", "lstm"]
+SCANS = {"gru": gru_scan, "lstm": lstm_scan, "slstm": slstm_scan}
+CELLS = list(SCANS)
 
 
 def make(cell, batch, time, heads, size, sequences=None, scale=1.0, dtype=torch.float32):
@@ -26,6 +29,8 @@ def make(cell, batch, time, heads, size, sequences=None, scale=1.0, dtype=torch.
     weight = torch.randn(heads, gates * size, size) / size**0.5
     bias = torch.randn(heads * gates * size) * scale
     initial = [torch.randn(sequences or batch, heads * size) for _ in range(states)]
+    if cell == "slstm":
+        initial[2] = initial[2].abs() + 0.5  # n, a sum of weights
     return [t.to(dtype) for t in (x, weight, bias, *initial)]
 
 
@@ -38,6 +43,8 @@ def run(cell, leaves, grad, grad_last, mask=None, cu_seqlens=None):
 
 def torch_float64(cell, leaves, grad, grad_last):
     """The same from torch.nn in float64: heads as a dense matrix with zeros, x through an identity."""
+    if cell == "slstm":
+        return slstm_float64(leaves, grad, grad_last)
     x, weight, bias, *initial = [t.double().requires_grad_() for t in leaves]
     heads, rows, size = weight.shape
     gates, channels = rows // size, heads * size
@@ -55,6 +62,33 @@ def torch_float64(cell, leaves, grad, grad_last):
     last = torch.cat(last) if cell == "lstm" else last
     grads = torch.autograd.grad([h, last], [x, weight, bias, *initial], [grad.double(), grad_last.double()])
     return [h.detach(), last.detach(), *grads]
+
+
+def slstm_float64(leaves, grad, grad_last, mask=None):
+    """sLSTM without its maximum, by autograd: C_t = s(f) C_{t-1} + e^i tanh(z), N_t = s(f) N_{t-1} + e^i, c and n being
+    e^-m times as much."""
+    leaves = [t.double().requires_grad_() for t in leaves]
+    x, weight, bias, *initial = leaves
+    heads, rows, size = weight.shape
+    h, c, n, m = (s.unflatten(1, (heads, size)) for s in initial)
+    started = n != 0  # before that, C is 0 whatever c is
+    big_c, big_n = (torch.where(started, s * m.where(started, 0).exp(), 0) for s in (c, n))
+    steps = []
+    for t in range(x.shape[1]):
+        pre = x[:, t].view(-1, heads, rows) + torch.einsum("hrp,bhp->bhr", weight, h) + bias.view(heads, rows)
+        i, f, z, o = pre.unflatten(2, (4, size)).unbind(2)
+        new_c, new_n = f.sigmoid() * big_c + i.exp() * z.tanh(), f.sigmoid() * big_n + i.exp()
+        new_m = torch.where(started, torch.maximum(torch.nn.functional.logsigmoid(f) + m, i), i)
+        new = (o.sigmoid() * new_c / new_n, new_c, new_n, new_m, torch.ones_like(started))
+        real = torch.ones(x.shape[0], 1, 1).bool() if mask is None else mask[:, t, None, None]
+        pairs = zip(new, (h, big_c, big_n, m, started), strict=True)
+        h, big_c, big_n, m, started = (torch.where(real, a, b) for a, b in pairs)
+        steps.append(h)
+    pairs = (big_c, initial[1]), (big_n, initial[2])
+    c, n = (torch.where(started, big * (-m).exp(), s.view_as(m)) for big, s in pairs)
+    outputs = [torch.stack(steps, 1).flatten(2), torch.stack([s.flatten(1) for s in (h, c, n, m)])]
+    grads = torch.autograd.grad(outputs, leaves, [grad.double(), grad_last.double()])
+    return [*(t.detach() for t in outputs), *grads]
 
 
 def check(actual, expected, forward=1e-6, backward=1e-5):
@@ -110,14 +144,14 @@ def test_heads_are_a_dense_matrix_with_zeros(cell):
     blocks = weight.view(heads, gates, size, size)
     dense = torch.cat([torch.block_diag(*blocks[:, g]) for g in range(gates)])[None]
     moved = to_gate_major(x.movedim(2, 0), gates, heads).movedim(0, 2)
-    scan = lstm_scan if cell == "lstm" else gru_scan
+    scan = SCANS[cell]
     h, _ = scan(x, weight, bias, *leaves[3:])
     expected, _ = scan(moved, dense, to_gate_major(bias, gates, heads), *leaves[3:])
     assert relative_error(h, expected) <= 1e-6
     assert torch.equal(to_head_major(to_gate_major(bias, gates, heads), gates, heads), bias)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_variable_lengths_against_pack_padded_sequence(cell):
     """Padded with a mask, and packed with offsets, against torch's packed sequences, gradients included."""
     lengths, size = [7, 40, 1, 23], 11
@@ -196,7 +230,7 @@ def test_the_gradient_of_paddings_output(cell):
 @pytest.mark.parametrize("cell", CELLS)
 def test_padding_and_packing_change_no_bit(cell):
     x, weight, bias, *initial = make(cell, 2, 9, 2, 16)
-    scan = lstm_scan if cell == "lstm" else gru_scan
+    scan = SCANS[cell]
     mask = torch.tensor([[0, 0, 1, 1, 1, 0, 1, 0, 0], [1] * 9]).bool()
     h, _ = scan(x, weight, bias, *initial, mask)
     alone, _ = scan(x[:1, mask[0]], weight, bias, *(s[:1] for s in initial))
@@ -211,9 +245,9 @@ def test_against_flashrnn(cell):
     gates = reference.CELLS[cell].gates
     Wx, R, b = torch.randn(2, 13, gates, 3, 16), torch.randn(gates, 3, 16, 16) / 4, torch.randn(4, 3, 16)
     states, _ = flashrnn(Wx, R, b, function=cell, backend="vanilla", dtype="float32")
-    ours = from_flashrnn(cell, R, b)
+    ours = from_flashrnn("gru" if cell == "gru" else "lstm", R, b)  # those of an sLSTM lie as those of an LSTM
     x = Wx.transpose(2, 3).reshape(2, 13, -1) + ours["in_proj.bias"]
-    scan = lstm_scan if cell == "lstm" else gru_scan
+    scan = SCANS[cell]
     h, _ = scan(x, ours["recurrent_weight"], ours["recurrent_bias"])
     assert relative_error(h.view(2, 13, 3, 16), states[0]) <= 1e-6
 
@@ -290,8 +324,8 @@ def test_registration(cell):
 def test_what_is_not_differentiated(cell):
     """Frozen weights, a loss on the last states alone, and one on h alone."""
     x, weight, bias, *initial = make(cell, 2, 7, 2, 3)
-    scan = lstm_scan if cell == "lstm" else gru_scan
-    for pick in (lambda h, last: h.sum(), lambda h, last: (last[0] if cell == "lstm" else last).sum()):
+    scan = SCANS[cell]
+    for pick in (lambda h, last: h.sum(), lambda h, last: (last if cell == "gru" else last[0]).sum()):
         leaf = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(pick(*scan(leaf, weight, bias, *initial)), leaf)
         whole = [t.clone().requires_grad_() for t in (x, weight, bias, *initial)]
@@ -312,7 +346,7 @@ def test_finite_for_finite_input(cell, scale):
 def test_nan_is_not_hidden(cell):
     x, weight, bias, *initial = make(cell, 2, 6, 2, 3)
     x[0, 2, 0] = float("nan")
-    h, _ = (lstm_scan if cell == "lstm" else gru_scan)(x, weight, bias, *initial)
+    h, _ = SCANS[cell](x, weight, bias, *initial)
     assert h[0, 3:, :3].isnan().all()
     assert h[0, :2].isfinite().all() and h[1].isfinite().all() and h[0, :, 3:].isfinite().all()
 
@@ -320,7 +354,7 @@ def test_nan_is_not_hidden(cell):
 @pytest.mark.parametrize("cell", CELLS)
 def test_any_layout_and_number_of_threads(cell):
     x, weight, bias, *initial = make(cell, 6, 20, 3, 8)
-    scan = lstm_scan if cell == "lstm" else gru_scan
+    scan = SCANS[cell]
     expected, _ = scan(x, weight, bias, *initial)
     strided = [torch.stack([t, t], -1)[..., 0] for t in (x, weight, bias, *initial)]
     assert torch.equal(scan(*strided)[0], expected)
@@ -336,10 +370,10 @@ def test_any_layout_and_number_of_threads(cell):
 @pytest.mark.parametrize("cell", CELLS)
 def test_one_step_is_the_scan(cell):
     leaves = make(cell, 3, 1, 2, 7)
-    step = (lstm_scan if cell == "lstm" else gru_scan)(*leaves)
+    step = SCANS[cell](*leaves)
     h, _, last = cpu.scan(cell, *leaves[:3], leaves[3:])
     torch.testing.assert_close(step[0], h, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(torch.stack(step[1]) if cell == "lstm" else step[1][None], last, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(step[1][None] if cell == "gru" else torch.stack(step[1]), last, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
@@ -356,6 +390,7 @@ BAD_CALLS = [
     (lambda: lstm_scan(X, W[0]), ValueError, r"weight: expected shape \(H, 4 \* P, P\)"),
     (lambda: lstm_scan(X, torch.zeros(2, 9, 3)), ValueError, r"weight: expected shape \(H, 4 \* P, P\)"),
     (lambda: gru_scan(X, W), ValueError, r"weight: expected shape \(H, 3 \* P, P\)"),
+    (lambda: slstm_scan(X, W, n0=torch.zeros(2, 5)), ValueError, r"n0: expected shape \(2, 6\)"),
     (lambda: lstm_scan(X[..., :20], W), ValueError, r"x: expected 24 = H \* 4 \* P channels"),
     (lambda: lstm_scan(X[0], W), ValueError, r"x: expected shape \(B, T, D\)"),
     (lambda: lstm_scan(X.long(), W), TypeError, "x: expected float32"),
@@ -418,10 +453,10 @@ def test_one_initial_state_without_the_other():
 
 @pytest.mark.parametrize("time", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("scan", [lstm_scan, gru_scan, min_gru_scan])
+@pytest.mark.parametrize("scan", [*SCANS.values(), min_gru_scan])
 def test_what_padding_holds_does_not_matter(scan, dtype, time):
     """NaN there reaches neither outputs nor gradients."""
-    cell = "lstm" if scan is lstm_scan else "gru"
+    cell = {lstm_scan: "lstm", slstm_scan: "slstm"}.get(scan, "gru")
     x, weight, _, *initial = make(cell, 2, time, 1, 3, dtype=dtype)
     x[0, 0] = float("nan")
     mask = torch.ones(2, time, dtype=torch.bool)

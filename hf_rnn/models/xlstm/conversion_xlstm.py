@@ -216,7 +216,6 @@ def from_package(state_dict: dict[str, Tensor]) -> tuple[XLSTMConfig, dict[str, 
             R, bias = block["xlstm.slstm_cell._recurrent_kernel_"], block["xlstm.slstm_cell._bias_"]
             settings["num_heads"] = R.shape[0]
             settings["intermediate_size"] = block["ffn.proj_down.weight"].shape[1]
-            settings["use_bias"] = "ffn.proj_down.bias" in block
             if R.shape[1] < R.shape[2]:  # the "cuda" backend's (H, P, 4 * P) and biases head by head
                 state_dict[f"{prefix}_recurrent_kernel_"] = R.transpose(1, 2).contiguous()
                 state_dict[f"{prefix}_bias_"] = to_gate_major(bias, 4, R.shape[0])
@@ -224,7 +223,16 @@ def from_package(state_dict: dict[str, Tensor]) -> tuple[XLSTMConfig, dict[str, 
             settings["num_heads"] = block["xlstm.mlstm_cell.igate.weight"].shape[0]
             settings["inner_size"] = block["xlstm.learnable_skip"].shape[0]
             settings["qkv_block_size"] = block["xlstm.q_proj.weight"].shape[-1]
-            settings["use_bias"] = "xlstm.proj_up.bias" in block
+    linear = [f"xlstm.{name}" for name in ("proj_up", "proj_down", "q_proj", "k_proj", "v_proj")]
+    linear += ["ffn.proj_up", "ffn.proj_down"]
+    settings["use_bias"] = any(f"{name}.bias" in block for block in blocks.values() for name in linear)
+    if settings["use_bias"]:  # the package's feed-forward has none even where the mLSTM has: zeros
+        for index, block in blocks.items():
+            for name in linear:
+                if f"{name}.weight" in block and f"{name}.bias" not in block:
+                    weight = block[f"{name}.weight"]
+                    zeros = weight.new_zeros(weight.shape[:-1].numel())
+                    state_dict[f"xlstm_block_stack.blocks.{index}.{name}.bias"] = zeros
     head, embedding = state_dict.get("lm_head.weight"), state_dict["token_embedding.weight"]
     settings["tie_word_embeddings"] = head is None or torch.equal(head, embedding)
     settings |= dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)

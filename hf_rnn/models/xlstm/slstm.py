@@ -7,11 +7,7 @@ from transformers import initialization as init
 from hf_rnn.layers import BlockLinear, CausalConv, Mixer, MultiHeadNorm
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
 from hf_rnn.models.xlstm.mlstm import init_block_linear
-
-try:
-    from hf_rnn_kernels import slstm_scan
-except ImportError:
-    slstm_scan = None
+from hf_rnn_kernels import slstm_scan
 
 
 class SLSTM(Mixer):
@@ -46,9 +42,9 @@ class SLSTM(Mixer):
         init.copy_(self.recurrent_bias, bias.flatten().to(self.recurrent_bias))
 
     def forward(self, x, state, mask, cu_seqlens):
-        *states, conv_state = state or (None,) * 5
+        h, c, n, m, conv_state = state or (None,) * 5
         convolved, conv_state = self.conv(x, conv_state, mask, cu_seqlens)
         halves = [self.if_proj(nn.functional.silu(convolved)), self.zo_proj(x)]
         gates = torch.cat([y.unflatten(-1, (self.num_heads, -1)) for y in halves], -1).flatten(-2)
-        h, last = slstm_scan(gates, self.recurrent_weight, self.recurrent_bias, *states, mask, cu_seqlens)
+        h, last = slstm_scan(gates, self.recurrent_weight, self.recurrent_bias, h, c, n, m, mask, cu_seqlens)
         return self.norm(h.unflatten(-1, (self.num_heads, -1))), (*last, conv_state)

@@ -12,7 +12,7 @@ and `gradients` takes each chunk for itself. Adjoints of C and n are kept times 
 those above.
 
 Tensors come as flat arrays, a token's heads `apart` from the next token's. F, g and M are sums of up to L terms whose
-differences count: float64.
+differences count, m at chunk starts is one of them: float64.
 """
 
 from itertools import pairwise
@@ -78,7 +78,7 @@ def _states(
             load(rows, V, values, v, token * v_apart + head * V, v_apart, mask, token, ONE, vs)
             gates(rows, i, log_f, token * heads + head, heads, m[m0], g, top, total)
             _next_state(rows, keys, values, ks, vs, g, top, m[m0], C, c0, n, n0, scratch, weights)
-            m[m0] = F32(total[rows - _U1] + top[rows - _U1])
+            m[m0] = total[rows - _U1] + top[rows - _U1]
 
 
 @row
@@ -185,8 +185,9 @@ class _Call:
             i, log_f = i.where(real, -torch.inf), log_f.where(real, 0.0)
         self.gates = (i.reshape(-1).numpy(), log_f.reshape(-1).numpy())
         self.q, self.k, self.v = _flat(q), _flat(k), _flat(v)
-        self.last = [_padded(s) for s in states or initial_states(q, v, len(offsets) - 1)]
-        self.at = [empty(self.chunks * heads, *s.shape[2:]) for s in self.last]
+        C, n, m = states or initial_states(q, v, len(offsets) - 1)
+        self.last = [_padded(C), _padded(n), m.detach().to(torch.float64, copy=True)]
+        self.at = [empty(self.chunks * heads, *s.shape[2:]).to(s.dtype) for s in self.last]
         states_ = [s.view(-1).numpy() for s in (*self.last, *self.at)]
         run(_states, *self.sizes, *self.walk, self.mask, *self.k, *self.v, *self.gates, *states_)
 
@@ -214,7 +215,8 @@ def scan(
         h.view(-1).numpy(), norms.view(-1).numpy(),
     )  # fmt: skip
     C, n, m = call.last
-    return h.to(q.dtype), norms, C[..., : q.shape[3], : v.shape[3]].contiguous(), n[..., : q.shape[3]].contiguous(), m
+    C, n = C[..., : q.shape[3], : v.shape[3]].contiguous(), n[..., : q.shape[3]].contiguous()
+    return h.to(q.dtype), norms, C, n, m.float()
 
 
 def scan_backward(
@@ -234,7 +236,7 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `op.scan_backward`."""
     call = _Call(q, k, v, i, f, states, mask, cu_seqlens, eps)
-    dC, dn, mu = [_padded(g) for g in grad_last] or [torch.zeros_like(s) for s in call.last]
+    dC, dn, mu = [_padded(g) for g in grad_last] or [torch.zeros(s.shape) for s in call.last]
     mu -= (dC * call.last[0]).sum((-1, -2)) + (dn * call.last[1]).sum(-1)
     dC_at, dn_at = empty(*call.at[0].shape), empty(*call.at[1].shape)
     inverses, d_normalizers, di, d_log_f = (empty(*i.shape) for _ in range(4))
@@ -252,7 +254,7 @@ def scan_backward(
     )  # fmt: skip
     df = d_log_f * torch.sigmoid(-f.detach().float())
     if mask is not None:
-        df = df * mask[..., None]
+        df = df.where(mask.bool()[..., None], 0.0)
     dC, dn = dC[..., : q.shape[3], : v.shape[3]].contiguous(), dn[..., : q.shape[3]].contiguous()
     if states:
         mu += (dC * states[0]).sum((-1, -2)) + (dn * states[1]).sum(-1)

@@ -70,7 +70,7 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, states: list[Tensor], mask: Tensor | None):
     """In the states' dtype, padding made harmless, the forget gate as a logarithm; time first."""
-    first = [s.to(state_dtype(q)) for s in states] or initial_states(q, v, q.shape[0])
+    first = [s.to(state_dtype(q), copy=True) for s in states] or initial_states(q, v, q.shape[0])
     q, k, v, i, f = (x.to(state_dtype(q)) for x in (q, k, v, i, f))
     f = torch.nn.functional.logsigmoid(f)
     if mask is not None:

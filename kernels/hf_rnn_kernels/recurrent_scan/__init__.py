@@ -1,6 +1,6 @@
-"""Recurrences whose gates see the state: LSTM and GRU, dense or with heads, from the input projection to all states.
+"""Recurrences whose gates see the state: LSTM, GRU and sLSTM, dense or with heads, from input projection to all states.
 
-Shapes: B batch, T time, H heads of P units, D = H * P, N sequences (B, or len(cu_seqlens) - 1 when packed). Both take
+Shapes: B batch, T time, H heads of P units, D = H * P, N sequences (B, or len(cu_seqlens) - 1 when packed). All take
 float32, bfloat16 or float16 (state and gates in float32) or float64, give gradients for every floating argument, and
 run as numba code on a CPU, as Triton kernels on a GPU, and as plain torch anywhere else. Pre-activations lie head by
 head, within a head gate by gate: with one head, in torch's order.
@@ -72,6 +72,43 @@ def gru_scan(
     """
     h, last = _scan("gru", x, weight, bias, {"h0": h0}, mask, cu_seqlens)
     return h, last[0]
+
+
+def slstm_scan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    n0: Tensor | None = None,
+    m0: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """sLSTM: an LSTM with exponential input gates, its cell a mean with these weights.
+
+        (i, f, z, o) = x_t + R h_{t-1} + b
+        c_t = exp(log s(f) + m_{t-1} - m_t) c_{t-1} + exp(i - m_t) tanh(z), n_t = the same of n_{t-1} and 1,
+        m_t = max(log s(f) + m_{t-1}, i), h_t = s(o) c_t / n_t, s the sigmoid.
+
+    Where n_{t-1} = 0, a unit has nothing to remember: m_t = i, and c_{t-1} does not count. That is how sequences start
+    by default. "xLSTM", arXiv 2405.04517, with the paper's sigmoid forget gate, R block-diagonal. Gradients are those
+    of these equations, through the maximum, too (at a tie, that of its first argument).
+
+    Args:
+        x: input projection (B, T, H * 4 * P): for each head the pre-activations i, f, z, o.
+        weight: R, (H, 4 * P, P), floating.
+        bias: (H * 4 * P), added to R h. None for zeros.
+        h0, c0, n0, m0: initial states (N, D), any floating dtype; zeros by default.
+        mask, cu_seqlens: as in `lstm_scan`.
+
+    Returns:
+        h (B, T, D) in the dtype of x, and the last states h, c, n and m (N, D) in float32 (float64 for float64 inputs).
+
+    Raises: as `lstm_scan`.
+    """
+    h, last = _scan("slstm", x, weight, bias, {"h0": h0, "c0": c0, "n0": n0, "m0": m0}, mask, cu_seqlens)
+    return h, (last[0], last[1], last[2], last[3])
 
 
 def _scan(

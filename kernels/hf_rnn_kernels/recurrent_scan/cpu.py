@@ -16,18 +16,14 @@ from torch import Tensor
 
 from hf_rnn_kernels.arrays import empty, flat
 from hf_rnn_kernels.matrix_product import LANES, pack, product
+from hf_rnn_kernels.recurrent_scan import cpu_cells
+from hf_rnn_kernels.recurrent_scan.cpu_cells import GRU, KINDS, LSTM, SLOTS
 from hf_rnn_kernels.recurrent_scan.reference import CELLS
 from hf_rnn_kernels.threads import run
-from hf_rnn_kernels.vector_math import F32, HALF, ONE, U, decay, parallel, prefetch, row, sigmoids, tanh
+from hf_rnn_kernels.vector_math import F32, U, parallel, prefetch, row
 
-_LSTM, _GRU = range(2)
-_KINDS = {"lstm": _LSTM, "gru": _GRU}
-_SLOTS = 5  # of P floats in a row of scratch
 _BLOCK = U(64)  # rows of scratch that are filled before the next head's turn
 _U0, _U1, _LANES = U(0), U(1), U(LANES)
-
-# One sequence's row of one head. `s0` is where its scratch begins, `x0` its pre-activations. What the loops write is
-# scratch; tensors are filled by copies, since LLVM gives up on a loop over too many arrays that might overlap.
 
 
 @row
@@ -43,101 +39,26 @@ def _fill(size, target, to, value):
 
 
 @row
-def _lstm_gates(size, x, x0, s, s0):
-    """R h + b in scratch to i, f, tanh(g), o, 1 - f."""
-    f, g, o, drop = s0 + size, s0 + U(2) * size, s0 + U(3) * size, s0 + U(4) * size
-    for d in range(size):
-        s[s0 + d] = sigmoids(s[s0 + d] + x[x0 + d])[1]
-    for d in range(size):
-        s[drop + d], s[f + d] = sigmoids(s[f + d] + x[x0 + size + d])
-    for d in range(size):
-        s[g + d] = tanh(s[g + d] + x[x0 + U(2) * size + d])
-    for d in range(size):
-        s[o + d] = sigmoids(s[o + d] + x[x0 + U(3) * size + d])[1]
-
-
-@row
-def _lstm_step(size, s, s0, h, c, at):
-    f, g, o, drop = s0 + size, s0 + U(2) * size, s0 + U(3) * size, s0 + U(4) * size
-    for d in range(size):
-        add = s[s0 + d] * s[g + d]
-        slow = c[at + d] + (add - s[drop + d] * c[at + d])
-        new = slow if s[drop + d] < HALF else s[f + d] * c[at + d] + add
-        c[at + d] = new
-        h[at + d] = s[o + d] * tanh(new)
-
-
-@row
-def _lstm_step_back(size, s, s0, before, b0, after, a0, grad, grad0, dh, dc, at):
-    """Gates in scratch to the gradients of their pre-activations; dh, dc from after the step to before it."""
-    f, g, o, drop = s0 + size, s0 + U(2) * size, s0 + U(3) * size, s0 + U(4) * size
-    for d in range(size):
-        tanh_c = tanh(after[a0 + d])
-        dh_t = dh[at + d] + grad[grad0 + d]
-        dc[at + d] += dh_t * s[o + d] * (ONE - tanh_c * tanh_c)
-        dh[at + d] = F32(0)
-        s[o + d] = dh_t * tanh_c * s[o + d] * (ONE - s[o + d])
-    for d in range(size):
-        gate_i, gate_g = s[s0 + d], s[g + d]
-        s[s0 + d] = dc[at + d] * gate_g * gate_i * (ONE - gate_i)
-        s[g + d] = dc[at + d] * gate_i * (ONE - gate_g * gate_g)
-    for d in range(size):
-        dc_t = dc[at + d]
-        dc[at + d] = decay(s[f + d], s[drop + d], dc_t)
-        s[f + d] = dc_t * before[b0 + d] * s[f + d] * s[drop + d]
-
-
-@row
-def _gru_gates(size, x, x0, s, s0):
-    """R h + b in scratch to r, z, R_n h + b_n as it was, n, 1 - z."""
-    z, hn, n, drop = s0 + size, s0 + U(2) * size, s0 + U(3) * size, s0 + U(4) * size
-    for d in range(size):
-        s[s0 + d] = sigmoids(s[s0 + d] + x[x0 + d])[1]
-    for d in range(size):
-        s[drop + d], s[z + d] = sigmoids(s[z + d] + x[x0 + size + d])
-    for d in range(size):
-        s[n + d] = tanh(x[x0 + U(2) * size + d] + s[s0 + d] * s[hn + d])
-
-
-@row
-def _gru_step(size, s, s0, h, at):
-    z, n, drop = s0 + size, s0 + U(3) * size, s0 + U(4) * size
-    for d in range(size):
-        step = s[n + d] - h[at + d]
-        h[at + d] = h[at + d] + s[drop + d] * step if s[drop + d] < HALF else s[n + d] - s[z + d] * step
-
-
-@row
-def _gru_step_back(size, s, s0, before, b0, grad, grad0, dh, at):
-    """As `_lstm_step_back`: to the gradients of r, z, R_n h + b_n and n."""
-    z, hn, n, drop = s0 + size, s0 + U(2) * size, s0 + U(3) * size, s0 + U(4) * size
-    for d in range(size):
-        dh_t = dh[at + d] + grad[grad0 + d]
-        r, new = s[s0 + d], s[n + d]
-        dn = dh_t * s[drop + d] * (ONE - new * new)
-        dh[at + d] = decay(s[z + d], s[drop + d], dh_t)
-        s[s0 + d] = dn * s[hn + d] * r * (ONE - r)
-        s[z + d] = dh_t * (before[b0 + d] - new) * s[z + d] * s[drop + d]
-        s[hn + d] = dn * r
-        s[n + d] = dn
-
-
-@row
 def _prefetch(size, x, x0):
     for d in range(_U0, size, U(16)):
         prefetch(x, x0 + d)
 
 
 @parallel
-def _forward(kind, gates, size, heads, groups, chunks, x, weight, bias, mask, order, offsets, first, h, others, last):
-    """`first`, `last`: states (S, N, H * P); `order`: sequences, the longest first, dealt out to `chunks` in turn."""
+def _forward(
+    kind, gates, kept, size, heads, groups, chunks, x, weight, bias, mask, order, offsets, first, h, others, last
+):
+    """`first`, `last`: states (S, N, H * P), S = 1 + `kept`; `order`: sequences, the longest first, dealt out to
+    `chunks` in turn."""
     sequences, channels, many = U(order.size), heads * size, heads // groups
     panels = (gates * size + _LANES - _U1) // _LANES
-    width = max(panels * _LANES, U(_SLOTS) * size)
+    width = max(panels * _LANES, U(SLOTS) * size)
     for task in prange(groups * chunks):
         low, chunk = U(task) // chunks * many, U(task) % chunks
         rows = (sequences - chunk + chunks - _U1) // chunks
-        state, cell = np.empty(many * rows * size, np.float32), np.empty(many * rows * size, np.float32)
+        apart = many * rows * size
+        state = np.empty(apart, np.float32)
+        rest = np.zeros((kept + _U1) * apart, np.float32)  # the other states, and one that is the cell's own
         scratch = np.empty(rows * width, np.float32)
         start, length = np.empty(rows, np.uint64), np.empty(rows, np.uint64)
         for r in range(rows):
@@ -146,8 +67,9 @@ def _forward(kind, gates, size, heads, groups, chunks, x, weight, bias, mask, or
             for k in range(many):
                 at = n * channels + (low + k) * size
                 _copy(size, first, at, state, (k * rows + r) * size)
-                if kind == _LSTM:
-                    _copy(size, first, sequences * channels + at, cell, (k * rows + r) * size)
+                for j in range(kept):
+                    from_ = (j + _U1) * sequences * channels + at
+                    _copy(size, first, from_, rest, j * apart + (k * rows + r) * size)
         steps = max(_U1, _BLOCK // rows)
         at_block = rows
         for block in range(_U0, length[0], steps):
@@ -166,18 +88,22 @@ def _forward(kind, gates, size, heads, groups, chunks, x, weight, bias, mask, or
                         x0, at = (token * heads + head) * gates * size, token * channels + head * size
                         _prefetch(gates * size, x, x0 + heads * gates * size)
                         _prefetch(size, h, at + channels)
-                        if others.size > 0:
-                            _prefetch(size, others, at + channels)
                         if mask.size == 0 or mask[token]:
-                            if kind == _LSTM:
-                                _lstm_gates(size, x, x0, scratch, r * width)
-                                _lstm_step(size, scratch, r * width, state, cell, s)
+                            if kind == LSTM:
+                                cpu_cells.lstm_gates(size, x, x0, scratch, r * width)
+                                cpu_cells.lstm_step(size, scratch, r * width, state, rest, s)
+                            elif kind == GRU:
+                                cpu_cells.gru_gates(size, x, x0, scratch, r * width)
+                                cpu_cells.gru_step(size, scratch, r * width, state, s)
                             else:
-                                _gru_gates(size, x, x0, scratch, r * width)
-                                _gru_step(size, scratch, r * width, state, s)
+                                cpu_cells.slstm_gates(size, x, x0, scratch, r * width)
+                                cpu_cells.slstm_step(size, scratch, r * width, state, rest, s, apart)
                         _copy(size, state, s, h, at)
                         if others.size > 0:
-                            _copy(size, cell, s, others, at)
+                            for j in range(kept):
+                                to = (token * kept + j) * channels + head * size
+                                _prefetch(size, others, to + kept * channels)
+                                _copy(size, rest, j * apart + s, others, to)
                 if k == many - _U1:
                     at_block = running
         for r in range(rows):
@@ -185,14 +111,15 @@ def _forward(kind, gates, size, heads, groups, chunks, x, weight, bias, mask, or
             for k in range(many):
                 at = n * channels + (low + k) * size
                 _copy(size, state, (k * rows + r) * size, last, at)
-                if kind == _LSTM:
-                    _copy(size, cell, (k * rows + r) * size, last, sequences * channels + at)
+                for j in range(kept):
+                    to = (j + _U1) * sequences * channels + at
+                    _copy(size, rest, j * apart + (k * rows + r) * size, last, to)
 
 
 @parallel
 def _backward(
-    kind, gates, size, heads, groups, chunks, x, weight, bias, mask, order, offsets, first, h, others, transposed, grad,
-    grads, grad_x, grad_weight, grad_bias,
+    kind, gates, kept, size, heads, groups, chunks, x, weight, bias, mask, order, offsets, first, h, others, transposed,
+    grad, grads, grad_x, grad_weight, grad_bias,
 ):  # fmt: skip
     """`grads` (S, N, H * P) holds the gradients of the last states on entry, those of the first states on return.
 
@@ -201,13 +128,14 @@ def _backward(
     """
     sequences, channels, many = U(order.size), heads * size, heads // groups
     panels, back_panels = (gates * size + _LANES - _U1) // _LANES, (size + _LANES - _U1) // _LANES
-    width, padded = max(panels * _LANES, U(_SLOTS) * size), back_panels * _LANES
+    width, padded = max(panels * _LANES, U(SLOTS) * size), back_panels * _LANES
     for task in prange(groups * chunks):
         low, chunk = U(task) // chunks * many, U(task) % chunks
         rows = (sequences - chunk + chunks - _U1) // chunks
         steps = max(_U1, _BLOCK // rows)
         before = np.zeros(steps * rows * padded, np.float32)
-        dh, dc = np.zeros(many * rows * padded, np.float32), np.zeros(many * rows * padded, np.float32)
+        apart = many * rows * padded
+        dh, d_rest = np.zeros(apart, np.float32), np.zeros(kept * apart, np.float32)
         scratch = np.empty(steps * rows * width, np.float32)
         start, length = np.empty(rows, np.uint64), np.empty(rows, np.uint64)
         for r in range(rows):
@@ -216,8 +144,9 @@ def _backward(
             for k in range(many):
                 at = n * channels + (low + k) * size
                 _copy(size, grads, at, dh, (k * rows + r) * padded)
-                if kind == _LSTM:
-                    _copy(size, grads, sequences * channels + at, dc, (k * rows + r) * padded)
+                for j in range(kept):
+                    from_ = (j + _U1) * sequences * channels + at
+                    _copy(size, grads, from_, d_rest, j * apart + (k * rows + r) * padded)
         at_block = _U0
         for block in range(_U0, length[0], steps):
             for k in range(many):
@@ -245,25 +174,36 @@ def _backward(
                         _prefetch(gates * size, grad_x, x0 - heads * gates * size)
                         _prefetch(size, h, at - channels - channels)
                         _prefetch(size, grad, at - channels)
-                        if kind == _LSTM:
-                            _prefetch(size, others, at - channels - channels)
+                        after = token * kept * channels + head * size
+                        for j in range(kept):
+                            _prefetch(size, others, after + j * channels - U(2) * kept * channels)
+                        rest, b0, far = others, after - kept * channels, channels
+                        if t == _U0:
+                            far = sequences * channels
+                            rest, b0 = first, far + order[chunk + r * chunks] * channels + head * size
                         if mask.size > 0 and not mask[token]:
                             for d in range(size):
                                 dh[s + d] += grad[at + d]
-                            _fill(U(_SLOTS) * size, scratch, s0, F32(0))
-                        elif kind == _LSTM:
-                            _lstm_gates(size, x, x0, scratch, s0)
-                            c0 = (sequences + order[chunk + r * chunks]) * channels + head * size
-                            c, c0 = (others, at - channels) if t > _U0 else (first, c0)
-                            _lstm_step_back(size, scratch, s0, c, c0, others, at, grad, at, dh, dc, s)
+                            _fill(U(SLOTS) * size, scratch, s0, F32(0))
+                        elif kind == LSTM:
+                            cpu_cells.lstm_gates(size, x, x0, scratch, s0)
+                            cpu_cells.lstm_step_back(
+                                size, scratch, s0, rest, b0, others, after, grad, at, dh, d_rest, s
+                            )
+                        elif kind == GRU:
+                            cpu_cells.gru_gates(size, x, x0, scratch, s0)
+                            cpu_cells.gru_step_back(size, scratch, s0, before, (filled + r) * padded, grad, at, dh, s)
                         else:
-                            _gru_gates(size, x, x0, scratch, s0)
-                            _gru_step_back(size, scratch, s0, before, (filled + r) * padded, grad, at, dh, s)
-                        if kind == _LSTM:
-                            _copy(gates * size, scratch, s0, grad_x, x0)
-                        else:
+                            cpu_cells.slstm_gates(size, x, x0, scratch, s0)
+                            cpu_cells.slstm_step_back(
+                                size, scratch, s0, rest, b0, far, others, after, channels, grad, at,
+                                dh, d_rest, s, apart,
+                            )  # fmt: skip
+                        if kind == GRU:
                             _copy(U(2) * size, scratch, s0, grad_x, x0)
                             _copy(size, scratch, s0 + U(3) * size, grad_x, x0 + U(2) * size)
+                        else:
+                            _copy(gates * size, scratch, s0, grad_x, x0)
                     product(
                         scratch, filled * width, width, _U1,
                         transposed, head * back_panels * _LANES * gates * size, _LANES * gates * size, _LANES,
@@ -287,8 +227,9 @@ def _backward(
             for k in range(many):
                 at = n * channels + (low + k) * size
                 _copy(size, dh, (k * rows + r) * padded, grads, at)
-                if kind == _LSTM:
-                    _copy(size, dc, (k * rows + r) * padded, grads, sequences * channels + at)
+                for j in range(kept):
+                    to = (j + _U1) * sequences * channels + at
+                    _copy(size, d_rest, j * apart + (k * rows + r) * padded, grads, to)
 
 
 def _arguments(
@@ -312,8 +253,9 @@ def _arguments(
     chunks = min(sequences, torch.get_num_threads() // groups)
     bias = torch.zeros(heads, 1, weight.shape[1]) if bias is None else bias.detach().float().view(heads, 1, -1)
     return (
-        _KINDS[cell],
+        KINDS[cell],
         U(CELLS[cell].gates),
+        U(CELLS[cell].states - 1),
         U(size),
         U(heads),
         U(groups),
@@ -363,7 +305,7 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `op.scan_backward`."""
     arguments = _arguments(cell, x, weight, bias, states, mask, cu_seqlens)
-    chunks, (heads, rows, size) = int(arguments[5]), weight.shape
+    chunks, (heads, rows, size) = int(arguments[6]), weight.shape
     grads = grad_last.float().clone(memory_format=torch.contiguous_format)
     grad_x, transposed = empty(*x.shape), pack(weight.detach().float())
     grad_weight, grad_bias = (

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 States = tuple[Tensor, ...]
 
@@ -64,6 +65,39 @@ def gru_step_back(
     return torch.stack([dr, dz, dn], 2), torch.stack([dr, dz, dn * r], 2), (dh * z,)
 
 
+def _slstm_gates(x: Tensor, recurrent: Tensor, states: States) -> tuple[Tensor, ...]:
+    """o, tanh(z), f, the shares exp(i - m) that is added and f' that is kept, m, and whether m is i."""
+    _, _, n, m = states
+    i, f, z, o = (x + recurrent).unbind(2)
+    kept = logsigmoid(f) + m
+    fresh = (n == 0) | (i > kept)
+    m = i.where(fresh, kept)
+    return o.sigmoid(), z.tanh(), f, (i - m).exp(), (kept - m).exp().where(n != 0, 0.0), m, fresh
+
+
+def slstm_step(x: Tensor, recurrent: Tensor, states: States) -> States:
+    """(h, c, n, m) before and after."""
+    o, z, _, add, keep, m, _ = _slstm_gates(x, recurrent, states)
+    c = keep * states[1] + add * z
+    n = keep * states[2] + add
+    return o * c / n, c, n, m
+
+
+def slstm_step_back(
+    x: Tensor, recurrent: Tensor, before: States, after: States, grads: States
+) -> tuple[Tensor, Tensor, States]:
+    """As `lstm_step_back`. Of i and log f + m_{t-1}, the one that is m has no exponent of its own: it gets what of the
+    gradient of m the other leaves."""
+    o, z, f, add, keep, _, fresh = _slstm_gates(x, recurrent, before)
+    dh, dc, dn, dm = grads
+    mean, by_mean = after[1] / after[2], dh * o / after[2]  # the latter of c_t; of n_t, -mean times it
+    dc, dn = dc + by_mean, dn - by_mean * mean
+    d_add, d_keep = add * (dc * z + dn), keep * (dc * before[1] + dn * before[2])
+    di, d_keep = (dm - d_keep).where(fresh, d_add), d_keep.where(fresh, dm - d_add)
+    dx = torch.stack([di, d_keep * (-f).sigmoid(), dc * add * (1 - z * z), dh * mean * o * (1 - o)], 2)
+    return dx, dx, (torch.zeros_like(dh), dc * keep, dn * keep, d_keep)
+
+
 class Cell(NamedTuple):
     gates: int  # pre-activations of a unit
     states: int  # tensors of state, h the first
@@ -71,7 +105,11 @@ class Cell(NamedTuple):
     step_back: Callable
 
 
-CELLS = {"lstm": Cell(4, 2, lstm_step, lstm_step_back), "gru": Cell(3, 1, gru_step, gru_step_back)}
+CELLS = {
+    "lstm": Cell(4, 2, lstm_step, lstm_step_back),
+    "gru": Cell(3, 1, gru_step, gru_step_back),
+    "slstm": Cell(4, 4, slstm_step, slstm_step_back),
+}
 
 
 def _recurrent(h: Tensor, weight: Tensor, bias: Tensor | None, gates: int) -> Tensor:

@@ -25,7 +25,8 @@ from hf_rnn_kernels.recurrent_scan.triton_cells import _add, _float, _step, _ste
 from hf_rnn_kernels.recurrent_scan.weight_gradients import weight_gradients
 
 BN = 16
-OWN = {"lstm": 0, "gru": 1}  # how many gates, the last ones, have another gradient in R h + b than in x
+OWN = {"lstm": 0, "gru": 1, "slstm": 0}  # how many gates, the last ones, have another gradient in R h + b than in x
+MORE = {"lstm": 0, "gru": 0, "slstm": 1}  # what the cell carries forward beside its states, zero at first
 ROOM = 160 * 1024  # bytes on chip for a program, where the device has no number for it
 UNITS, DEPTH = 32, 64  # tiles of R where it is streamed
 # `_recompute` has as many programs, several for each multiprocessor, if that leaves each so many steps.
@@ -185,7 +186,8 @@ def _forward(
     CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr,
     BN: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`last` (S, N, D) holds the initial states on entry, the last ones on return; `others` the KEPT states but h."""
+    """`last` (STATES, N, D) holds the initial states on entry, the last ones on return, and behind them what else the
+    cell carries; `others` the KEPT states but h."""
     head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
     n, start, length = n[:, None], start[:, None], length[:, None]
     unit = tl.arange(0, BP)[None, :]
@@ -243,7 +245,7 @@ def _forward_streamed(
 def _recompute(
     x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
     first, h, chunks, recurrent,
-    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr,
     BN: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """R h_{t-1} for all t, which nothing has to wait for: of `chunks` programs each takes every chunks-th step."""
@@ -265,7 +267,7 @@ def _recompute(
 def _recompute_streamed(
     x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
     first, h, chunks, recurrent,
-    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr,
     BN: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """As `_recompute`."""
@@ -424,11 +426,10 @@ class _Launch:
         )  # fmt: skip
         self.tasks = self.heads * triton.cdiv(self.sequences, BN)
         self.cell = CELLS[cell]
-        self.constants = {"CELL": cell, "GATES": self.cell.gates, "STATES": self.cell.states, "BN": BN}
-        if states:
-            self.states = torch.stack([state.float() for state in states])
-        else:
-            self.states = torch.zeros(self.cell.states, self.sequences, self.heads * size, device=x.device)
+        self.constants = {"CELL": cell, "GATES": self.cell.gates, "BN": BN}
+        zeros = torch.zeros(self.sequences, self.heads * size, device=x.device)
+        states = [state.float() for state in states] or [zeros] * self.cell.states
+        self.states = torch.stack([*states, *[zeros] * MORE[cell]])
         self.first = self.states[0].to(x.dtype, copy=True)
 
     def run(self, kernel, streamed, *arguments, chunks: int = 1, **constants) -> None:
@@ -454,8 +455,9 @@ def scan(
         kept = launch.cell.states - 1 if training else 0
         h = torch.empty(batch, time, units, dtype=x.dtype, device=x.device)
         others = torch.empty(batch, time, kept, units, dtype=torch.float32, device=x.device)
-        launch.run(_forward, _forward_streamed, h, others, launch.states, KEPT=kept)
-    return h, others, launch.states
+        carried = launch.states.shape[0]
+        launch.run(_forward, _forward_streamed, h, others, launch.states, STATES=carried, KEPT=kept)
+    return h, others, launch.states[: launch.cell.states]
 
 
 def scan_backward(
@@ -482,7 +484,7 @@ def scan_backward(
         launch.run(_recompute, _recompute_streamed, h, chunks, grad_x, chunks=chunks)
         launch.run(
             _backward, _backward_streamed, launch.states, h, others.contiguous(), grad, grad_stride,
-            grads, grad_x, own, OWN=OWN[cell],
+            grads, grad_x, own, STATES=launch.cell.states, OWN=OWN[cell],
         )  # fmt: skip
         grad_weight, grad_bias = weight_gradients(grad_x, own, weight, h, states, cu_seqlens)
     return grad_x, grad_weight, grad_bias, grads

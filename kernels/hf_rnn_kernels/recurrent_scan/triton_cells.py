@@ -104,13 +104,85 @@ def _gru_step_back(x, recurrent, before, grads):
 
 
 @triton.jit
+def _log_sigmoid(x):
+    """log(sigmoid(x)) and sigmoid(-x). Polynomial: of `vector_math.py`."""
+    e = tl.exp(-tl.abs(x))
+    p = (((0.0052326913 * e - 0.0295052268) * e + 0.078225933) * e - 0.136632442) * e + 0.191060066
+    p = (((p * e - 0.24842982) * e + 0.333190978) * e - 0.499994934) * e + 0.99999994
+    return tl.where(x < 0, x, 0.0) - e * p, tl.where(x < 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def _slstm_shares(x, recurrent, before, lost):
+    """The smaller of what is kept of c and n and what is added, the other being 1; 1 - what is kept; whether m is i and
+    1 is added; m, and what rounding took from it."""
+    i = x[0] + recurrent[0]
+    log_f, _ = _log_sigmoid(x[1] + recurrent[1])
+    log_f += lost
+    kept = before[3] + log_f
+    gap = tl.where(before[2] == 0, i + float("-inf"), (before[3] - i) + log_f)  # a NaN in i stays one
+    fresh, size = gap < 0, tl.abs(gap)
+    near = (((-0.00103013404 * size + 0.00806245673) * size - 0.0415693521) * size + 0.166650593) * size - 0.499999017
+    less = tl.exp(-size)
+    drop = tl.where(size < 0.7, size + size * (size * near), 1.0 - less)  # keeps small ones' last bits
+    lost = tl.where(fresh, 0.0, log_f - (kept - before[3]))
+    return less, tl.where(fresh, drop, 0.0), fresh, tl.where(fresh, i, kept), lost
+
+
+@triton.jit
+def _mix(keep, drop, x, add):
+    """keep * x + add; `keep` counts only where it is less than half."""
+    return tl.where(drop < 0.5, x + (add - drop * x), keep * x + add)
+
+
+@triton.jit
+def _slstm_step(x, recurrent, states):
+    """Beside h, c, n and m the states hold what rounding took from m: a constant forget gate would otherwise be rounded
+    the same way at each step, off by 1e-4 after thousands."""
+    less, drop, fresh, m, lost = _slstm_shares(x, recurrent, states, states[4])
+    add = tl.where(fresh, 1.0, less)
+    n = _mix(less, drop, states[2], add)
+    c = _mix(less, drop, states[1], add * _tanh(x[2] + recurrent[2]))
+    o, _ = _sigmoids(x[3] + recurrent[3])
+    return o * (c / n), c, n, m, lost
+
+
+@triton.jit
+def _slstm_step_back(x, recurrent, before, grads):
+    """Of i and log(f) + m, the one that is not m gets its gradient from c and n, the other the rest of that of m."""
+    less, drop, fresh, _, _ = _slstm_shares(x, recurrent, before, 0.0)
+    add = tl.where(fresh, 1.0, less)
+    z = _tanh(x[2] + recurrent[2])
+    o, not_o = _sigmoids(x[3] + recurrent[3])
+    n = _mix(less, drop, before[2], add)
+    mean, by_mean = _mix(less, drop, before[1], add * z) / n, grads[0] * o / n
+    dc, dn, dm = grads[1] + by_mean, grads[2] - by_mean * mean, grads[3]
+    d = less * tl.where(fresh, dc * before[1] + dn * before[2], dc * z + dn)
+    di, d_keep = tl.where(fresh, dm - d, d), tl.where(fresh, d, dm - d)
+    _, not_f = _log_sigmoid(x[1] + recurrent[1])
+    dx = (di, d_keep * not_f, dc * add * (1.0 - z * z), grads[0] * mean * (o * not_o))
+    return dx, dx, (tl.zeros_like(dc), _decay(less, drop, dc), _decay(less, drop, dn), d_keep)
+
+
+@triton.jit
 def _step(x, recurrent, states, CELL: tl.constexpr):
     """States after a step, from those before it."""
-    return _lstm_step(x, recurrent, states) if CELL == "lstm" else _gru_step(x, recurrent, states)
+    if CELL == "lstm":
+        new = _lstm_step(x, recurrent, states)
+    elif CELL == "gru":
+        new = _gru_step(x, recurrent, states)
+    else:
+        new = _slstm_step(x, recurrent, states)
+    return new
 
 
 @triton.jit
 def _step_back(x, recurrent, before, grads, CELL: tl.constexpr):
     """Gradients of x, of `recurrent`, and of the states before the step but for what comes through R h."""
-    lstm: tl.constexpr = CELL == "lstm"
-    return _lstm_step_back(x, recurrent, before, grads) if lstm else _gru_step_back(x, recurrent, before, grads)
+    if CELL == "lstm":
+        new = _lstm_step_back(x, recurrent, before, grads)
+    elif CELL == "gru":
+        new = _gru_step_back(x, recurrent, before, grads)
+    else:
+        new = _slstm_step_back(x, recurrent, before, grads)
+    return new
