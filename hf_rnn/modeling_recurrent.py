@@ -101,6 +101,11 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:
         """Nothing to register: every config carries the auto_map, and saving writes the module it names."""
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """As for transformers' own models. For others it passes by modules without parameters of their own, such as
+        mixers that initialise those of their projections, in case they overwrite loaded ones; ours do not."""
+        super()._initialize_weights(module, is_custom_code=False)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -77,6 +77,13 @@ def test_initialisation_is_whole(architecture, tmp_path):
     assert torch.equal(loaded.model.layers[0].mixer.in_proj.bias, bias)
 
 
+def test_initial_biases_without_a_learned_state(architecture):
+    settings = dict(hidden_size=32, num_hidden_layers=1, forget_bias=2.0, learned_initial_state=False)
+    skip_if_not_its_settings(architecture, settings)
+    mixer = ARCHITECTURES[architecture][1](ARCHITECTURES[architecture][0](**settings)).model.layers[0].mixer
+    assert int((mixer.in_proj.bias.abs() == 2.0).sum()) == 32
+
+
 @pytest.mark.parametrize("architecture", ["mingru", "minlstm"])
 def test_the_papers_network(architecture):
     """Selective copying: 3 layers, width 64, expansion 6, RMS norms, dropout 0.1, no convolution, no feed-forward."""

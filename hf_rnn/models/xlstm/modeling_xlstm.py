@@ -82,7 +82,8 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, RecurrentForCausalLM):
         Of the package's options only the paper's: norms with weights, a gated GELU, a norm after the blocks.
         """
         config, state_dict = from_package(state_dict)
-        return cls.from_pretrained(None, config=config, state_dict=state_dict)
+        dtype = state_dict["token_embedding.weight"].dtype
+        return cls.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
 
     def logits(self, x: Tensor) -> Tensor:
         logits, cap = self.lm_head(x), self.config.logit_soft_cap

@@ -1,0 +1,303 @@
+"""xLSTM against transformers' own `xlstm` and the `xlstm` package, with the same weights; and what the former lacks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative_error
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig, xLSTMConfig
+from xlstm import (
+    FeedForwardConfig,
+    mLSTMBlockConfig,
+    mLSTMLayerConfig,
+    sLSTMBlockConfig,
+    sLSTMLayerConfig,
+    xLSTMLMModel,
+    xLSTMLMModelConfig,
+)
+
+from hf_rnn import XLSTMConfig, XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMModel
+from hf_rnn.cli.main import main
+
+SETTINGS = dict(vocab_size=97, hidden_size=128, num_hidden_layers=2, num_heads=2)
+LENGTHS = [1, 63, 64, 65, 127, 1000]
+
+
+def oracle(folder, *arguments):
+    script = Path(__file__).with_name("xlstm_oracle.py")
+    subprocess.run([sys.executable, script, folder, *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """One that transformers' class wrote, in several shards, with its logits and what it generates."""
+    folder = tmp_path_factory.mktemp("xlstm")
+    oracle(folder, "make", json.dumps(SETTINGS))
+    oracle(folder, "logits", json.dumps(LENGTHS))
+    oracle(folder, "generate", json.dumps(LENGTHS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    loaded, info = XLSTMForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert not any(info.values())
+    assert len(list(checkpoint.glob("model-*.safetensors"))) > 1
+    return loaded
+
+
+def prompts():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 97, (1, length), generator=generator) for length in LENGTHS]
+
+
+def test_logits(model, checkpoint):
+    for ids, expected in zip(prompts(), torch.load(checkpoint / "logits.pt"), strict=True):
+        with torch.no_grad():
+            logits = model(ids).logits
+        assert logits.std() > 0.3
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_generation(model, checkpoint):
+    assert model.generation_config.pad_token_id == 1
+    for ids, expected in zip(prompts(), torch.load(checkpoint / "generate.pt"), strict=True):
+        tokens = model.generate(ids, do_sample=False, min_new_tokens=256, max_new_tokens=256)
+        assert torch.equal(tokens, expected)
+
+
+def test_other_heads_load_it(checkpoint, model):
+    assert torch.equal(XLSTMModel.from_pretrained(checkpoint).norm.weight, model.model.norm.weight)
+    classifier = XLSTMForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
+    assert torch.equal(classifier.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def weights(folder):
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+def test_convert_there_and_back(checkpoint, model, tmp_path):
+    assert main(["convert", str(checkpoint), str(tmp_path / "ours")]) == 0
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(ours) is XLSTMForCausalLM
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), model.parameters(), strict=True))
+    assert all(name.startswith(("model.", "lm_head")) for name in weights(tmp_path / "ours"))
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
+    actual, expected = (weights(folder) for folder in (tmp_path / "theirs", checkpoint))
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
+    actual, expected = (xLSTMConfig.from_pretrained(folder) for folder in (tmp_path / "theirs", checkpoint))
+    for name in ("hidden_size", "qk_dim", "v_dim", "num_heads", "num_blocks", "gate_soft_cap", "norm_eps", "use_bias"):
+        assert getattr(actual, name) == getattr(expected, name), name
+    assert not (tmp_path / "theirs" / "modeling_hf_rnn.py").exists()
+
+
+def test_convert_refuses(checkpoint, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").write_text("a")
+    assert main(["convert", str(checkpoint), str(tmp_path / "full")]) == 1
+    assert "not empty" in capsys.readouterr().err
+    XLSTMForCausalLM(XLSTMConfig(**SETTINGS, block_layout="neurips")).save_pretrained(tmp_path / "neurips")
+    assert main(["convert", str(tmp_path / "neurips"), str(tmp_path / "out")]) == 1
+    assert "block_layout" in capsys.readouterr().err
+
+
+def test_a_config_that_means_something_else(checkpoint, tmp_path):
+    config = json.loads((checkpoint / "config.json").read_text())
+    for name, value in (("add_out_norm", False), ("eps", 1e-3)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(ValueError, match=name):
+            XLSTMConfig.from_pretrained(tmp_path)
+
+
+def package_model(slstm_at, bias=False, tie=False, dtype=torch.float32):
+    torch.manual_seed(0)
+    mlstm = mLSTMBlockConfig(mlstm=mLSTMLayerConfig(num_heads=4))
+    slstm = sLSTMBlockConfig(
+        slstm=sLSTMLayerConfig(backend="vanilla", num_heads=4, dtype="float32"), feedforward=FeedForwardConfig()
+    )
+    sizes = dict(vocab_size=50, embedding_dim=64, num_blocks=3, context_length=128)
+    config = xLSTMLMModelConfig(
+        **sizes, slstm_at=slstm_at, bias=bias, tie_weights=tie, mlstm_block=mlstm, slstm_block=slstm
+    )
+    model = xLSTMLMModel(config)
+    model.reset_parameters()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2 or "gate" in name or "recurrent" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            else:
+                parameter.mul_(2.0)
+    return model.eval().to(dtype)
+
+
+@pytest.mark.parametrize("bias, tie", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("slstm_at", [[], [1], "all"], ids=["mlstm", "mixture", "slstm"])
+def test_the_package(slstm_at, bias, tie, tmp_path):
+    """In float64 the same, in float32 within 1e-5 of it; blocks of it, too; through `convert`, too."""
+    theirs = package_model(slstm_at, bias, tie)
+    ours = XLSTMForCausalLM.from_xlstm(theirs.state_dict())
+    assert ours.config.tie_word_embeddings == tie
+    ids = torch.randint(0, 50, (2, 100))
+    expected = package_model(slstm_at, bias, tie, torch.float64)(ids)
+    assert relative_error(ours(ids).logits, expected) <= 1e-5
+    x = torch.randn(2, 100, 64)
+    for block, layer in zip(theirs.double().xlstm_block_stack.blocks, ours.model.layers, strict=True):
+        assert relative_error(layer(x), block(x.double())) <= 1e-5
+    torch.save(theirs.float().state_dict(), tmp_path / "state.pt")
+    assert main(["convert", str(tmp_path / "state.pt"), str(tmp_path / "out")]) == 0
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, ours(ids).logits)
+    exact = XLSTMForCausalLM.from_xlstm(theirs.double().state_dict())
+    assert (
+        exact.dtype == torch.float64 and relative_error(exact(ids).logits, expected) <= 1e-6
+    )  # its m starts from -inf
+
+
+def test_the_packages_other_backend(tmp_path):
+    """Its "cuda" sLSTM keeps R transposed and biases head by head; and a file of safetensors."""
+    theirs = package_model("all")
+    state = theirs.state_dict()
+    for name, x in list(state.items()):
+        if name.endswith("_recurrent_kernel_"):
+            state[name] = x.transpose(1, 2).contiguous()
+        elif name.endswith("_bias_"):
+            state[name] = x.view(4, 4, 16).transpose(0, 1).flatten()
+    save_file({name: x.contiguous() for name, x in state.items()}, tmp_path / "state.safetensors")
+    assert main(["convert", str(tmp_path / "state.safetensors"), str(tmp_path / "out")]) == 0
+    ids = torch.randint(0, 50, (2, 40))
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+    assert relative_error(logits, theirs(ids)) <= 1e-5
+
+
+def test_weights_of_something_else():
+    with pytest.raises(ValueError, match="xLSTMLMModel"):
+        XLSTMForCausalLM.from_xlstm({"weight": torch.zeros(1)})
+
+
+# What goes wrong in transformers' class, one by one (its modeling file and issues; version 5.23)
+
+LAYOUTS = {
+    "7b": dict(),
+    "neurips": dict(block_layout="neurips"),
+    "mixture": dict(block_layout="neurips", slstm_at=[1]),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def small(request):
+    torch.manual_seed(0)
+    return XLSTMForCausalLM(XLSTMConfig(**SETTINGS | dict(pad_token_id=1), **LAYOUTS[request.param]))
+
+
+def test_trains_with_default_arguments_at_any_length(small):
+    """There: an error about in-place operations, lengths that 64 must divide."""
+    for time in (1, 7, 63, 64, 130):
+        small.zero_grad()
+        ids = torch.randint(3, 97, (2, time))
+        small.train()(ids, labels=ids).loss.backward()
+        if time > 1:
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters())
+
+
+def test_every_block_learns_in_evaluation_mode_at_any_length(small):
+    """There: above max_inference_chunksize the blocks run without gradients, silently."""
+    for name, parameter in small.named_parameters():
+        if name.endswith("gate_proj.weight"):
+            torch.nn.init.normal_(parameter)
+    small.eval()(torch.randint(3, 97, (1, 600)), use_cache=True).logits.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in small.parameters())
+
+
+def test_tied_embeddings(tmp_path):
+    """There: silently not tied."""
+    model = XLSTMForCausalLM(XLSTMConfig(**SETTINGS, tie_word_embeddings=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    loaded = XLSTMForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_initialisation(small):
+    """The papers'. There: everything with "gate" in its name is zero, the feed-forward's too, which then gives zero."""
+    small_init, output = (2 / (5 * 128)) ** 0.5, 2 / 2 / 128**0.5
+    for name, parameter in small.named_parameters():
+        last = name.rpartition(".")[0].rpartition(".")[2]
+        if last in ("out_proj", "down_proj"):
+            assert 0.9 * output < parameter.std() < 1.1 * output, name
+        elif name.endswith(("gate_proj.weight", "recurrent_weight")):
+            assert not parameter.any(), name
+        elif parameter.dim() > 1 and last != "conv":
+            assert 0.9 * small_init < parameter.std() < 1.1 * small_init, name
+        elif "norm" in name or name.endswith("skip"):
+            assert (parameter == 1).all(), name
+        elif name.endswith("gate_proj.bias"):
+            assert parameter[2:].tolist() == [3.0, 6.0], name
+            assert (parameter[:2] == -10).all() or parameter[:2].abs().max() < 0.5, name
+        elif name.endswith("recurrent_bias"):
+            i, f, z, o = parameter.view(2, 4, 64).unbind(1)
+            assert not i.any() and not z.any() and not o.any() and f[0, 0] == 5 and f[0, -1] == -7, name
+    x = torch.randn(1, 5, 128)
+    assert all(layer(x).sub(x).abs().max() > 0.01 for layer in small.model.layers)
+
+
+def test_left_padding_and_ragged_prompts(small):
+    """There: the mask is ignored."""
+    model = small.eval()
+    rows = [torch.randint(3, 97, (length,)) for length in (3, 70, 64)]
+    ids = torch.full((3, 70), 1)
+    mask = torch.zeros(3, 70, dtype=torch.long)
+    for n, row in enumerate(rows):
+        ids[n, 70 - len(row) :], mask[n, 70 - len(row) :] = row, 1
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+        options = dict(do_sample=False, min_new_tokens=20, max_new_tokens=20)
+        tokens = model.generate(ids, attention_mask=mask, **options)
+        for n, row in enumerate(rows):
+            torch.testing.assert_close(logits[n, 70 - len(row) :], model(row[None]).logits[0], rtol=0, atol=1e-4)
+            assert torch.equal(tokens[n, 70:], model.generate(row[None], **options)[0, len(row) :])
+
+
+def test_beams(small):
+    """There: a ValueError."""
+    ids = torch.randint(3, 97, (2, 9))
+    options = dict(num_beams=3, do_sample=False, min_new_tokens=8, max_new_tokens=8)
+    cached = small.eval().generate(ids, **options)
+    assert torch.equal(cached, small.generate(ids, use_cache=False, **options))
+
+
+def test_greedy_defaults(small):
+    assert isinstance(small.generation_config, GenerationConfig)
+    assert small.eval().generate(torch.randint(3, 97, (1, 4)), max_new_tokens=3, do_sample=False).shape[1] <= 7
+
+
+def kl(logits, expected):
+    log_p, log_q = (x.double().log_softmax(-1) for x in (expected, logits))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_state_stays_float32_in_a_bfloat16_model(layout):
+    """1,500 tokens one by one. There: the state is rounded after each, and the KL to float32 is 22 times as large."""
+    torch.manual_seed(0)
+    model = XLSTMForCausalLM(XLSTMConfig(**SETTINGS, **LAYOUTS[layout])).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate_proj.bias"):
+                parameter[:2], parameter[2:] = 0.0, 6.0
+            elif parameter.dim() == 2:
+                parameter.mul_(2.0)
+    ids = torch.randint(3, 97, (1, 1500))
+    with torch.no_grad():
+        exact = model(ids).logits
+        model.bfloat16()
+        whole = model(ids).logits
+        state, steps = None, []
+        for t in range(1500):
+            output = model(ids[:, t : t + 1], past_key_values=state, use_cache=True)
+            state = output.past_key_values
+            steps.append(output.logits)
+    assert all(x.dtype == torch.float32 for layer in state.states for x in layer)
+    assert kl(torch.cat(steps, 1), exact) <= 1.2 * kl(whole, exact)
