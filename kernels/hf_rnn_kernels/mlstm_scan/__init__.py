@@ -79,8 +79,4 @@ def mlstm_step(
     Returns:
         h (B, H, V) in the dtype of q, and the states after it, in float32 (float64 for float64 inputs).
     """
-    dtype = reference.state_dtype(q)
-    log_f = torch.nn.functional.logsigmoid(f.to(dtype))
-    token = (q.to(dtype), k.to(dtype), v.to(dtype), i.to(dtype), log_f)
-    h, _, states = reference.step(token, (C.to(dtype), n.to(dtype), m.to(dtype)), eps)
-    return h.to(q.dtype), states
+    return op.step(q, k, v, i, f, C, n, m, eps)

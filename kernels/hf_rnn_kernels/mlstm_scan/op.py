@@ -151,3 +151,30 @@ def _backward(ctx, grad, _, *grad_last):
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("hf_rnn::mlstm_step", mutates_args=(), device_types="cuda")
+def triton_step(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One token on a GPU, in one pass over C: `mlstm_step`'s arguments to h and the new C, n and m."""
+    return importlib.import_module("hf_rnn_kernels.mlstm_scan.triton_step").step(q, k, v, i, f, C, n, m, eps)
+
+
+@triton_step.register_fake
+def _(q, k, v, i, f, C, n, m, eps):
+    return v.new_empty(v.shape, dtype=q.dtype), *(s.new_empty(s.shape, dtype=torch.float32) for s in (C, n, m))
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, eps: float
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """See `mlstm_step`. On a CPU a dozen torch calls, which an operator around them would only slow down."""
+    dtype = state_dtype(q)
+    if q.is_cuda and _HAS_TRITON and dtype != torch.float64:
+        h, *states = triton_step(q, k, v, i, f, C, n, m, eps)
+        return h, (states[0], states[1], states[2])
+    log_f = torch.nn.functional.logsigmoid(f.to(dtype))
+    token = (q.to(dtype), k.to(dtype), v.to(dtype), i.to(dtype), log_f)
+    h, _, new = reference.step(token, (C.to(dtype), n.to(dtype), m.to(dtype)), eps)
+    return h.to(q.dtype), new
