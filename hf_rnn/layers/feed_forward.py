@@ -2,6 +2,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from hf_rnn_kernels import swiglu
+
 
 class FeedForward(nn.Module):
     """down(GELU(up(x))), the position-wise network of the minGRU paper's blocks."""
@@ -16,7 +18,7 @@ class FeedForward(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """down(activation(gate) * up) with gate, up = up_proj(x): SwiGLU and its kin (Shazeer, arXiv 2002.05202)."""
+    """down(activation(gate) * up) with gate, up = up_proj(x) (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, activation: Callable[[Tensor], Tensor], bias: bool):
         super().__init__()
@@ -25,5 +27,8 @@ class GatedFeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up_proj(x).chunk(2, -1)
+        x = self.up_proj(x)
+        if self.activation is nn.functional.silu:
+            return self.down_proj(swiglu(x))
+        gate, up = x.chunk(2, -1)
         return self.down_proj(self.activation(gate) * up)

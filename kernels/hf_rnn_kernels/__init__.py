@@ -1,11 +1,14 @@
 """Recurrent kernels for PyTorch. This package imports torch, and triton or numba only when first used."""
 
+from hf_rnn_kernels.gated_norm import gated_norm
 from hf_rnn_kernels.gated_scan import linear_scan, min_gru_scan, min_lstm_scan
 from hf_rnn_kernels.mlstm_scan import mlstm_scan, mlstm_step
 from hf_rnn_kernels.recurrent_scan import gru_scan, lstm_scan, slstm_scan
 from hf_rnn_kernels.rms_norm import rms_norm
+from hf_rnn_kernels.swiglu import swiglu
 
 __all__ = [
+    "gated_norm",
     "gru_scan",
     "linear_scan",
     "lstm_scan",
@@ -15,4 +18,5 @@ __all__ = [
     "mlstm_step",
     "rms_norm",
     "slstm_scan",
+    "swiglu",
 ]

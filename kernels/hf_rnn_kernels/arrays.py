@@ -17,6 +17,16 @@ def flat(x: Tensor) -> np.ndarray:
     return x.detach().float().reshape(-1).numpy()
 
 
+def rows_apart(x: Tensor) -> tuple[np.ndarray, np.uint64]:
+    """(rows, ...) as a flat float32 array that begins at its first element, and how far apart its rows are in it; a
+    copy only where a row is not dense, or of another dtype."""
+    x = x.detach().float()
+    if not x[:1].is_contiguous():
+        x = x.contiguous()
+    extent = max(x.shape[0] - 1, 0) * x.stride(0) + x[:1].numel()
+    return x.as_strided((extent,), (1,)).numpy(), np.uint64(x.stride(0))
+
+
 def empty(*shape: int) -> Tensor:
     """Uninitialised float32 tensor.
 

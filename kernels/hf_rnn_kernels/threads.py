@@ -25,6 +25,11 @@ def available() -> bool:
     return importlib.util.find_spec("numba") is not None and not _forked
 
 
+def worthwhile(x: torch.Tensor) -> bool:
+    """Whether an elementwise operation of ours beats torch's: float32 on a CPU, large enough for what a call costs."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() >= 2**16 and available()
+
+
 def run(kernel: Callable, *arguments) -> None:
     """Call a parallel numba function with as many threads as torch uses."""
     global _launched

@@ -22,7 +22,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from hf_rnn_kernels.arrays import empty
+from hf_rnn_kernels.arrays import empty, rows_apart
 from hf_rnn_kernels.matrix_product import LANES, product
 from hf_rnn_kernels.mlstm_scan.cpu_backward import adjoints, gradients
 from hf_rnn_kernels.mlstm_scan.cpu_chunks import ROWS, dot, gates, load, scale_rows, sum_of, transpose, triangle, weight
@@ -139,16 +139,6 @@ def _outputs(
                 norms[((token + r) * heads + head) * U(2) + _U1] = m
 
 
-def _flat(x: Tensor) -> tuple[np.ndarray, np.uint64]:
-    """(B, T, H, D) as a flat array that begins at its first element, and how far apart its tokens are in it; a copy
-    only where heads or channels are not dense."""
-    x = x.detach().float().flatten(0, 1)
-    if x.stride()[1:] != (x.shape[2], 1):
-        x = x.contiguous()
-    extent = (x.shape[0] - 1) * x.stride(0) + x.shape[1] * x.shape[2]
-    return x.as_strided((extent,), (1,)).numpy(), U(x.stride(0))
-
-
 def _padded(x: Tensor) -> Tensor:
     """A copy in float32 whose last dimensions are multiples of LANES: of C both, of n its only one."""
     sizes = [-x.shape[d] % LANES if d > 1 else 0 for d in reversed(range(x.dim()))]
@@ -184,7 +174,7 @@ class _Call:
             real = mask.bool()[..., None]
             i, log_f = i.where(real, -torch.inf), log_f.where(real, 0.0)
         self.gates = (i.reshape(-1).numpy(), log_f.reshape(-1).numpy())
-        self.q, self.k, self.v = _flat(q), _flat(k), _flat(v)
+        self.q, self.k, self.v = (rows_apart(x.flatten(0, 1)) for x in (q, k, v))
         C, n, m = states or initial_states(q, v, len(offsets) - 1)
         self.last = [_padded(C), _padded(n), m.detach().to(torch.float64, copy=True)]
         self.at = [empty(self.chunks * heads, *s.shape[2:]).to(s.dtype) for s in self.last]

@@ -1,4 +1,4 @@
-"""RMS normalisation: torch's own, and for training on a CPU one pass in each direction."""
+"""RMS normalisation: torch's own, and for large inputs on a CPU one pass in each direction."""
 
 import importlib
 
@@ -12,8 +12,8 @@ from hf_rnn_kernels.checks import refuse_forward_mode
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
 
-    torch's `rms_norm` is one pass forward, but its backward on a CPU is a chain of elementwise passes: in training in
-    float32 on a CPU this is used instead, which takes a third of the time (`python benchmarks/layers.py`).
+    torch's `rms_norm` on a CPU is a chain of elementwise passes: in float32 this is used instead, which takes a third
+    of the time (`python benchmarks/layers.py`).
 
     Args:
         x: (..., D), any floating dtype.
@@ -28,8 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if x.shape[-1:] != weight.shape:
         raise ValueError(f"weight: expected the last dimension of x, {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
-    in_float32 = x.dtype == weight.dtype == torch.float32
-    if in_float32 and x.device.type == "cpu" and torch.is_grad_enabled() and threads.available():
+    if threads.worthwhile(x) and weight.dtype == torch.float32:
         refuse_forward_mode(x, weight)
         return _forward(x, weight, eps)[0]
     return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
