@@ -103,16 +103,17 @@ def _outputs(
         token, rows = start[chunk], count[chunk]
         qs, ks = np.empty(chunk_size * keys, np.float32), np.empty(chunk_size * keys, np.float32)
         panels, vs = np.empty(side * keys, np.float32), np.empty(chunk_size * values, np.float32)
-        out, w = np.zeros(chunk_size * values, np.float32), np.zeros(chunk_size * side, np.float32)
+        out, w = np.empty(chunk_size * values, np.float32), np.empty(chunk_size * side, np.float32)
+        nothing = np.zeros(max(side, values), np.float32)
         g, top, total = np.empty(chunk_size), np.empty(chunk_size), np.empty(chunk_size)
         load(rows, K, keys, q, token * q_apart + head * K, q_apart, mask, token, scale, qs)
         load(rows, K, keys, k, token * k_apart + head * K, k_apart, mask, token, ONE, ks)
         load(rows, V, values, v, token * v_apart + head * V, v_apart, mask, token, ONE, vs)
         gates(rows, i, log_f, token * heads + head, heads, m_at[at], g, top, total)
         transpose(rows, keys, keys, ks, _U0, panels)
-        triangle(rows, keys, side, qs, panels, w)
+        triangle(rows, keys, side, qs, panels, nothing, w)
         product(
-            qs, _U0, keys, _U1, C_at, at * keys * values, _LANES, values, out, _U0, values, out, _U0, values,
+            qs, _U0, keys, _U1, C_at, at * keys * values, _LANES, values, nothing, _U0, _U0, out, _U0, values,
             rows, keys, values // _LANES,
         )  # fmt: skip
         for b in range(_U0, rows, ROWS):

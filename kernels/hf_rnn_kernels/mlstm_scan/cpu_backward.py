@@ -97,9 +97,9 @@ def gradients(
         qs, ks = np.empty(chunk_size * keys, np.float32), np.empty(chunk_size * keys, np.float32)
         vs, numerators = np.empty(chunk_size * values, np.float32), np.empty(chunk_size * values, np.float32)
         panels = np.empty(max(side * max(keys, values), keys * values), np.float32)
-        w, dw = np.zeros(chunk_size * side, np.float32), np.zeros(chunk_size * side, np.float32)
-        dqs, dks = np.zeros(chunk_size * keys, np.float32), np.zeros(chunk_size * keys, np.float32)
-        dvs = np.zeros(chunk_size * values, np.float32)
+        w, dw = np.empty(chunk_size * side, np.float32), np.empty(chunk_size * side, np.float32)
+        dqs, dks = np.empty(chunk_size * keys, np.float32), np.empty(chunk_size * keys, np.float32)
+        dvs, nothing = np.empty(chunk_size * values, np.float32), np.zeros(max(side, keys, values), np.float32)
         g, top, total = np.empty(chunk_size), np.empty(chunk_size), np.empty(chunk_size)
         decay, shares = np.empty(chunk_size, np.float32), np.empty(chunk_size, np.float32)
         columns, crossing = np.zeros(chunk_size, np.float32), np.zeros(chunk_size)
@@ -115,9 +115,9 @@ def gradients(
 
         # Pairs of tokens of this chunk
         transpose(rows, keys, keys, ks, _U0, panels)
-        triangle(rows, keys, side, qs, panels, w)
+        triangle(rows, keys, side, qs, panels, nothing, w)
         transpose(rows, values, values, vs, _U0, panels)
-        triangle(rows, values, side, numerators, panels, dw)
+        triangle(rows, values, side, numerators, panels, nothing, dw)
         for r in range(rows):
             here = (token + r) * heads + head
             _pairs(r, (r // ROWS + _U1) * ROWS, d_normalizers[here], g, top, w, dw, r * side, decay, shares, columns)
@@ -126,16 +126,16 @@ def gradients(
         # What the chunk's first state gives to its outputs, and its tokens to the last
         transpose(keys, values, values, C_at, c0, panels)
         product(
-            numerators, _U0, values, _U1, panels, _U0, values * _LANES, _LANES, dqs, _U0, keys, dqs, _U0, keys,
+            numerators, _U0, values, _U1, panels, _U0, values * _LANES, _LANES, nothing, _U0, _U0, dqs, _U0, keys,
             rows, values, keys // _LANES,
         )  # fmt: skip
         transpose(keys, values, values, dC_at, c0, panels)
         product(
-            vs, _U0, values, _U1, panels, _U0, values * _LANES, _LANES, dks, _U0, keys, dks, _U0, keys,
+            vs, _U0, values, _U1, panels, _U0, values * _LANES, _LANES, nothing, _U0, _U0, dks, _U0, keys,
             rows, values, keys // _LANES,
         )  # fmt: skip
         product(
-            ks, _U0, keys, _U1, dC_at, c0, _LANES, values, dvs, _U0, values, dvs, _U0, values,
+            ks, _U0, keys, _U1, dC_at, c0, _LANES, values, nothing, _U0, _U0, dvs, _U0, values,
             rows, keys, values // _LANES,
         )  # fmt: skip
         for r in range(rows):

@@ -81,10 +81,10 @@ def gates(rows, i, log_f, at, heads, m, g, top, total):
 
 
 @row
-def triangle(rows, keys, side, q, k_panels, w):
-    """Q K^T in blocks of rows, each up to its diagonal block; rows of `side` floats."""
+def triangle(rows, keys, side, q, k_panels, nothing, w):
+    """Q K^T in blocks of rows, each up to its diagonal block; rows of `side` floats. `nothing`: a row of zeros."""
     for b in range(_U0, rows, ROWS):
         product(
-            q, b * keys, keys, _U1, k_panels, _U0, keys * _LANES, _LANES, w, b * side, side, w, b * side, side,
+            q, b * keys, keys, _U1, k_panels, _U0, keys * _LANES, _LANES, nothing, _U0, _U0, w, b * side, side,
             min(ROWS, rows - b), keys, (b + ROWS) // _LANES,
         )  # fmt: skip
