@@ -5,15 +5,17 @@ registers both lists for its model_type. `from_pretrained` of a transformers che
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import xLSTMConfig
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 
 from hf_rnn.conversion import to_gate_major, to_head_major
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
+
+if TYPE_CHECKING:
+    from transformers import xLSTMConfig
 
 # transformers' settings that we have under another name
 _NAMES = {"gate_soft_cap": "gate_soft_cap", "output_logit_soft_cap": "logit_soft_cap", "norm_eps": "norm_eps"}
@@ -143,6 +145,8 @@ def from_transformers_config(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a setting that changes what the model computes and that ours does not have.
     """
+    from transformers import xLSTMConfig  # imports the xlstm package where there is one
+
     full = xLSTMConfig(**{name: value for name, value in config.items() if name != "model_type"})
     for name, value in _REQUIRED.items():
         if getattr(full, name) != value:
@@ -162,7 +166,7 @@ def from_transformers_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def to_transformers_config(config: XLSTMConfig) -> xLSTMConfig:
+def to_transformers_config(config: XLSTMConfig) -> "xLSTMConfig":
     """The config with which transformers' `xlstm` is the same model.
 
     Raises:
@@ -172,6 +176,8 @@ def to_transformers_config(config: XLSTMConfig) -> xLSTMConfig:
         raise ValueError("block_layout: transformers' xlstm has the '7b' blocks alone, got 'neurips'")
     if config.tie_word_embeddings:
         raise ValueError("tie_word_embeddings: transformers' xlstm does not tie them; untie the weights first")
+    from transformers import xLSTMConfig
+
     sizes = config.sizes
     return xLSTMConfig(
         **{name: getattr(config, name) for name in _SAME},
