@@ -37,6 +37,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/recurrent.py
 	$(BIN)/python benchmarks/min_against_traditional.py
+	$(BIN)/python benchmarks/mlstm.py
 	$(BIN)/python benchmarks/xlstm.py
 	$(BIN)/python benchmarks/state_tracking.py
 	$(BIN)/python benchmarks/language_model.py
