@@ -10,6 +10,7 @@ neither input gates nor a normaliser, and attention no state.
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from driver import compare, save, table
@@ -84,7 +85,7 @@ def main() -> None:
             if shape == SHAPES[0]:
                 double = [x.detach().double().requires_grad_() for x in leaves]
                 expected = run(functions["hf_rnn"], double, None if given is None else given.double())
-            contestants = {name: (lambda f=f, leaves=leaves, given=given: run(f, leaves, given)) for name, f in functions.items()}
+            contestants = {name: partial(run, function, leaves, given) for name, function in functions.items()}
             if GPU and given is None:
                 contestants["attention"] = attention(*shape[:2])
             rows = compare(contestants, expected, tolerance=3e-2 if GPU else 1e-4, repeats=10)
