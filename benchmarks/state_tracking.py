@@ -1,0 +1,186 @@
+"""What each cell of the xLSTM is for: state tracking and recall, within and beyond the length of training.
+
+    python benchmarks/state_tracking.py
+
+xLSTM (arXiv 2405.04517) of two "neurips" blocks: sLSTM alone, mLSTM alone, one of each in either order; for reference
+LSTM and minGRU of two layers, with as many channels as come closest to the parameters of one of each. Two tasks:
+
+parity: is the number of ones so far odd? A regular language, one bit of state (Delétang et al., arXiv 2207.02098).
+    Trained at every position of 2 to 40 bits; the score is of the last position, chance 1/2.
+recall: multi-query associative recall (Arora et al., arXiv 2312.04927). Pairs of a key and a value, keys distinct, then
+    every key again in another order, each to be answered with its value. Trained with 2 to 16 pairs, scored at the
+    queries; who guesses is right in 1 of 64, or of the values it saw, in 1 of as many as there are pairs. Longer here
+    is more pairs: more to hold at once.
+
+New data in every batch, of a random size; the largest grows from 4 to full over the first half of the steps. The same
+data, steps, learning rate and schedule for all; after 50 batches in a row without an error in the second half a run
+stops.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from driver import RESULTS, save
+from torch import Tensor, nn
+from transformers import PreTrainedModel, set_seed
+
+import hf_rnn
+
+KEYS, VALUES = 64, 64
+SIZES = {"parity": 40, "recall": 16}  # the largest of training
+FACTORS = [0.25, 0.5, 1, 2, 3, 4]  # times that in the tests
+BATCH, LEARNING_RATE, WARMUP, PATIENCE = 64, 1e-2, 50, 50
+
+
+def parity(batch: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens and labels, (batch, size)."""
+    bits = torch.randint(2, (batch, size), generator=generator)
+    return bits, bits.cumsum(1) % 2
+
+
+def recall(batch: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens and labels, (batch, 3 * size); labels are -100 but at the queries."""
+    keys = torch.rand(batch, KEYS, generator=generator).argsort(1)[:, :size]
+    values = torch.randint(VALUES, (batch, size), generator=generator)
+    order = torch.rand(batch, size, generator=generator).argsort(1)
+    pairs = torch.stack([keys, KEYS + values], 2).flatten(1)
+    tokens = torch.cat([pairs, keys.gather(1, order)], 1)
+    return tokens, torch.cat([torch.full_like(pairs, -100), values.gather(1, order)], 1)
+
+
+TASKS = {"parity": parity, "recall": recall}
+
+
+def xlstm(slstm_at: list[int] | str, **common) -> PreTrainedModel:
+    config = hf_rnn.XLSTMConfig(block_layout="neurips", slstm_at=slstm_at, **common)
+    return hf_rnn.XLSTMForCausalLM(config)
+
+
+def reference(name: str, **common) -> PreTrainedModel:
+    """LSTM or minGRU as large as `xlstm([0])`."""
+
+    def build(channels: int) -> PreTrainedModel:
+        factor = channels / common["hidden_size"]
+        config = getattr(hf_rnn, f"{name}Config")(**common, expansion_factor=factor, feed_forward_factor=0)
+        return getattr(hf_rnn, f"{name}ForCausalLM")(config)
+
+    with torch.device("meta"):
+        target = xlstm([0], **common).num_parameters()
+        channels = min(range(16, 257, 2), key=lambda n: abs(build(n).num_parameters() - target))
+    return build(channels)
+
+
+CONTESTANTS: dict[str, Callable[..., PreTrainedModel]] = {
+    "sLSTM, sLSTM": partial(xlstm, "all"),
+    "mLSTM, mLSTM": partial(xlstm, []),
+    "sLSTM, mLSTM": partial(xlstm, [0]),
+    "mLSTM, sLSTM": partial(xlstm, [1]),
+    "LSTM, LSTM": partial(reference, "LSTM"),
+    "minGRU, minGRU": partial(reference, "MinGRU"),
+}
+
+
+def train(model: PreTrainedModel, task: str, steps: int, seed: int) -> int:
+    """Returns the steps it took."""
+    generator, right, size = torch.Generator().manual_seed(seed), 0, SIZES[task]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / WARMUP, 1 - n / steps))
+    for step in range(steps):
+        largest = min(size, 4 + (size - 4) * 2 * step // steps)
+        tokens, labels = TASKS[task](BATCH, int(torch.randint(2, largest + 1, (), generator=generator)), generator)
+        logits = model(input_ids=tokens).logits  # labels are of the same position, not of the next as transformers'
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        correct = bool(((logits.argmax(-1) == labels) | (labels == -100)).all())
+        right = right + 1 if correct and largest == size else 0
+        if right == PATIENCE:
+            break
+    return step + 1
+
+
+@torch.no_grad()
+def test(model: PreTrainedModel, task: str, size: int) -> dict[str, float]:
+    """Accuracy over 512 strings of this size: at the last position, and at all that have labels."""
+    generator = torch.Generator().manual_seed(10**6 + size)  # no seed of training
+    tokens, labels = TASKS[task](512, size, generator)
+    correct = (model(input_ids=tokens, use_cache=False).logits.argmax(-1) == labels).double()
+    return {"last": float(correct[:, -1].mean()), "all": float(correct[labels != -100].mean())}
+
+
+def score(row: dict, task: str, factor: float) -> list[float]:
+    """What counts, of every seed."""
+    return [run["accuracy"][str(factor)]["last" if task == "parity" else "all"] for run in row["runs"]]
+
+
+def picture(results: dict) -> None:
+    """Mean accuracy over size, with the range over seeds."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no picture: pip install matplotlib")
+        return
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, (task, rows) in zip(figure.subplots(1, 2), results.items(), strict=True):
+        sizes = [int(SIZES[task] * factor) for factor in FACTORS]
+        for name, row in rows.items():
+            values = [score(row, task, factor) for factor in FACTORS]
+            axes.plot(sizes, [statistics.mean(v) for v in values], marker=".", label=name)
+            axes.fill_between(sizes, [min(v) for v in values], [max(v) for v in values], alpha=0.15)
+        axes.axvline(SIZES[task], color="gray", linestyle=":")
+        axes.set(title=task, ylim=(-0.02, 1.03), ylabel="accuracy")
+        axes.set_xlabel("bits" if task == "parity" else "pairs")
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    figure.savefig(RESULTS / "state_tracking.png", dpi=80)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    results: dict[str, dict] = {task: {name: {"runs": []} for name in CONTESTANTS} for task in TASKS}
+    for seed in range(options.seeds):
+        for task, rows in results.items():
+            for name, build in CONTESTANTS.items():
+                set_seed(seed)
+                model = build(
+                    vocab_size={"parity": 2, "recall": KEYS + VALUES}[task],
+                    hidden_size=64,
+                    num_hidden_layers=2,
+                    pad_token_id=None,
+                    bos_token_id=None,
+                    eos_token_id=None,
+                )
+                start = time.perf_counter()
+                steps = train(model.train(), task, options.steps, seed)
+                run = {"seed": seed, "steps": steps, "seconds": time.perf_counter() - start}
+                model.eval()
+                run["accuracy"] = {str(factor): test(model, task, int(SIZES[task] * factor)) for factor in FACTORS}
+                rows[name]["parameters"] = model.num_parameters()
+                rows[name]["runs"].append(run)
+                accuracies = [score(rows[name], task, factor)[-1] for factor in FACTORS]
+                print(f"{task}, {name}, seed {seed}: {steps} steps, {run['seconds']:.0f} s,", accuracies, flush=True)
+    for task, rows in results.items():
+        print(f"\n{task}, accuracy at 1, 2 and 4 times the size of training: mean (worst) of {options.seeds} seeds\n")
+        print("| cells | parameters | " + " | ".join(str(SIZES[task] * n) for n in (1, 2, 4)) + " | steps |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for name, row in rows.items():
+            values = [score(row, task, factor) for factor in (1, 2, 4)]
+            cells = " | ".join(f"{statistics.mean(v):.2f} ({min(v):.2f})" for v in values)
+            steps = ", ".join(str(run["steps"]) for run in row["runs"])
+            print(f"| {name} | {row['parameters']:,} | {cells} | {steps} |")
+    picture(results)
+    save("state_tracking", results)
+
+
+if __name__ == "__main__":
+    main()
