@@ -82,6 +82,8 @@ class RecurrentConfig(PreTrainedConfig):
         for name in ("norm_eps", "initializer_range"):
             if not math.isfinite(getattr(self, name) or 0.0):
                 raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
+        if (self.initializer_range or 0.0) < 0:
+            raise ValueError(f"initializer_range: expected at least 0, got {self.initializer_range}")
         if self.norm_eps is not None and self.norm_eps <= 0:
             raise ValueError(f"norm_eps: expected more than 0, got {self.norm_eps}")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers"):

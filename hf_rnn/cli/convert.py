@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from hf_rnn import XLSTMConfig, XLSTMForCausalLM
-from hf_rnn.models.xlstm.conversion_xlstm import to_transformers_config, transformers_weights
+from hf_rnn.models.xlstm.conversion_xlstm import check_complete, to_transformers_config, transformers_weights
 
 
 def convert(source: str, target: Path, **options) -> str:
@@ -27,21 +27,33 @@ def convert(source: str, target: Path, **options) -> str:
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"target: {target} is not empty; choose a new folder")
     if Path(source).is_file():
-        weights = load_file(source) if source.endswith(".safetensors") else torch.load(source, weights_only=True)
-        XLSTMForCausalLM.from_xlstm(weights).save_pretrained(target, **options)
+        XLSTMForCausalLM.from_xlstm(read_weights(source)).save_pretrained(target, **options)
         return XLSTMConfig.model_type
     model_type = AutoConfig.from_pretrained(source).model_type
-    if model_type == "xlstm":
-        XLSTMForCausalLM.from_pretrained(source).save_pretrained(target, **options)
-        written = XLSTMConfig.model_type
-    elif model_type == XLSTMConfig.model_type:
-        to_transformers(XLSTMForCausalLM.from_pretrained(source), target, **options)
-        written = "xlstm"
-    else:
+    if model_type not in ("xlstm", XLSTMConfig.model_type):
         raise ValueError(f"source: expected an xlstm or a {XLSTMConfig.model_type}, got a {model_type}")
+    model, info = XLSTMForCausalLM.from_pretrained(source, output_loading_info=True)
+    check_complete(info, "source")
+    if model_type == "xlstm":
+        model.save_pretrained(target, **options)
+        written = XLSTMConfig.model_type
+    else:
+        to_transformers(model, target, **options)
+        written = "xlstm"
     if cached_file(source, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
         AutoTokenizer.from_pretrained(source).save_pretrained(target)
     return written
+
+
+def read_weights(path: str) -> dict[str, torch.Tensor]:
+    """A state dict from a file of safetensors or of torch."""
+    try:
+        weights = load_file(path) if path.endswith(".safetensors") else torch.load(path, weights_only=True)
+    except Exception as error:  # torch.load raises whatever its unpickler stumbles over
+        raise ValueError(f"source: {path} cannot be read as a state dict ({error})") from error
+    if not isinstance(weights, dict):
+        raise ValueError(f"source: expected a state dict in {path}, got a {type(weights).__name__}")
+    return weights
 
 
 def to_transformers(model: XLSTMForCausalLM, target: Path, **options) -> None:

@@ -1,10 +1,14 @@
 """`hf-rnn train`: a language model on your text, with transformers' Trainer."""
 
+import ast
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,7 +38,7 @@ class ModelArguments:
     config: str = field(
         default="",
         metadata={
-            "help": "settings of a new model, such as hidden_size=256,num_hidden_layers=4 (see its config class)"
+            "help": "settings of a new model (see its config), such as hidden_size=256,num_hidden_layers=4,slstm_at=[1]"
         },
     )
     tokenizer: str | None = field(
@@ -84,21 +88,32 @@ def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
         return AutoModelForCausalLM.from_pretrained(arguments.model)
     if arguments.model not in ARCHITECTURES:
         raise ValueError(f"model: expected one of {ARCHITECTURES} or a checkpoint's folder, got {arguments.model!r}")
-    settings = [item.partition("=") for item in arguments.config.split(",") if item]
+    names = {field.name for field in fields(CONFIG_MAPPING[f"hf_rnn_{arguments.model}"])}  # type: ignore[arg-type]
+    settings = {}
+    for item in re.split(r",(?![^\[]*\])", arguments.config) if arguments.config else []:
+        name, _, value = item.partition("=")
+        if name not in names - {"vocab_size"} or not value:
+            raise ValueError(f"config: expected name=value with a setting of a {arguments.model}, got {item!r}")
+        settings[name] = parse(value)
     config = AutoConfig.for_model(
         f"hf_rnn_{arguments.model}",
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **dict(
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        | settings,
     )
-    for name, _, value in settings:
-        if name not in {f.name for f in fields(config)} - {"vocab_size"} or not value:
-            raise ValueError(f"config: expected name=value with a setting of {type(config).__name__}, got {name!r}")
-    if settings:
-        config.update_from_string(arguments.config)
-        config.validate()
     return AutoModelForCausalLM.from_config(config)
+
+
+def parse(value: str) -> Any:
+    """A number, True, False, None or a list of these as Python writes them; else a string."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+    except (ValueError, SyntaxError):
+        return value
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import relative_error
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig, xLSTMConfig
+from transformers import AutoModelForCausalLM, xLSTMConfig
 from xlstm import (
     FeedForwardConfig,
     mLSTMBlockConfig,
@@ -107,10 +107,35 @@ def test_convert_refuses(checkpoint, tmp_path, capsys):
 
 def test_a_config_that_means_something_else(checkpoint, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
-    for name, value in (("add_out_norm", False), ("eps", 1e-3)):
+    changes = [("add_out_norm", False), ("eps", 1e-3), ("use_bias", True), ("weight_mode", "fused")]
+    for name, value in changes:
         (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
         with pytest.raises(ValueError, match=name):
             XLSTMConfig.from_pretrained(tmp_path)
+
+
+def test_other_settings(tmp_path):
+    """Sizes, caps and epsilon that are not the defaults; names that an older config has."""
+    settings = SETTINGS | dict(num_heads=4, qk_dim_factor=1.0, v_dim_factor=2.0, gate_soft_cap=3.0, norm_eps=1e-3)
+    settings |= dict(output_logit_soft_cap=5.0, ffn_proj_factor=1.5, ffn_round_up_to_multiple_of=1)
+    oracle(tmp_path, "make", json.dumps(settings))
+    oracle(tmp_path, "logits", json.dumps([70]))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"torch_dtype": config.pop("dtype"), "chunkwise_kernel": "chunkwise--of_another_package"}
+    del config["hidden_size"], config["num_hidden_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = torch.randint(3, 97, (1, 70), generator=torch.Generator().manual_seed(0))
+    logits = XLSTMForCausalLM.from_pretrained(tmp_path)(ids).logits
+    torch.testing.assert_close(logits, torch.load(tmp_path / "logits.pt")[0], rtol=0, atol=1e-4)
+
+
+def test_convert_wants_every_weight(checkpoint, tmp_path, capsys):
+    XLSTMForSequenceClassification.from_pretrained(checkpoint).save_pretrained(tmp_path / "classifier")
+    assert main(["convert", str(tmp_path / "classifier"), str(tmp_path / "out")]) == 1
+    assert "missing keys, such as lm_head.weight" in capsys.readouterr().err
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    assert main(["convert", str(tmp_path / "junk.pt"), str(tmp_path / "out")]) == 1
+    assert "cannot be read as a state dict" in capsys.readouterr().err
 
 
 def package_model(slstm_at, bias=False, tie=False, dtype=torch.float32):
@@ -175,6 +200,52 @@ def test_the_packages_other_backend(tmp_path):
 def test_weights_of_something_else():
     with pytest.raises(ValueError, match="xLSTMLMModel"):
         XLSTMForCausalLM.from_xlstm({"weight": torch.zeros(1)})
+    blocks = "xlstm_block_stack.blocks."
+    for missing, message in (
+        ("xlstm_block_stack.post_blocks_norm.weight", "post_blocks_norm"),
+        (f"{blocks}0.xlstm.conv1d.conv.weight", "conv1d.conv.weight' in block 0"),
+        (f"{blocks}0.xlstm.v_proj.weight", "missing keys, such as model.layers.0.mixer.v_proj"),
+    ):
+        state = package_model([1]).state_dict()
+        del state[missing]
+        with pytest.raises(ValueError, match=message):
+            XLSTMForCausalLM.from_xlstm(state)
+    state = package_model([1]).state_dict()
+    name = f"{blocks}1.xlstm.conv1d.conv.weight"
+    state[name] = state[name][..., :2]
+    with pytest.raises(ValueError, match="one conv_kernel for all blocks"):
+        XLSTMForCausalLM.from_xlstm(state)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(block_layout="8b"), "block_layout: expected"),
+        (dict(slstm_at=[0]), "slstm_at: only with"),
+        (dict(block_layout="neurips", slstm_at=[3]), "slstm_at: expected indices from 0 to 2"),
+        (dict(block_layout="neurips", slstm_at="some"), "slstm_at: expected indices"),
+        (dict(num_heads=0), "num_heads: expected at least 1"),
+        (dict(qk_size=0), "qk_size: expected a multiple"),
+        (dict(qk_size=30), "qk_size: expected a multiple of the 4 heads"),
+        (dict(inner_size=64), "inner_size: the blocks of '7b' have no such size"),
+        (dict(block_layout="neurips", qkv_block_size=5), "qkv_block_size: expected a divisor"),
+        (dict(gate_soft_cap=-1.0), "gate_soft_cap: expected a finite number above 0"),
+        (dict(intermediate_size=0), "intermediate_size: expected at least 1"),
+        (dict(initializer_range=-1.0), "initializer_range: expected at least 0"),
+    ],
+)
+def test_settings(settings, message):
+    with pytest.raises(Exception, match=message):
+        XLSTMConfig(**settings)
+
+
+def test_a_mixture_from_the_command_line(tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 60)
+    config = "block_layout=neurips,hidden_size=32,num_hidden_layers=3,slstm_at=[0,2],norm_eps=1e-4"
+    options = ["--block_size", "32", "--max_steps", "2", "--use_cpu", "True", "--output_dir", str(tmp_path / "out")]
+    assert main(["train", "--model", "xlstm", "--data", str(tmp_path / "text.txt"), "--config", config, *options]) == 0
+    saved = XLSTMConfig.from_pretrained(tmp_path / "out")
+    assert saved.slstm_blocks == [0, 2] and saved.epsilon == 1e-4
 
 
 # What goes wrong in transformers' class, one by one (its modeling file and issues; version 5.23)
@@ -266,11 +337,6 @@ def test_beams(small):
     options = dict(num_beams=3, do_sample=False, min_new_tokens=8, max_new_tokens=8)
     cached = small.eval().generate(ids, **options)
     assert torch.equal(cached, small.generate(ids, use_cache=False, **options))
-
-
-def test_greedy_defaults(small):
-    assert isinstance(small.generation_config, GenerationConfig)
-    assert small.eval().generate(torch.randint(3, 97, (1, 4)), max_new_tokens=3, do_sample=False).shape[1] <= 7
 
 
 def kl(logits, expected):

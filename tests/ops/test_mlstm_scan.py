@@ -214,6 +214,18 @@ def test_empty():
     leaves = make(2, 0, 2, 3, 4)
     h, last = mlstm_scan(*leaves)
     assert h.shape == (2, 0, 2, 4) and all(torch.equal(a, b) for a, b in zip(last, leaves[5:], strict=True))
+    grads = cotangents(leaves)
+    assert all(torch.equal(a, b) for a, b in zip(run(mlstm_scan, leaves, grads)[-3:], grads[1:], strict=True))
+
+
+@pytest.mark.parametrize("closed", [-torch.inf, -1e30])
+def test_a_gate_that_forgets_everything(closed):
+    leaves = make(2, 70, 2, 4, 6)
+    leaves[4][:, 9] = closed
+    h, last = mlstm_scan(*leaves)
+    expected, expected_last = recurrence(*(x.double() for x in leaves))
+    for a, b in ((h, expected), *zip(last, expected_last, strict=True)):
+        assert relative_error(a, b) <= 1e-5
 
 
 def test_registration():

@@ -73,13 +73,15 @@ class XLSTMConfig(RecurrentConfig):
     @property
     def sizes(self) -> dict[str, int]:
         """Channels of queries, values, the "neurips" mLSTM and the feed-forward: as told, or from hidden_size."""
-        width = self.hidden_size
-        return {
-            "qk_size": self.qk_size or width // 2,
-            "v_size": self.v_size or width,
-            "inner_size": self.inner_size or _round_up(2 * width),
-            "intermediate_size": self.intermediate_size or _round_up((2.667 if self.is_7b else 1.3) * width),
+        width, factor = self.hidden_size, 2.667 if self.is_7b else 1.3
+        default = {
+            "qk_size": width // 2,
+            "v_size": width,
+            "inner_size": _round_up(2 * width),
+            "intermediate_size": _round_up(factor * width),
         }
+        told = {name: getattr(self, name) for name in default}
+        return default | {name: size for name, size in told.items() if size is not None}
 
     @property
     def epsilon(self) -> float:
@@ -106,15 +108,23 @@ class XLSTMConfig(RecurrentConfig):
             raise ValueError("slstm_at: only with block_layout='neurips'; '7b' has mLSTM blocks alone")
         if wrong := [n for n in self.slstm_blocks if not 0 <= n < self.num_hidden_layers]:
             raise ValueError(f"slstm_at: expected indices from 0 to {self.num_hidden_layers - 1}, got {wrong[0]}")
-        for name in ("qk_size", "v_size") if self.is_7b else ("inner_size",):
+        if self.num_heads < 1:
+            raise ValueError(f"num_heads: expected at least 1, got {self.num_heads}")
+        used, unused = (
+            (["qk_size", "v_size"], ["inner_size"]) if self.is_7b else (["inner_size"], ["qk_size", "v_size"])
+        )
+        for name in unused:
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: the blocks of {self.block_layout!r} have no such size; leave it None")
+        for name in used:
             size = self.sizes[name]
-            if self.num_heads < 1 or size < 1 or size % self.num_heads:
+            if size < 1 or size % self.num_heads:
                 raise ValueError(f"{name}: expected a multiple of the {self.num_heads} heads (num_heads), got {size}")
         if self.is_7b:
             for name in ("gate_soft_cap", "logit_soft_cap"):
                 cap = getattr(self, name)
-                if cap is not None and not cap > 0:
-                    raise ValueError(f"{name}: expected more than 0, or None, got {cap}")
+                if cap is not None and not 0 < cap < float("inf"):
+                    raise ValueError(f"{name}: expected a finite number above 0, or None, got {cap}")
         else:
             if self.slstm_blocks and self.hidden_size % self.num_heads:
                 raise ValueError(f"num_heads: expected a divisor of hidden_size, {self.hidden_size}, for sLSTM blocks")

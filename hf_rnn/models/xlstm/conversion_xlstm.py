@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 # transformers' settings that we have under another name
 _NAMES = {"gate_soft_cap": "gate_soft_cap", "output_logit_soft_cap": "logit_soft_cap", "norm_eps": "norm_eps"}
-_SAME = ["vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "use_bias", "tie_word_embeddings", "use_cache"]
+_SAME = ["vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "tie_word_embeddings", "use_cache"]
 _SAME += ["pad_token_id", "bos_token_id", "eos_token_id"]
 # and such that change what the model computes and have no counterpart
-_REQUIRED = {"add_out_norm": True, "weight_mode": "single", "eps": 1e-6}
+_REQUIRED = {"add_out_norm": True, "weight_mode": "single", "eps": 1e-6, "use_bias": False}
+_SIZES = ["qk_dim_factor", "v_dim_factor", "ffn_proj_factor", "ffn_round_up_to_multiple_of"]
 
 
 class ConcatenateQKVO(Concatenate):
@@ -46,13 +47,17 @@ class _SplitQKVO(ConversionOps):
 
 
 class _Elementwise(ConversionOps):
-    """One tensor to one."""
+    """One tensor to one, in this direction alone."""
 
     apply: Callable[[Tensor, XLSTMConfig], Tensor]
 
     def convert(self, input_dict, source_patterns, target_patterns, config, **kwargs):
         (tensors,) = input_dict.values()
         return {target_patterns[0]: self.apply(tensors[0] if isinstance(tensors, list) else tensors, config)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError("save_original_format: use `hf-rnn convert` to write transformers' names")
 
 
 class AddOne(_Elementwise):
@@ -147,7 +152,17 @@ def from_transformers_config(config: dict[str, Any]) -> dict[str, Any]:
     """
     from transformers import xLSTMConfig  # imports the xlstm package where there is one
 
-    full = xLSTMConfig(**{name: value for name, value in config.items() if name != "model_type"})
+    config = dict(config)
+    for name, other in (
+        ("hidden_size", "embedding_dim"),
+        ("num_hidden_layers", "num_blocks"),
+        ("dtype", "torch_dtype"),
+    ):
+        if config.get(name) is None and config.get(other) is not None:
+            config[name] = config[other]
+    # only what is read: other settings, such as kernels, are valid or not by what is installed
+    read = [*_SAME, *_NAMES, *_REQUIRED, *_SIZES]
+    full = xLSTMConfig(**{name: config[name] for name in read if name in config})
     for name, value in _REQUIRED.items():
         if getattr(full, name) != value:
             raise ValueError(
@@ -174,6 +189,10 @@ def to_transformers_config(config: XLSTMConfig) -> "xLSTMConfig":
     """
     if not config.is_7b:
         raise ValueError("block_layout: transformers' xlstm has the '7b' blocks alone, got 'neurips'")
+    if config.use_bias:
+        raise ValueError("use_bias: in transformers' xlstm the norms then have biases, too, which ours have not")
+    if config.gate_soft_cap is None or config.logit_soft_cap is None:
+        raise ValueError("gate_soft_cap, logit_soft_cap: transformers' xlstm has both, got None")
     if config.tie_word_embeddings:
         raise ValueError("tie_word_embeddings: transformers' xlstm does not tie them; untie the weights first")
     from transformers import xLSTMConfig
@@ -191,6 +210,13 @@ def to_transformers_config(config: XLSTMConfig) -> "xLSTMConfig":
     )
 
 
+def check_complete(info: dict[str, Any], name: str) -> None:
+    """Raise ValueError unless `from_pretrained` found every weight, and no other."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            raise ValueError(f"{name}: {what.replace('_', ' ')}, such as {sorted(map(str, info[what]))[0]}")
+
+
 def _factor(size: int, width: int) -> float:
     """What times `width` is `size` or, where rounding would make it less, at most half more: it is rounded down."""
     factor = size / width
@@ -201,10 +227,11 @@ def from_package(state_dict: dict[str, Tensor]) -> tuple[XLSTMConfig, dict[str, 
     """The config of an `xlstm` package's xLSTMLMModel, read off its weights, and these as of its "vanilla" backend.
 
     Raises:
-        ValueError: weights of something else.
+        ValueError: weights of something else, or of a model that ours cannot be.
     """
-    if "token_embedding.weight" not in state_dict:
-        raise ValueError("state_dict: expected the weights of the xlstm package's xLSTMLMModel, token_embedding.weight")
+    for name in ("token_embedding.weight", "xlstm_block_stack.post_blocks_norm.weight"):
+        if name not in state_dict:
+            raise ValueError(f"state_dict: expected the weights of the xlstm package's xLSTMLMModel, {name} among them")
     state_dict = {name: x for name, x in state_dict.items() if not name.endswith("causal_mask")}
     blocks: dict[int, dict[str, Tensor]] = {}
     for name, x in state_dict.items():
@@ -216,30 +243,53 @@ def from_package(state_dict: dict[str, Tensor]) -> tuple[XLSTMConfig, dict[str, 
     settings: dict[str, Any] = {"block_layout": "neurips", "num_hidden_layers": len(blocks), "slstm_at": slstm}
     settings |= {"vocab_size": vocabulary, "hidden_size": width}
     for index, block in blocks.items():
-        settings["conv_kernel"] = block["xlstm.conv1d.conv.weight"].shape[-1]
+        try:
+            own = _slstm_settings(block) if index in slstm else _mlstm_settings(block)
+        except KeyError as error:
+            raise ValueError(f"state_dict: expected {error} in block {index}; ours cannot do without") from error
+        for name, value in own.items():
+            if settings.setdefault(name, value) != value:
+                raise ValueError(f"state_dict: expected one {name} for all blocks, got {settings[name]} and {value}")
         if index in slstm:
             prefix = f"xlstm_block_stack.blocks.{index}.xlstm.slstm_cell."
             R, bias = block["xlstm.slstm_cell._recurrent_kernel_"], block["xlstm.slstm_cell._bias_"]
-            settings["num_heads"] = R.shape[0]
-            settings["intermediate_size"] = block["ffn.proj_down.weight"].shape[1]
             if R.shape[1] < R.shape[2]:  # the "cuda" backend's (H, P, 4 * P) and biases head by head
                 state_dict[f"{prefix}_recurrent_kernel_"] = R.transpose(1, 2).contiguous()
                 state_dict[f"{prefix}_bias_"] = to_gate_major(bias, 4, R.shape[0])
-        else:
-            settings["num_heads"] = block["xlstm.mlstm_cell.igate.weight"].shape[0]
-            settings["inner_size"] = block["xlstm.learnable_skip"].shape[0]
-            settings["qkv_block_size"] = block["xlstm.q_proj.weight"].shape[-1]
-    linear = [f"xlstm.{name}" for name in ("proj_up", "proj_down", "q_proj", "k_proj", "v_proj")]
-    linear += ["ffn.proj_up", "ffn.proj_down"]
-    settings["use_bias"] = any(f"{name}.bias" in block for block in blocks.values() for name in linear)
-    if settings["use_bias"]:  # the package's feed-forward has none even where the mLSTM has: zeros
-        for index, block in blocks.items():
-            for name in linear:
-                if f"{name}.weight" in block and f"{name}.bias" not in block:
-                    weight = block[f"{name}.weight"]
-                    zeros = weight.new_zeros(weight.shape[:-1].numel())
-                    state_dict[f"xlstm_block_stack.blocks.{index}.{name}.bias"] = zeros
+    settings["use_bias"] = _fill_biases(state_dict, blocks)
     head, embedding = state_dict.get("lm_head.weight"), state_dict["token_embedding.weight"]
     settings["tie_word_embeddings"] = head is None or torch.equal(head, embedding)
     settings |= dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
     return XLSTMConfig(**settings), state_dict
+
+
+def _slstm_settings(block: dict[str, Tensor]) -> dict[str, int]:
+    return {
+        "num_heads": block["xlstm.slstm_cell._recurrent_kernel_"].shape[0],
+        "conv_kernel": block["xlstm.conv1d.conv.weight"].shape[-1],
+        "intermediate_size": block["ffn.proj_down.weight"].shape[1],
+    }
+
+
+def _mlstm_settings(block: dict[str, Tensor]) -> dict[str, int]:
+    return {
+        "num_heads": block["xlstm.mlstm_cell.igate.weight"].shape[0],
+        "conv_kernel": block["xlstm.conv1d.conv.weight"].shape[-1],
+        "inner_size": block["xlstm.learnable_skip"].shape[0],
+        "qkv_block_size": block["xlstm.q_proj.weight"].shape[-1],
+    }
+
+
+def _fill_biases(state_dict: dict[str, Tensor], blocks: dict[int, dict[str, Tensor]]) -> bool:
+    """Whether there are biases; then zeros where the package has none: its feed-forward beside an mLSTM with them."""
+    linear = [f"xlstm.{name}" for name in ("proj_up", "proj_down", "q_proj", "k_proj", "v_proj")]
+    linear += ["ffn.proj_up", "ffn.proj_down"]
+    found = any(f"{name}.bias" in block for block in blocks.values() for name in linear)
+    for index, block in blocks.items() if found else ():
+        for name in linear:
+            if f"{name}.weight" in block and f"{name}.bias" not in block:
+                weight = block[f"{name}.weight"]
+                state_dict[f"xlstm_block_stack.blocks.{index}.{name}.bias"] = weight.new_zeros(
+                    weight.shape[:-1].numel()
+                )
+    return found

@@ -16,7 +16,7 @@ from hf_rnn.modeling_recurrent import (
     RecurrentPreTrainedModel,
 )
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
-from hf_rnn.models.xlstm.conversion_xlstm import from_package, package_weights, transformers_weights
+from hf_rnn.models.xlstm.conversion_xlstm import check_complete, from_package, package_weights, transformers_weights
 from hf_rnn.models.xlstm.mlstm import MLSTM, UpProjectedMLSTM
 from hf_rnn.models.xlstm.slstm import SLSTM
 
@@ -79,11 +79,18 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, RecurrentForCausalLM):
     def from_xlstm(cls, state_dict: dict[str, Tensor]) -> "XLSTMForCausalLM":
         """The same model as the `xlstm` package's `xLSTMLMModel` with these weights, its config read off them.
 
-        Of the package's options only the paper's: norms with weights, a gated GELU, a norm after the blocks.
+        Of the package's options only the paper's: norms with weights, a norm after the blocks, one number of heads and
+        one width of convolutions. Weights do not show that its feed-forward is a gated GELU: taken for granted.
+
+        Raises:
+            ValueError: weights of another model, or of one with other options.
         """
         config, state_dict = from_package(state_dict)
         dtype = state_dict["token_embedding.weight"].dtype
-        return cls.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
+        options = dict(config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True)
+        model, info = cls.from_pretrained(None, **options)
+        check_complete(info, "state_dict")
+        return model
 
     def logits(self, x: Tensor) -> Tensor:
         logits, cap = self.lm_head(x), self.config.logit_soft_cap

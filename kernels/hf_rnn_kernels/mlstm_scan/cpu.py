@@ -32,6 +32,7 @@ from hf_rnn_kernels.vector_math import F32, ONE, U, exp, parallel, row
 
 _U0, _U1, _LANES = U(0), U(1), U(LANES)
 _ZERO = F32(0)
+FORGOTTEN = -1e4  # e^-10000 is zero, and a sum with it still has the digits of what comes after; with -inf it has none
 
 
 @row
@@ -170,7 +171,7 @@ class _Call:
         self.walk = (first.astype(np.uint64), start, count.astype(np.uint64))
         self.each = (U(self.chunks), start, count.astype(np.uint64))
         self.mask = np.empty(0, np.bool_) if mask is None else mask.reshape(-1).bool().numpy()
-        i, log_f = i.detach().float(), torch.nn.functional.logsigmoid(f.detach().float())
+        i, log_f = i.detach().float(), torch.nn.functional.logsigmoid(f.detach().float()).clamp_min(FORGOTTEN)
         if mask is not None:
             real = mask.bool()[..., None]
             i, log_f = i.where(real, -torch.inf), log_f.where(real, 0.0)

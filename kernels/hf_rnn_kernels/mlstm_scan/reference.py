@@ -138,7 +138,7 @@ def scan_backward(
         ]  # fmt: skip
         return _joined(pieces, 5)  # type: ignore[return-value]
     tokens, state = _prepare(q, k, v, i, f, states, mask)
-    every, carry = [], tuple(g.to(s.dtype) for g, s in zip(grad_last, state, strict=False))
+    every, carry = [], tuple(g.to(s.dtype, copy=True) for g, s in zip(grad_last, state, strict=False))
     carry = carry or tuple(torch.zeros_like(s) for s in state)
     assert len(carry) == 3
     for token in tokens:

@@ -126,7 +126,8 @@ def _gates(
     live = _live(mask, row, t, length)
     i_t = tl.load(i + row * i_row + head * i_head + t * i_row, live, other=float("-inf")).to(tl.float32)
     f_t = tl.load(f + row * f_row + head * f_head + t * f_row, live, other=0.0).to(tl.float32)
-    F = tl.cumsum(tl.where(live, _log_sigmoid(f_t), 0.0).to(tl.float64), 0)
+    log_f = tl.maximum(_log_sigmoid(f_t), -1e4)  # e^-10000 is zero; a sum with -inf would lose what comes after
+    F = tl.cumsum(tl.where(live, log_f, 0.0).to(tl.float64), 0)
     g = i_t - F
     P = tl.associative_scan(g, 0, _larger)
     to, plane = gates + head * rows + row + t, heads * rows
