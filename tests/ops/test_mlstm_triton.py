@@ -257,7 +257,7 @@ class TestInterpreted:
         h, *new = triton_step.step(*inputs, *states, 1e-6)
         q, k, v, i, f = (x.double() for x in inputs)
         exact, _, of_states = reference.step(
-            q, k, v, i, torch.nn.functional.logsigmoid(f), tuple(s.double() for s in states), 1e-6
+            (q, k, v, i, torch.nn.functional.logsigmoid(f)), tuple(s.double() for s in states), 1e-6
         )
         assert h.dtype == dtype and all(s.dtype == torch.float32 for s in new)
         for a, b, limit in zip((h, *new), (exact, *of_states), (tolerance, 1e-6, 1e-6, 1e-6), strict=True):
