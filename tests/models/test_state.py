@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 
 from hf_rnn import RecurrentCache
 
-PROPERTY = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 VARIANTS = {
     "default": {},
     "paper's selective copying": dict(conv_kernel=0, feed_forward_factor=0, expansion_factor=6, hidden_dropout=0.1),
