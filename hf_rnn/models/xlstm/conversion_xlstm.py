@@ -1,17 +1,16 @@
 """xLSTM weights from and to transformers' own `xlstm` (NX-AI/xLSTM-7b) and the `xlstm` package's NeurIPS models.
 
-Names and shapes go through transformers' conversion mechanism, shard by shard as a checkpoint is read: `hf_rnn`
-registers both lists for its model_type. `from_pretrained` of a transformers checkpoint needs nothing else.
+The former go through transformers' conversion mechanism, shard by shard as a checkpoint is read: `transformers_weights`
+is registered for our model_type, and `from_pretrained` needs nothing else. The latter are a state dict in memory.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 
-from hf_rnn.conversion import to_gate_major, to_head_major
+from hf_rnn.conversion import to_head_major
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
 
 if TYPE_CHECKING:
@@ -46,44 +45,6 @@ class _SplitQKVO(ConversionOps):
         return ConcatenateQKVO()
 
 
-class _Elementwise(ConversionOps):
-    """One tensor to one, in this direction alone."""
-
-    apply: Callable[[Tensor, XLSTMConfig], Tensor]
-
-    def convert(self, input_dict, source_patterns, target_patterns, config, **kwargs):
-        (tensors,) = input_dict.values()
-        return {target_patterns[0]: self.apply(tensors[0] if isinstance(tensors, list) else tensors, config)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError("save_original_format: use `hf-rnn convert` to write transformers' names")
-
-
-class AddOne(_Elementwise):
-    """The package's norms multiply by 1 + weight."""
-
-    @staticmethod
-    def apply(x: Tensor, config: XLSTMConfig) -> Tensor:
-        return x + 1
-
-
-class Squeeze(_Elementwise):
-    """(D, 1, K) of a depthwise torch convolution to (D, K)."""
-
-    @staticmethod
-    def apply(x: Tensor, config: XLSTMConfig) -> Tensor:
-        return x.squeeze(1)
-
-
-class HeadMajor(_Elementwise):
-    """The sLSTM's biases, gate by gate, to head by head."""
-
-    @staticmethod
-    def apply(x: Tensor, config: XLSTMConfig) -> Tensor:
-        return to_head_major(x, 4, config.num_heads)
-
-
 def transformers_weights() -> list[WeightRenaming | WeightConverter]:
     """From the names of transformers' `xlstm`."""
     names = {
@@ -102,45 +63,6 @@ def transformers_weights() -> list[WeightRenaming | WeightConverter]:
         WeightConverter(qkvo, "mixer.in_proj", [ConcatenateQKVO()]),
         WeightConverter([f"mlstm_layer.{g}gate_preact" for g in "if"], "mixer.gate_proj", [Concatenate()]),
         WeightConverter(["ffn.proj_up_gate", "ffn.proj_up"], "ff.up_proj", [Concatenate()]),
-    ]
-
-
-def package_weights() -> list[WeightRenaming | WeightConverter]:
-    """From the names of the `xlstm` package's xLSTMLMModel, with the weights of its "vanilla" backend."""
-    names = {
-        "token_embedding": "model.embed_tokens",
-        # in full, before the next: transformers' own names end alike
-        r"xlstm_block_stack.blocks.(\d+).ffn.proj_up": r"model.layers.(\d+).ff.up_proj",
-        r"xlstm_block_stack.blocks.(\d+).ffn.proj_down": r"model.layers.(\d+).ff.down_proj",
-        "xlstm_block_stack.blocks": "model.layers",
-        ".xlstm.proj_up": ".mixer.up_proj",
-        ".xlstm.proj_down": ".mixer.down_proj",
-        ".xlstm.q_proj": ".mixer.q_proj",
-        ".xlstm.k_proj": ".mixer.k_proj",
-        ".xlstm.v_proj": ".mixer.v_proj",
-        ".xlstm.learnable_skip": ".mixer.skip",
-        ".xlstm.conv1d.conv.bias": ".mixer.conv.bias",
-        ".xlstm.slstm_cell._recurrent_kernel_": ".mixer.recurrent_weight",
-    }
-    # The package's sLSTM reads its input gate from the module `fgate`, its forget gate from `igate`
-    joined = {
-        ".mixer.gate_proj": ([".xlstm.mlstm_cell.igate", ".xlstm.mlstm_cell.fgate"], 0),
-        ".mixer.if_proj": ([".xlstm.fgate", ".xlstm.igate"], 1),
-        ".mixer.zo_proj": ([".xlstm.zgate", ".xlstm.ogate"], 1),
-    }
-    norms = {
-        ".xlstm_norm": ".mixer_norm",
-        ".ffn_norm": ".ff_norm",
-        ".xlstm.mlstm_cell.outnorm": ".mixer.norm",
-        ".xlstm.group_norm": ".mixer.norm",
-        "xlstm_block_stack.post_blocks_norm": "model.norm",
-    }
-    return [
-        *(WeightRenaming(*pair) for pair in names.items()),
-        *(WeightConverter(sources, target, [Concatenate(dim)]) for target, (sources, dim) in joined.items()),
-        *(WeightConverter(source, target, [AddOne()]) for source, target in norms.items()),
-        WeightConverter(".xlstm.conv1d.conv.weight", ".mixer.conv.weight", [Squeeze()]),
-        WeightConverter(".xlstm.slstm_cell._bias_", ".mixer.recurrent_bias", [HeadMajor()]),
     ]
 
 
@@ -223,73 +145,92 @@ def _factor(size: int, width: int) -> float:
     return factor if int(factor * width) == size else (size + 0.5) / width
 
 
+# What the package's modules in a block are called here
+_MODULES = {
+    "xlstm.proj_up": "mixer.up_proj",
+    "xlstm.proj_down": "mixer.down_proj",
+    "xlstm.q_proj": "mixer.q_proj",
+    "xlstm.k_proj": "mixer.k_proj",
+    "xlstm.v_proj": "mixer.v_proj",
+    "ffn.proj_up": "ff.up_proj",
+    "ffn.proj_down": "ff.down_proj",
+}
+_NORMS = {
+    "xlstm_norm": "mixer_norm",
+    "ffn_norm": "ff_norm",
+    "xlstm.mlstm_cell.outnorm": "mixer.norm",
+    "xlstm.group_norm": "mixer.norm",
+}
+
+
 def from_package(state_dict: dict[str, Tensor]) -> tuple[XLSTMConfig, dict[str, Tensor]]:
-    """The config of an `xlstm` package's xLSTMLMModel, read off its weights, and these as of its "vanilla" backend.
+    """The config of an `xlstm` package's xLSTMLMModel, read off its weights, and these under our names.
 
     Raises:
         ValueError: weights of something else, or of a model that ours cannot be.
     """
-    for name in ("token_embedding.weight", "xlstm_block_stack.post_blocks_norm.weight"):
-        if name not in state_dict:
-            raise ValueError(f"state_dict: expected the weights of the xlstm package's xLSTMLMModel, {name} among them")
-    state_dict = {name: x for name, x in state_dict.items() if not name.endswith("causal_mask")}
+    rest = {name: x for name, x in state_dict.items() if not name.endswith("causal_mask")}
     blocks: dict[int, dict[str, Tensor]] = {}
-    for name, x in state_dict.items():
-        if name.startswith("xlstm_block_stack.blocks."):
-            number, _, rest = name.removeprefix("xlstm_block_stack.blocks.").partition(".")
-            blocks.setdefault(int(number), {})[rest] = x
-    slstm = [index for index, block in blocks.items() if "xlstm.slstm_cell._bias_" in block]
-    vocabulary, width = state_dict["token_embedding.weight"].shape
-    settings: dict[str, Any] = {"block_layout": "neurips", "num_hidden_layers": len(blocks), "slstm_at": slstm}
-    settings |= {"vocab_size": vocabulary, "hidden_size": width}
+    for name in [name for name in rest if name.startswith("xlstm_block_stack.blocks.")]:
+        number, _, own_name = name.removeprefix("xlstm_block_stack.blocks.").partition(".")
+        blocks.setdefault(int(number), {})[own_name] = rest.pop(name)
+    try:
+        embedding, norm = rest.pop("token_embedding.weight"), rest.pop("xlstm_block_stack.post_blocks_norm.weight")
+    except KeyError as error:
+        raise ValueError(f"state_dict: expected the weights of an xLSTMLMModel, {error} among them") from error
+    head = rest.pop("lm_head.weight", embedding)
+    weights = {"model.embed_tokens.weight": embedding, "model.norm.weight": norm + 1, "lm_head.weight": head}
+    slstm = sorted(index for index, block in blocks.items() if "xlstm.slstm_cell._bias_" in block)
+    biases = any(name.endswith("proj_up.bias") for block in blocks.values() for name in block)
+    settings: dict[str, Any] = {"block_layout": "neurips", "slstm_at": slstm, "use_bias": biases}
+    settings |= {"vocab_size": embedding.shape[0], "hidden_size": embedding.shape[1], "num_hidden_layers": len(blocks)}
+    settings |= {"tie_word_embeddings": torch.equal(head, embedding)}
+    settings |= dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
     for index, block in blocks.items():
         try:
-            own = _slstm_settings(block) if index in slstm else _mlstm_settings(block)
+            sizes, own = _block(block, biases)
         except KeyError as error:
             raise ValueError(f"state_dict: expected {error} in block {index}; ours cannot do without") from error
-        for name, value in own.items():
-            if settings.setdefault(name, value) != value:
-                raise ValueError(f"state_dict: expected one {name} for all blocks, got {settings[name]} and {value}")
-        if index in slstm:
-            prefix = f"xlstm_block_stack.blocks.{index}.xlstm.slstm_cell."
-            R, bias = block["xlstm.slstm_cell._recurrent_kernel_"], block["xlstm.slstm_cell._bias_"]
-            if R.shape[1] < R.shape[2]:  # the "cuda" backend's (H, P, 4 * P) and biases head by head
-                state_dict[f"{prefix}_recurrent_kernel_"] = R.transpose(1, 2).contiguous()
-                state_dict[f"{prefix}_bias_"] = to_gate_major(bias, 4, R.shape[0])
-    settings["use_bias"] = _fill_biases(state_dict, blocks)
-    head, embedding = state_dict.get("lm_head.weight"), state_dict["token_embedding.weight"]
-    settings["tie_word_embeddings"] = head is None or torch.equal(head, embedding)
-    settings |= dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
-    return XLSTMConfig(**settings), state_dict
+        rest |= {f"{index}.{name}": x for name, x in block.items()}
+        weights |= {f"model.layers.{index}.{name}": x for name, x in own.items()}
+        for name, size in sizes.items():
+            if settings.setdefault(name, size) != size:
+                raise ValueError(f"state_dict: expected one {name} for all blocks, got {settings[name]} and {size}")
+    if rest:
+        raise ValueError(f"state_dict: no place for {next(iter(rest))}")
+    return XLSTMConfig(**settings), weights
 
 
-def _slstm_settings(block: dict[str, Tensor]) -> dict[str, int]:
-    return {
-        "num_heads": block["xlstm.slstm_cell._recurrent_kernel_"].shape[0],
-        "conv_kernel": block["xlstm.conv1d.conv.weight"].shape[-1],
-        "intermediate_size": block["ffn.proj_down.weight"].shape[1],
-    }
-
-
-def _mlstm_settings(block: dict[str, Tensor]) -> dict[str, int]:
-    return {
-        "num_heads": block["xlstm.mlstm_cell.igate.weight"].shape[0],
-        "conv_kernel": block["xlstm.conv1d.conv.weight"].shape[-1],
-        "inner_size": block["xlstm.learnable_skip"].shape[0],
-        "qkv_block_size": block["xlstm.q_proj.weight"].shape[-1],
-    }
-
-
-def _fill_biases(state_dict: dict[str, Tensor], blocks: dict[int, dict[str, Tensor]]) -> bool:
-    """Whether there are biases; then zeros where the package has none: its feed-forward beside an mLSTM with them."""
-    linear = [f"xlstm.{name}" for name in ("proj_up", "proj_down", "q_proj", "k_proj", "v_proj")]
-    linear += ["ffn.proj_up", "ffn.proj_down"]
-    found = any(f"{name}.bias" in block for block in blocks.values() for name in linear)
-    for index, block in blocks.items() if found else ():
-        for name in linear:
-            if f"{name}.weight" in block and f"{name}.bias" not in block:
-                weight = block[f"{name}.weight"]
-                state_dict[f"xlstm_block_stack.blocks.{index}.{name}.bias"] = weight.new_zeros(
-                    weight.shape[:-1].numel()
-                )
-    return found
+def _block(block: dict[str, Tensor], biases: bool) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Sizes and weights of a block, which are taken out of `block`."""
+    convolution = block.pop("xlstm.conv1d.conv.weight")
+    weights = {"mixer.conv.weight": convolution.squeeze(1), "mixer.conv.bias": block.pop("xlstm.conv1d.conv.bias")}
+    sizes = {"conv_kernel": convolution.shape[-1]}
+    for theirs, ours in _NORMS.items():
+        if f"{theirs}.weight" in block:
+            weights[f"{ours}.weight"] = block.pop(f"{theirs}.weight") + 1  # theirs multiply by 1 + weight
+    if "xlstm.slstm_cell._bias_" in block:
+        R, bias = block.pop("xlstm.slstm_cell._recurrent_kernel_"), block.pop("xlstm.slstm_cell._bias_")
+        sizes |= {"num_heads": R.shape[0], "intermediate_size": block["ffn.proj_down.weight"].shape[1]}
+        if R.shape[1] < R.shape[2]:  # its "cuda" backend's (H, P, 4 * P), with biases head by head
+            R = R.transpose(1, 2)
+        else:
+            bias = to_head_major(bias, 4, R.shape[0])
+        weights |= {"mixer.recurrent_weight": R, "mixer.recurrent_bias": bias}
+        # Its sLSTM reads the input gate from the module `fgate`, the forget gate from `igate`
+        for name, sources in (("if_proj", ("fgate", "igate")), ("zo_proj", ("zgate", "ogate"))):
+            weights[f"mixer.{name}.weight"] = torch.cat([block.pop(f"xlstm.{gate}.weight") for gate in sources], 1)
+    else:
+        for kind in ("weight", "bias"):
+            gates = [block.pop(f"xlstm.mlstm_cell.{gate}gate.{kind}") for gate in "if"]
+            weights[f"mixer.gate_proj.{kind}"] = torch.cat(gates)
+        weights["mixer.skip"] = block.pop("xlstm.learnable_skip")
+        sizes |= {"num_heads": gates[0].shape[0], "inner_size": weights["mixer.skip"].shape[0]}
+        sizes["qkv_block_size"] = block["xlstm.q_proj.weight"].shape[-1]
+    for theirs, ours in _MODULES.items():
+        if f"{theirs}.weight" in block:
+            weight = weights[f"{ours}.weight"] = block.pop(f"{theirs}.weight")
+            if biases:  # where its mLSTM has them, its feed-forward may have none
+                zeros = weight.new_zeros(weight.shape[:-1].numel())
+                weights[f"{ours}.bias"] = block.pop(f"{theirs}.bias", zeros)
+    return sizes, weights

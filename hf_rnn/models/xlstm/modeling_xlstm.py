@@ -16,11 +16,11 @@ from hf_rnn.modeling_recurrent import (
     RecurrentPreTrainedModel,
 )
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
-from hf_rnn.models.xlstm.conversion_xlstm import check_complete, from_package, package_weights, transformers_weights
+from hf_rnn.models.xlstm.conversion_xlstm import check_complete, from_package, transformers_weights
 from hf_rnn.models.xlstm.mlstm import MLSTM, UpProjectedMLSTM
 from hf_rnn.models.xlstm.slstm import SLSTM
 
-register_checkpoint_conversion_mapping(XLSTMConfig.model_type, [*transformers_weights(), *package_weights()])
+register_checkpoint_conversion_mapping(XLSTMConfig.model_type, transformers_weights())
 
 
 class XLSTMPreTrainedModel(RecurrentPreTrainedModel):
@@ -86,7 +86,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, RecurrentForCausalLM):
             ValueError: weights of another model, or of one with other options.
         """
         config, state_dict = from_package(state_dict)
-        dtype = state_dict["token_embedding.weight"].dtype
+        dtype = state_dict["lm_head.weight"].dtype
         options = dict(config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True)
         model, info = cls.from_pretrained(None, **options)
         check_complete(info, "state_dict")
