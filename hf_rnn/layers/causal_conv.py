@@ -55,8 +55,8 @@ class CausalConv(nn.Module):
     def _taps(self, padded: Tensor) -> Tensor:
         time = padded.shape[1] - self.kernel_size + 1
         y: Tensor = self.bias
-        for j in range(self.kernel_size):
-            y = torch.addcmul(y, padded[:, j : j + time], self.weight[:, j])
+        for j, weight in enumerate(self.weight.unbind(-1)):
+            y = torch.addcmul(y, padded[:, j : j + time], weight)
         return y
 
 

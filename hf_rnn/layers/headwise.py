@@ -3,6 +3,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from hf_rnn.layers.mixer import RecurrentMixer
+from hf_rnn_kernels import Perturbed
 
 
 class HeadwiseMixer(RecurrentMixer):
@@ -41,7 +42,8 @@ class HeadwiseMixer(RecurrentMixer):
         projection = self.in_proj
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         hooked = "forward" in vars(projection) or any(getattr(projection, name) for name in hooks)
-        plain = mask is None and cu_seqlens is None and x.shape[1] > 1 and x.shape[0] > 0
+        perturbed = isinstance(self.recurrent_weight, Perturbed)
+        plain = not perturbed and mask is None and cu_seqlens is None and x.shape[1] > 1 and x.shape[0] > 0
         bare = type(projection) is nn.Linear and not hooked
         return plain and bare and self.config.num_heads == 1 and not torch.compiler.is_compiling()
 

@@ -77,6 +77,6 @@ class RecurrentMixer(Mixer):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if state is None and self.initial_state is not None:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            state = tuple(s.expand(sequences, -1) for s in self.initial_state)
+            state = tuple(s.reshape(-1, s.shape[-1]).expand(sequences, -1) for s in self.initial_state.unbind(-2))
         h, last = self.recurrence(x, state or (None,) * self.num_states, mask, cu_seqlens)
         return self.out_proj(h), last

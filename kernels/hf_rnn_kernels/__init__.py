@@ -3,11 +3,13 @@
 from hf_rnn_kernels.gated_norm import gated_norm
 from hf_rnn_kernels.gated_scan import linear_scan, min_gru_scan, min_lstm_scan
 from hf_rnn_kernels.mlstm_scan import mlstm_scan, mlstm_step
+from hf_rnn_kernels.perturbed import Perturbed, perturbed_embedding, perturbed_linear
 from hf_rnn_kernels.recurrent_scan import gru_scan, lstm_scan, slstm_scan
 from hf_rnn_kernels.rms_norm import rms_norm
 from hf_rnn_kernels.swiglu import swiglu
 
 __all__ = [
+    "Perturbed",
     "gated_norm",
     "gru_scan",
     "linear_scan",
@@ -16,6 +18,8 @@ __all__ = [
     "min_lstm_scan",
     "mlstm_scan",
     "mlstm_step",
+    "perturbed_embedding",
+    "perturbed_linear",
     "rms_norm",
     "slstm_scan",
     "swiglu",

@@ -37,7 +37,7 @@ def make(cell, batch, time, heads, size, sequences=None, scale=1.0, dtype=torch.
 def run(cell, leaves, grad, grad_last, mask=None, cu_seqlens=None):
     """h, last states, and the gradients of x, weight, bias and the initial states."""
     leaves = [t.detach().clone().requires_grad_() for t in leaves]
-    h, _, last = op.scan(cell, *leaves[:3], leaves[3:], mask, cu_seqlens, True)
+    h, _, last = op.scan(cell, *leaves[:3], leaves[3:], mask, cu_seqlens, True, [])
     return [h.detach(), last.detach(), *torch.autograd.grad([h, last], leaves, [grad, grad_last])]
 
 
@@ -279,7 +279,7 @@ def test_the_plain_torch_path(cell):
 def test_gradcheck(cell):
     mask, cu_seqlens = torch.tensor([[1, 0, 1, 1, 1, 0]]).bool(), torch.tensor([0, 2, 2, 6, 6])
     leaves = [t.double().requires_grad_() for t in make(cell, 1, 6, 2, 3, sequences=4)]
-    run = lambda *t: op.scan(cell, *t[:3], list(t[3:]), mask, cu_seqlens, True)[::2]  # noqa: E731
+    run = lambda *t: op.scan(cell, *t[:3], list(t[3:]), mask, cu_seqlens, True, [])[::2]  # noqa: E731
     assert torch.autograd.gradcheck(run, leaves)
 
 
@@ -414,7 +414,7 @@ def test_bad_input(call, error, message):
 def test_the_operator_refuses_to_lose_a_gradient():
     x, weight, bias, *initial = make("lstm", 1, 3, 1, 2)
     with pytest.raises(RuntimeError, match="training=False"):
-        op.scan("lstm", x.requires_grad_(), weight, bias, initial, None, None, False)
+        op.scan("lstm", x.requires_grad_(), weight, bias, initial, None, None, False, [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -441,7 +441,7 @@ def test_wrong_offsets_under_compile(dtype, offsets):
 def test_the_operator_itself_checks_shapes(change, message):
     arguments = dict(cell="lstm", x=X, weight=W, bias=torch.zeros(24), states=[], mask=None, cu_seqlens=None)
     with pytest.raises(ValueError, match=message):
-        op.scan(**arguments | change, training=False)
+        op.scan(**arguments | change, training=False, perturbation=[])
 
 
 def test_one_initial_state_without_the_other():

@@ -74,7 +74,7 @@ def run_backend(cell, x, weight, bias, states, mask, cu_seqlens, grad, grad_last
 
 def run_op(cell, x, weight, bias, states, mask, cu_seqlens, grad, grad_last):
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias, *states)]
-    h, others, last = op.scan(cell, *leaves[:3], leaves[3:], mask, cu_seqlens, True)
+    h, others, last = op.scan(cell, *leaves[:3], leaves[3:], mask, cu_seqlens, True, [])
     grads = torch.autograd.grad([h, last], leaves, [grad, grad_last])
     return h, others, last, *grads[:2], grads[2].float(), torch.stack(grads[3:]) if states else None
 
@@ -415,7 +415,7 @@ class TestGPU:
         arguments = ("lstm", *make("lstm", 64, 300, 1, 512, torch.bfloat16, "cuda"), [], None, None)
         results = []
         for _ in range(3):
-            h, others, last = op.scan(*arguments, True)
+            h, others, last = op.scan(*arguments, True, [])
             results.append([h, others, last, *op.scan_backward(*arguments, h, others, h, last)[::3]])
         for other in results[1:]:
             for a, b in zip(results[0], other, strict=True):

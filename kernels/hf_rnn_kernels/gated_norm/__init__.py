@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_rnn_kernels import threads
 from hf_rnn_kernels.checks import refuse_forward_mode
+from hf_rnn_kernels.perturbed import Perturbed
 
 
 def gated_norm(h: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -30,6 +31,8 @@ def gated_norm(h: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
         )
     if weight.shape != gate.shape[-1:]:
         raise ValueError(f"weight: expected shape {tuple(gate.shape[-1:])}, got {tuple(weight.shape)}")
+    if isinstance(weight, Perturbed):
+        return gated_norm(h, gate, torch.ones_like(weight.base()), eps) * weight.over(gate)
     if threads.worthwhile(h) and gate.dtype == weight.dtype == torch.float32:
         refuse_forward_mode(h, gate, weight)
         return _forward(h, gate, weight, eps)

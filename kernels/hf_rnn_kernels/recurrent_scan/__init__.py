@@ -3,13 +3,14 @@
 Shapes: B batch, T time, H heads of P units, D = H * P, N sequences (B, or len(cu_seqlens) - 1 when packed). All take
 float32, bfloat16 or float16 (state and gates in float32) or float64, give gradients for every floating argument, and
 run as numba code on a CPU, as Triton kernels on a GPU, and as plain torch anywhere else. Pre-activations lie head by
-head, within a head gate by gate: with one head, in torch's order.
+head, within a head gate by gate: with one head, in torch's order. Weight and bias may be `Perturbed`, without gradients.
 """
 
 import torch
 from torch import Tensor
 
 from hf_rnn_kernels.checks import check_scan, refuse_forward_mode
+from hf_rnn_kernels.perturbed import Perturbed
 from hf_rnn_kernels.recurrent_scan import op, reference
 
 
@@ -141,6 +142,7 @@ def _scan(
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected on the device of x, {x.device}, got {tensor.device}")
+    weight, bias, perturbation = _perturbation(weight, bias)
     states: list[Tensor] = []
     if any(state is not None for state in initial.values()):
         zeros = x.new_zeros(sequences, heads * size, dtype=reference.state_dtype(x))
@@ -149,7 +151,30 @@ def _scan(
     mask = None if mask is None else mask.bool()
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *states))
     if x.shape[1] == 1 and cu_seqlens is None and not tracked and not torch.compiler.is_exporting():
-        h, _, last = reference.scan(cell, x, weight, bias, states, mask)  # one step of decoding: a few torch calls
+        h, _, last = reference.scan(
+            cell, x, weight, bias, states, mask, perturbation=perturbation
+        )  # one step of decoding: a few torch calls
     else:
-        h, _, last = op.scan(cell, x, weight, bias, states, mask, cu_seqlens, tracked)
+        h, _, last = op.scan(cell, x, weight, bias, states, mask, cu_seqlens, tracked, perturbation)
     return h, last
+
+
+def _perturbation(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Weight and bias as plain tensors, and what `op.scan` takes for the members' own."""
+    if not isinstance(weight, Perturbed) and not isinstance(bias, Perturbed):
+        return weight, bias, []
+    if isinstance(weight, Perturbed) and weight.left is None:
+        if weight.members > 1:
+            raise ValueError("weight: several members need a perturbation of low rank")
+        weight = weight.materialize()
+    heads, rows, size = weight.shape
+    if isinstance(weight, Perturbed):
+        members, left, right, weight = weight.members, weight.left, weight.right, weight.base()
+    else:
+        members = bias.members  # type: ignore[union-attr]
+        left, right = weight.new_zeros(members, heads, rows, 1), weight.new_zeros(members, heads, size, 1)
+    if isinstance(bias, Perturbed):
+        biases = bias.copies()
+    else:
+        biases = (weight.new_zeros(heads * rows) if bias is None else bias).expand(members, -1)
+    return weight, None, [left, right, biases]  # type: ignore[list-item]

@@ -8,6 +8,7 @@ Tensors come as flat arrays. `scratch` holds, for each sequence of a task, R h +
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from hf_rnn_kernels.arrays import empty, flat
 from hf_rnn_kernels.matrix_product import LANES, pack, product
+from hf_rnn_kernels.perturbed.cpu import add, dot
 from hf_rnn_kernels.recurrent_scan import cpu_cells
 from hf_rnn_kernels.recurrent_scan.cpu_cells import GRU, KINDS, LSTM, SLOTS
 from hf_rnn_kernels.recurrent_scan.reference import CELLS
@@ -46,10 +48,11 @@ def _prefetch(size, x, x0):
 
 @parallel
 def _forward(
-    kind, gates, kept, size, heads, groups, chunks, x, weight, bias, mask, order, offsets, first, h, others, last
-):
+    kind, gates, kept, size, heads, groups, chunks, x, weight, bias, mask, order, offsets, first, h, others, last,
+    rank, rows_per_member, left, right, biases,
+):  # fmt: skip
     """`first`, `last`: states (S, N, H * P), S = 1 + `kept`; `order`: sequences, the longest first, dealt out to
-    `chunks` in turn."""
+    `chunks` in turn; `left` (M, H, K, gates * P), `right` (M, H, K, P) with rank K = 0 for none."""
     sequences, channels, many = U(order.size), heads * size, heads // groups
     panels = (gates * size + _LANES - _U1) // _LANES
     width = max(panels * _LANES, U(SLOTS) * size)
@@ -88,6 +91,12 @@ def _forward(
                         x0, at = (token * heads + head) * gates * size, token * channels + head * size
                         _prefetch(gates * size, x, x0 + heads * gates * size)
                         _prefetch(size, h, at + channels)
+                        if rank > 0:
+                            own = order[chunk + r * chunks] // rows_per_member * heads + head
+                            add(gates * size, scratch, r * width, F32(1), biases, own * gates * size)
+                            for j in range(own * rank, (own + _U1) * rank):
+                                u = dot(size, state, s, right, j * size)
+                                add(gates * size, scratch, r * width, u, left, j * gates * size)
                         if mask.size == 0 or mask[token]:
                             if kind == LSTM:
                                 cpu_cells.lstm_gates(size, x, x0, scratch, r * width)
@@ -279,6 +288,7 @@ def scan(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     training: bool = False,
+    perturbation: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `op.scan`."""
     arguments = _arguments(cell, x, weight, bias, states, mask, cu_seqlens)
@@ -286,7 +296,10 @@ def scan(
     channels, count = weight.shape[0] * weight.shape[2], CELLS[cell].states
     h, last = empty(batch, time, channels), empty(count, len(arguments[-2]) - 1, channels)
     others = empty(batch, time, count - 1 if training else 0, channels)
-    run(_forward, *arguments, flat(h), flat(others), flat(last))
+    left, right, biases = perturbation or (torch.empty(1, 1, 0, 0),) * 3
+    own = (flat(left.transpose(2, 3)), flat(right.transpose(2, 3)), flat(biases))
+    members = (U(left.shape[3]), U(last.shape[1] // left.shape[0]))
+    run(_forward, *arguments, flat(h), flat(others), flat(last), *members, *own)
     return h.to(x.dtype), others, last
 
 

@@ -34,6 +34,7 @@ def scan(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     training: bool,
+    perturbation: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the recurrence.
 
@@ -47,14 +48,16 @@ def scan(
         mask: (B, T), zero where a token is padding: its state is its predecessor's.
         cu_seqlens: (N + 1) int offsets of the sequences packed in a batch of one.
         training: whether a backward pass follows, which needs the other states.
+        perturbation: empty, or left (M, H, G * P, K), right (M, H, P, K) and biases (M, H * G * P): the N sequences
+            are those of M members in turn, whose recurrence is (R + left_m right_m^T) h + biases_m; no training.
 
     Returns:
         h (B, T, D) in the dtype of x; the other states (B, T, S - 1, D) in float32 if training, else (B, T, 0, D);
         the last states (S, N, D) in float32 (float64 for float64 inputs).
     """
     if x.device.type == "cpu":  # the Triton kernels clamp offsets, whose values only the device knows
-        _check(cell, x, weight, bias, states, mask, cu_seqlens)
-    return _backend(x).scan(cell, x, weight, bias, states, mask, cu_seqlens, training)
+        _check(cell, x, weight, bias, states, mask, cu_seqlens, perturbation)
+    return _backend(x).scan(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation)
 
 
 def _check(
@@ -65,6 +68,7 @@ def _check(
     states: list[Tensor],
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    perturbation: list[Tensor],
 ) -> None:
     """Shapes and offsets again, for callers that could not know them (torch.compile) or did not ask: the CPU's loops
     write through raw indices."""
@@ -75,6 +79,14 @@ def _check(
         expected["bias"] = (bias, (heads * rows,))
     for n, state in enumerate(states):
         expected[f"states[{n}]"] = (state, (sequences, heads * size))
+    if perturbation:
+        left, right, biases = perturbation
+        members, rank = left.shape[0], left.shape[-1]
+        if sequences % members:
+            raise ValueError(f"x: expected a multiple of M = {members} sequences, got {sequences}")
+        expected["left"] = (left, (members, heads, rows, rank))
+        expected["right"] = (right, (members, heads, size, rank))
+        expected["biases"] = (biases, (members, heads * rows))
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
@@ -83,7 +95,7 @@ def _check(
 
 
 @scan.register_fake
-def _(cell, x, weight, bias, states, mask, cu_seqlens, training):
+def _(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation):
     batch, time, _ = x.shape
     units = weight.shape[0] * weight.shape[2]
     count = CELLS[cell].states
@@ -123,7 +135,9 @@ def _(cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_las
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    cell, x, weight, bias, states, mask, cu_seqlens, training = inputs
+    cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation = inputs
+    if perturbation:
+        raise RuntimeError("perturbed weights have no gradients: call this under torch.no_grad()")
     if not training:
         raise RuntimeError("hf_rnn::recurrent_scan: called with training=False on tensors that require gradients")
     ctx.cell = cell
@@ -142,7 +156,7 @@ def _backward(ctx, grad, grad_others, grad_last):
         ctx.cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last
     )
     grads = [g.to(s.dtype) for g, s in zip(grad_states, states, strict=False)]
-    return None, grad_x, grad_weight, None if bias is None else grad_bias.to(bias.dtype), grads, None, None, None
+    return None, grad_x, grad_weight, None if bias is None else grad_bias.to(bias.dtype), grads, None, None, None, None
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)

@@ -6,7 +6,7 @@ Every other backend is tested against this file in float64. It is also what runs
 A new cell is two functions, one step forward and one step back, and an entry in CELLS.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -112,9 +112,16 @@ CELLS = {
 }
 
 
-def _recurrent(h: Tensor, weight: Tensor, bias: Tensor | None, gates: int) -> Tensor:
-    """R h + b: (N, H, P) to (N, H, gates, P)."""
+def _recurrent(
+    h: Tensor, weight: Tensor, bias: Tensor | None, gates: int, perturbation: Sequence[Tensor] = ()
+) -> Tensor:
+    """R h + b: (N, H, P) to (N, H, gates, P); of M members in turn (R + left right^T) h + b."""
     product = torch.bmm(h.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+    if perturbation:
+        left, right, biases = (p.to(h.dtype) for p in perturbation)
+        h = h.unflatten(0, (len(left), -1))
+        more = torch.einsum("mnhp,mhpk,mhqk->mnhq", h, right, left)
+        product = product + (more + biases.view(len(left), 1, *product.shape[1:])).flatten(0, 1)
     return (product if bias is None else product + bias).unflatten(2, (gates, -1))
 
 
@@ -137,11 +144,12 @@ def scan(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     training: bool = False,
+    perturbation: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the recurrence one step at a time; arguments and results as in `op.scan`."""
     if cu_seqlens is not None:
         pieces = [
-            scan(cell, x[:, at], weight, bias, [s[n : n + 1] for s in states], m, None, training)
+            scan(cell, x[:, at], weight, bias, [s[n : n + 1] for s in states], m, None, training, perturbation)
             for n, at, m in _pieces(mask, cu_seqlens)
         ]
         return torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces], 1), torch.cat(
@@ -151,7 +159,8 @@ def scan(
     x, weight, bias, state, real = _prepare(cell, x, weight, bias, states, mask)
     every: list[States] = []
     for t in range(x.shape[1]):
-        new = CELLS[cell].step(x[:, t], _recurrent(state[0], weight, bias, CELLS[cell].gates), state)
+        recurrent = _recurrent(state[0], weight, bias, CELLS[cell].gates, perturbation)
+        new = CELLS[cell].step(x[:, t], recurrent, state)
         state = new if real is None else tuple(a.where(real[:, t], b) for a, b in zip(new, state, strict=True))
         every.append(state)
     batch, time, size = x.shape[0], x.shape[1], state[0].shape[1] * state[0].shape[2]

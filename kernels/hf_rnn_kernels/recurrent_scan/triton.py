@@ -14,6 +14,8 @@ shared memory for an LSTM and 228 KiB for a GRU, more than an H100 has, and spil
 The number of sequences, their lengths and the number of heads are run-time arguments on which nothing is specialised.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -447,8 +449,11 @@ def scan(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     training: bool = False,
+    perturbation: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `op.scan`."""
+    if perturbation:
+        raise NotImplementedError
     with torch.cuda.device_of(x):
         launch = _Launch(cell, x, weight, bias, states, mask, cu_seqlens)
         batch, time, units = *x.shape[:2], launch.states.shape[2]

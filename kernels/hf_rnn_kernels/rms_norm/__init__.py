@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_rnn_kernels import threads
 from hf_rnn_kernels.checks import refuse_forward_mode
+from hf_rnn_kernels.perturbed import Perturbed
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -28,6 +29,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if x.shape[-1:] != weight.shape:
         raise ValueError(f"weight: expected the last dimension of x, {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
+    if isinstance(weight, Perturbed):
+        return rms_norm(x, torch.ones_like(weight.base()), eps) * weight.over(x)
     if threads.worthwhile(x) and weight.dtype == torch.float32:
         refuse_forward_mode(x, weight)
         return _forward(x, weight, eps)[0]

@@ -1,0 +1,49 @@
+"""CPU backend: to what a matrix product gave, one pass adds the low-rank part row by row."""
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from hf_rnn_kernels.arrays import flat
+from hf_rnn_kernels.threads import run
+from hf_rnn_kernels.vector_math import F32, U
+
+# Sums over a row may be taken in any order, so that they vectorise
+_sum = njit(fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
+_parallel = njit(fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", parallel=True, nogil=True, cache=True)
+
+
+@_sum
+def dot(size, x, x0, y, y0):
+    total = F32(0)
+    for d in range(size):
+        total += x[x0 + d] * y[y0 + d]
+    return total
+
+
+@_sum
+def add(size, y, y0, factor, x, x0):
+    for d in range(size):
+        y[y0 + d] += factor * x[x0 + d]
+
+
+@_parallel
+def _add_low_rank(rows, rows_per_member, rank, x, x_size, left, right, y, y_size):
+    """y_r += (x_r right_m) left_m^T; left (M, K, O), right (M, K, I)."""
+    for r in prange(rows):
+        row = U(r)
+        first = row // rows_per_member * rank
+        for k in range(first, first + rank):
+            add(y_size, y, row * y_size, dot(x_size, x, row * x_size, right, k * x_size), left, k * y_size)
+
+
+def linear(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """See `reference.linear`; x in float32."""
+    y = torch.nn.functional.linear(x, weight)
+    rows = np.int64(x.shape[0] * x.shape[1])
+    run(
+        _add_low_rank, rows, U(x.shape[1]), U(left.shape[2]), flat(x), U(x.shape[2]),
+        flat(left.transpose(1, 2)), flat(right.transpose(1, 2)), y.view(-1).numpy(), U(y.shape[2]),
+    )  # fmt: skip
+    return y
