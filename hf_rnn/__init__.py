@@ -23,6 +23,8 @@ _MODULES = {
     "slstm_scan": "hf_rnn_kernels",
     "NonFiniteLossError": "hf_rnn_trainers",
     "RecurrentTrainer": "hf_rnn_trainers",
+    "ZOConfig": "hf_rnn_trainers",
+    "ZOTrainer": "hf_rnn_trainers",
 }
 for _stem, _name in _ARCHITECTURES.items():
     _MODULES[f"{_stem}Config"] = f"hf_rnn.models.{_name}.configuration_{_name}"
@@ -79,4 +81,4 @@ if TYPE_CHECKING:
     from hf_rnn.models.xlstm.modeling_xlstm import XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMModel
     from hf_rnn.tokenization.byte_tokenizer import byte_tokenizer
     from hf_rnn_kernels import gru_scan, linear_scan, lstm_scan, min_gru_scan, min_lstm_scan
-    from hf_rnn_trainers import NonFiniteLossError, RecurrentTrainer
+    from hf_rnn_trainers import NonFiniteLossError, RecurrentTrainer, ZOConfig, ZOTrainer

@@ -276,9 +276,12 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
 
     Attributes:
         model_class: the architecture's backbone.
+        supports_perturbed: parameters may be `hf_rnn_kernels.Perturbed` of several members, and `model`, `logits` and
+            the returned state work for each member's rows; by which `ZOTrainer` evaluates them together.
     """
 
     model_class: type[RecurrentModel]
+    supports_perturbed = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: RecurrentConfig):

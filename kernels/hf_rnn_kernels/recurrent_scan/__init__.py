@@ -3,7 +3,8 @@
 Shapes: B batch, T time, H heads of P units, D = H * P, N sequences (B, or len(cu_seqlens) - 1 when packed). All take
 float32, bfloat16 or float16 (state and gates in float32) or float64, give gradients for every floating argument, and
 run as numba code on a CPU, as Triton kernels on a GPU, and as plain torch anywhere else. Pre-activations lie head by
-head, within a head gate by gate: with one head, in torch's order. Weight and bias may be `Perturbed`, without gradients.
+head, within a head gate by gate: with one head, in torch's order. Weight and bias may be `Perturbed`; then there are no
+gradients.
 """
 
 import torch

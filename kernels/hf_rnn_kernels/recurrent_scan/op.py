@@ -156,7 +156,7 @@ def _backward(ctx, grad, grad_others, grad_last):
         ctx.cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last
     )
     grads = [g.to(s.dtype) for g, s in zip(grad_states, states, strict=False)]
-    return None, grad_x, grad_weight, None if bias is None else grad_bias.to(bias.dtype), grads, None, None, None, None
+    return None, grad_x, grad_weight, None if bias is None else grad_bias.to(bias.dtype), grads, None, None, None, []
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)
