@@ -76,7 +76,7 @@ class Perturbed(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         if function in _HANDLED:
-            return _HANDLED[function](*args, **kwargs)
+            return _HANDLED[function](*args, **kwargs)  # type: ignore[operator]
         return function(*map(_materialized, args), **{name: _materialized(x) for name, x in kwargs.items()})
 
 
@@ -93,13 +93,16 @@ def _materialized(x):
 
 
 def _linear(input, weight, bias=None):
+    if torch.is_autocast_enabled(input.device.type):
+        input = input.to(torch.get_autocast_dtype(input.device.type))
     if not isinstance(weight, Perturbed):  # a bias alone
-        return F.linear(input, weight) + _over(bias, input)
+        return F.linear(input, weight.to(input.dtype)) + _over(bias, input).to(input.dtype)
     if isinstance(bias, Perturbed):
         bias = bias.copies()
+    bias = None if bias is None else bias.to(input.dtype)
     if weight.left is not None:
-        return perturbed_linear(input, weight.base().to(input.dtype), weight.left, weight.right, bias)
-    copies = weight.copies()
+        return perturbed_linear(input, weight.base().to(input.dtype), weight.left, weight.right, bias)  # type: ignore
+    copies = weight.copies().to(input.dtype)
     if weight.members == 1:
         return F.linear(input, copies[0], None if bias is None else bias.view(-1))
     x = input.reshape(weight.members, -1, input.shape[-1])

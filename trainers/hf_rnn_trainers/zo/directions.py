@@ -1,6 +1,6 @@
 """The directions in which weights are perturbed: a function of (seed, step, direction, tensor, element).
 
-Whoever knows these five has the same numbers: every process, every chunk, a run that is resumed, a log that is replayed.
+Whoever knows these five has the same numbers: any process, any chunk, a run that is resumed, a log that is replayed.
 """
 
 import math
@@ -16,7 +16,7 @@ _BLOCK = 128  # random bits of a counter
 
 
 class Directions:
-    """Directions delta_j for the trainable parameters of a model, of unit variance in each element, E[delta delta^T] = I.
+    """Directions delta_j for the trainable parameters of a model, with unit variance: E[delta delta^T] = I.
 
     Args:
         model: its parameters are counted in the order of `named_parameters`, frozen ones, too, so that freezing one
@@ -41,15 +41,16 @@ class Directions:
 
     def _layout(self) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
         """Where in a step's bits the pieces of each parameter begin, and their shapes; `_counters` of these bits."""
-        layout, blocks, numbers, start = {}, [], [], 0
+        layout: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+        blocks, numbers, start = [], [], 0
         for name, (number, p) in self.parameters.items():
-            shapes = [p.shape]
+            shapes: list[tuple[int, ...]] = [tuple(p.shape)]
             if p.dim() > 1:
                 shapes = [(*p.shape[:-1], self.rank), (*p.shape[:-2], p.shape[-1], self.rank)]
             layout[name] = []
             before = start
             for shape in shapes:
-                layout[name].append((start * _BLOCK, tuple(shape)))
+                layout[name].append((start * _BLOCK, shape))
                 start += -(-math.prod(shape) // _BLOCK)
             blocks.append(torch.arange(start - before))
             numbers.append(torch.full((start - before,), number))

@@ -19,8 +19,11 @@ _PAPER = [
 
 @dataclass
 class ZOConfig(TrainingArguments):
-    """TrainingArguments of `ZOTrainer`. What differs from their defaults: plain SGD at a constant learning rate, and no
-    gradient clipping, since an estimate's norm is sqrt(d / n) times the gradient's: clipping would hide a wrong rate."""
+    """TrainingArguments of `ZOTrainer`.
+
+    What differs from their defaults: plain SGD at a constant learning rate, and no gradient clipping, since the norm of
+    an estimate is sqrt(d / n) times the gradient's: it would only hide a wrong rate.
+    """
 
     estimator: str = field(
         default="cd",

@@ -15,23 +15,23 @@ from hf_rnn_kernels import Perturbed
 from hf_rnn_trainers.reliability import NonFiniteGuard, NonFiniteLossError
 from hf_rnn_trainers.zo import replay_log
 from hf_rnn_trainers.zo.directions import Directions
-from hf_rnn_trainers.zo.estimators import ESTIMATORS, estimate
-from hf_rnn_trainers.zo.evaluation import Member, call_with, moved, perturbed, stream_losses
+from hf_rnn_trainers.zo.estimators import estimate
+from hf_rnn_trainers.zo.evaluation import call_with
+from hf_rnn_trainers.zo.learning_rate import best_rate
 from hf_rnn_trainers.zo.optimizer import ZOSGD, written_out
+from hf_rnn_trainers.zo.perturbed_losses import PerturbedLosses
 from hf_rnn_trainers.zo.replay_log import ReplayLog
 from hf_rnn_trainers.zo.zo_config import ZOConfig
 
 logger = logging.get_logger(__name__)
 
-TOKENS = {"cpu": 2**11, "cuda": 2**16}  # of a forward pass, by which directions_per_forward is chosen
-_STREAMED = {"input_ids", "attention_mask", "labels"}
-_SEARCH = 2**32 - 1  # the step whose directions the search for a learning rate uses
+SEARCH = 2**32 - 1  # the step whose directions the search for a learning rate uses
 # The settings that a log's steps depend on
 _REPLAYED = ["directions", "rank", "density", "seed", "optim", "optim_args", "weight_decay", "max_grad_norm"]
 _REPLAYED += ["adam_beta1", "adam_beta2", "adam_epsilon"]
 
 
-class ZOTrainer(NonFiniteGuard, Trainer):
+class ZOTrainer(PerturbedLosses, NonFiniteGuard, Trainer):
     """Trainer whose gradient is g = (1/n) sum_j (L(w + eps delta_j) - L(w - eps delta_j)) / (2 eps) delta_j (CD-RGE,
     "Scaling Recurrent Neural Networks to a Billion Parameters with Zero-Order Optimization", arXiv 2505.17852).
 
@@ -57,6 +57,8 @@ class ZOTrainer(NonFiniteGuard, Trainer):
     """
 
     args: ZOConfig
+    model: Any
+    optimizer: Any
 
     def __init__(self, model=None, args: ZOConfig | None = None, **kwargs):
         if not isinstance(args, ZOConfig):
@@ -64,14 +66,10 @@ class ZOTrainer(NonFiniteGuard, Trainer):
         super().__init__(model, args, **kwargs)
         self._refuse()
         self.directions = Directions(self.model, args.directions, args.seed, args.rank, args.density)
-        self._group, self._shard = divmod(args.process_index, args.data_shards)  # of directions, of data
-        self._groups = args.world_size // args.data_shards
-        own_loss = type(self).compute_loss is not Trainer.compute_loss or self.compute_loss_func is not None
-        self._streams = getattr(self.model, "supports_perturbed", False) and not own_loss and not self.label_smoother
+        self._share_out()
         self._pending: Tensor | None = None  # summed losses and their counts (2, N, signs) of this step so far
         self._log: ReplayLog | None = None
         self._norm = 0.0
-        self.forward_passes = 0  # of this process, counted in evaluations of a batch by one member
         self._seen = self._zeros = self._dropped = 0  # directions since the last log
 
     def _refuse(self) -> None:
@@ -111,7 +109,11 @@ class ZOTrainer(NonFiniteGuard, Trainer):
     def get_train_dataloader(self):
         """Trainer's, with the batch split over `data_shards` instead of all processes."""
         loader = super().get_train_dataloader()
-        for shard in (loader.batch_sampler, loader.dataset):  # accelerate's, of a map or of an iterable dataset
+        shards: tuple[Any, Any] = (
+            loader.batch_sampler,
+            loader.dataset,
+        )  # of maps, of iterables
+        for shard in shards:
             if hasattr(shard, "num_processes"):
                 shard.num_processes, shard.process_index = self.args.data_shards, self._shard
         return loader
@@ -139,72 +141,6 @@ class ZOTrainer(NonFiniteGuard, Trainer):
         self._write_log(c)
         self._give(self.state.global_step, c)
         return means[finite].mean().float().to(self.args.device)
-
-    def _losses(self, inputs: dict[str, Any], step: int) -> Tensor:
-        """This process's share of the losses of every direction and sign, summed, and what they are sums of: (2, N, S)
-        in float64."""
-        self.model.eval()
-        args, signs = self.args, ESTIMATORS[self.args.estimator].signs
-        shared = 0 in signs and not args.data_per_direction  # one loss of the weights themselves for all directions
-        own = [sign for sign in signs if sign or not shared]
-        result = torch.zeros(2, args.num_directions, len(signs), dtype=torch.float64, device=args.device)
-        size = self._directions_per_forward(inputs, len(own)) if self._together(inputs) else 1
-        for at in range(self._group * size, args.num_directions, self._groups * size):
-            group = range(at, min(at + size, args.num_directions))
-            found = self._evaluate(inputs, step, [(j, sign) for j in group for sign in own])
-            result[:, group.start : group.stop, : len(own)] = found.view(2, len(group), len(own))
-        if shared and self._group == 0:
-            result[:, :, signs.index(0)] = self._evaluate(inputs, step, [(0, 0)])
-        return result
-
-    def _directions_per_forward(self, inputs: dict[str, Any], signs: int) -> int:
-        args = self.args
-        if args.directions_per_forward is not None:
-            return args.directions_per_forward
-        rows, time = inputs["input_ids"].shape
-        rows = rows // args.num_directions if args.data_per_direction else rows
-        tokens = rows * min(time, args.chunk_size) * signs
-        return max(1, TOKENS["cpu" if args.device.type == "cpu" else "cuda"] // tokens)
-
-    def _together(self, inputs: dict[str, Any]) -> bool:
-        """Whether several members fit in one forward pass."""
-        functional = self.args.directions == "low_rank" and self.args.evaluation == "functional"
-        return functional and self._streamed(inputs)
-
-    def _streamed(self, inputs: dict[str, Any]) -> bool:
-        return self._streams and {"input_ids", "labels"} <= set(inputs) <= _STREAMED
-
-    def _evaluate(self, inputs: dict[str, Any], step: int, members: list[Member]) -> Tensor:
-        """Summed losses of members, and what they are sums of: (2, M)."""
-        if len(members) > 1 and not self._together(inputs):
-            return torch.cat([self._evaluate(inputs, step, [member]) for member in members], 1)
-        self.forward_passes += len(members)
-        args, batch = self.args, {name: self._rows(x, members) for name, x in inputs.items()}
-        with torch.no_grad(), self.compute_loss_context_manager():
-            run = functools.partial(self._run, batch, step, self._streamed(inputs))
-            if args.evaluation == "functional":
-                rows = batch["labels"].shape[1] if len(members) > 1 else 1
-                return call_with(self.model, perturbed(self.directions, step, members, args.epsilon, rows), run)
-            (member,) = members
-            with moved(self.directions, step, member, args.epsilon, args.evaluation == "in_place"):
-                return run()
-
-    def _rows(self, x: Any, members: list[Member]) -> Any:
-        """What members see of (B, ...): all of it, or each its direction's share; (M, rows, ...)."""
-        if not isinstance(x, Tensor):
-            return x
-        if not self.args.data_per_direction:
-            return x[None].expand(len(members), *x.shape)
-        return x.unflatten(0, (self.args.num_directions, -1))[[j for j, _ in members]]
-
-    def _run(self, batch: dict[str, Any], step: int, streamed: bool) -> Tensor:
-        if streamed:
-            return torch.stack([x.double() for x in stream_losses(self.model, batch, self.args.chunk_size)])
-        inputs = {name: x[0] if isinstance(x, Tensor) else x for name, x in batch.items()}
-        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
-            torch.manual_seed(self.args.seed + step)  # the same for all members; the caller's numbers stay his
-            loss = float(self.compute_loss(self.model, inputs))
-        return torch.tensor([[loss], [1.0]], dtype=torch.float64, device=self.args.device)
 
     def _means(self, losses: Tensor) -> Tensor:
         """Means over all processes and tokens, (N, S), the same bits everywhere."""
@@ -243,8 +179,8 @@ class ZOTrainer(NonFiniteGuard, Trainer):
             self._seen = self._zeros = self._dropped = 0
             if zeros > 0.05:
                 logger.warning(
-                    f"{zeros:.0%} of the differences are exactly zero: epsilon={self.args.epsilon} is too small for the "
-                    "precision of the loss, or the objective too coarse; raise epsilon, or compute in float32"
+                    f"{zeros:.0%} of the differences are exactly zero: epsilon={self.args.epsilon} is too small for "
+                    "the precision of the loss, or the objective too coarse; raise epsilon, or compute in float32"
                 )
         super().log(logs, start_time)
 
@@ -274,7 +210,7 @@ class ZOTrainer(NonFiniteGuard, Trainer):
             ValueError: a log of a run with an optimizer of its own, of other weights, or with steps missing.
         """
         path = log if Path(log).is_file() else cached_file(str(log), replay_log.NAME)
-        header, steps = replay_log.read(path)
+        header, steps = replay_log.read(str(path))
         model = base if isinstance(base, nn.Module) else AutoModelForCausalLM.from_pretrained(base)
         size = header.pop("size")
         with tempfile.TemporaryDirectory() as folder:
@@ -296,7 +232,6 @@ class ZOTrainer(NonFiniteGuard, Trainer):
             optimizer.zero_grad()
         return model
 
-    @torch.no_grad()
     def find_learning_rate(self, low: float = 1e-5, high: float = 10.0, points: int = 7, rounds: int = 3) -> float:
         """The step along -g that lowers the loss of a training batch most; the weights stay as they are.
 
@@ -307,33 +242,20 @@ class ZOTrainer(NonFiniteGuard, Trainer):
             ValueError: no rate lowers the loss.
         """
         inputs = self._prepare_inputs(next(iter(self.get_train_dataloader())))
-        c = self._estimate(self._means(self._losses(inputs, _SEARCH)))
-        parts = {id(p): parts for p, parts in self.directions.combine(_SEARCH, c)}
+        c = self._estimate(self._means(self._losses(inputs, SEARCH)))
+        return best_rate(functools.partial(self._loss_after, inputs, c), low, high, points, rounds)
 
-        def loss(rate: float) -> float:
-            new = {}
-            for name, (_, p) in self.directions.parameters.items():
-                first, *second = parts[id(p)]
-                if second:
-                    new[name] = Perturbed.of_low_rank(p, -rate * first[None], second[0].transpose(-1, -2)[None])
-                else:
-                    new[name] = Perturbed.of_offset(p, lambda first=first: -rate * first[None])
-            batch = {name: x[None] if isinstance(x, Tensor) else x for name, x in inputs.items()}
-            run = functools.partial(self._run, batch, 0, self._streamed(inputs))
-            with self.compute_loss_context_manager():
-                return float(self._means(call_with(self.model, new, run)[..., None]))
-
-        before, tried = loss(0.0), {}
-        for _ in range(rounds):
-            for rate in torch.logspace(*torch.tensor([low, high]).log10().tolist(), points).tolist():
-                tried[rate] = loss(rate)
-            rates = sorted(tried)
-            best = min(rates, key=lambda rate: tried[rate] if tried[rate] == tried[rate] else float("inf"))
-            at = rates.index(best)
-            low, high = rates[max(at - 1, 0)], rates[min(at + 1, len(rates) - 1)]
-        if not tried[best] < before:
-            raise ValueError(
-                f"learning_rate: none between {rates[0]:.0e} and {rates[-1]:.0e} lowers the loss of {before:.4g} along "
-                f"an estimate with num_directions={self.args.num_directions}; raise that, or check epsilon"
-            )
-        return best
+    def _loss_after(self, inputs: dict[str, Any], c: Tensor, rate: float) -> float:
+        """The loss after a step of SGD, which is not made."""
+        names = {id(p): name for name, (_, p) in self.directions.parameters.items()}
+        new: dict[str, Tensor] = {}
+        for p, (first, *second) in self.directions.combine(SEARCH, c):
+            step = -rate * first[None]
+            if second:
+                new[names[id(p)]] = Perturbed.of_low_rank(p, step, second[0].transpose(-1, -2)[None])
+            else:
+                new[names[id(p)]] = Perturbed.of_offset(p, lambda step=step: step)
+        batch = {name: x[None] if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        with self.compute_loss_context_manager():
+            losses = call_with(self.model, new, functools.partial(self._run, batch, 0, self._streamed(inputs)))
+        return float(self._means(losses[..., None]))

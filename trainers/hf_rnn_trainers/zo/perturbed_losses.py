@@ -1,0 +1,104 @@
+"""The losses of a training step, at every perturbation that this process has to evaluate."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from hf_rnn_trainers.zo.directions import Directions
+from hf_rnn_trainers.zo.estimators import ESTIMATORS
+from hf_rnn_trainers.zo.evaluation import Member, call_with, moved, perturbed, stream_losses
+from hf_rnn_trainers.zo.zo_config import ZOConfig
+
+TOKENS = {"cpu": 2**11, "cuda": 2**16}  # of a forward pass, by which directions_per_forward is chosen
+_STREAMED = {"input_ids", "attention_mask", "labels"}
+
+
+class PerturbedLosses(Trainer):
+    """What `ZOTrainer` does instead of a forward and a backward pass.
+
+    Attributes:
+        directions: those that the weights are perturbed in.
+        forward_passes: of this process so far, counted in evaluations of a batch by one member.
+    """
+
+    args: ZOConfig
+    model: Any
+    directions: Directions
+    forward_passes: int
+
+    def _share_out(self) -> None:
+        """This process's part of directions (`_group` of `_groups`) and data (`_shard`), and how it takes losses."""
+        self._group, self._shard = divmod(self.args.process_index, self.args.data_shards)
+        self._groups = self.args.world_size // self.args.data_shards
+        own_loss = type(self).compute_loss is not Trainer.compute_loss or self.compute_loss_func is not None
+        self._streams = getattr(self.model, "supports_perturbed", False) and not own_loss and not self.label_smoother
+        self.forward_passes = 0
+
+    def _losses(self, inputs: dict[str, Any], step: int) -> Tensor:
+        """This process's share of the losses of every direction and sign, summed, and what they are sums of: (2, N, S)
+        in float64."""
+        self.model.eval()
+        args, signs = self.args, ESTIMATORS[self.args.estimator].signs
+        shared = 0 in signs and not args.data_per_direction  # one loss of the weights themselves for all directions
+        own = [sign for sign in signs if sign or not shared]
+        result = torch.zeros(2, args.num_directions, len(signs), dtype=torch.float64, device=args.device)
+        size = self._directions_per_forward(inputs, len(own)) if self._together(inputs) else 1
+        for at in range(self._group * size, args.num_directions, self._groups * size):
+            group = range(at, min(at + size, args.num_directions))
+            found = self._evaluate(inputs, step, [(j, sign) for j in group for sign in own])
+            result[:, group.start : group.stop, : len(own)] = found.view(2, len(group), len(own))
+        if shared and self._group == 0:
+            result[:, :, signs.index(0)] = self._evaluate(inputs, step, [(0, 0)])
+        return result
+
+    def _directions_per_forward(self, inputs: dict[str, Any], signs: int) -> int:
+        args = self.args
+        if args.directions_per_forward is not None:
+            return args.directions_per_forward
+        rows, time = inputs["input_ids"].shape
+        rows = rows // args.num_directions if args.data_per_direction else rows
+        tokens = rows * min(time, args.chunk_size) * signs
+        return max(1, TOKENS["cpu" if args.device.type == "cpu" else "cuda"] // tokens)
+
+    def _together(self, inputs: dict[str, Any]) -> bool:
+        """Whether several members fit in one forward pass."""
+        functional = self.args.directions == "low_rank" and self.args.evaluation == "functional"
+        return functional and self._streamed(inputs)
+
+    def _streamed(self, inputs: dict[str, Any]) -> bool:
+        return self._streams and {"input_ids", "labels"} <= set(inputs) <= _STREAMED
+
+    def _evaluate(self, inputs: dict[str, Any], step: int, members: list[Member]) -> Tensor:
+        """Summed losses of members, and what they are sums of: (2, M)."""
+        if len(members) > 1 and not self._together(inputs):
+            return torch.cat([self._evaluate(inputs, step, [member]) for member in members], 1)
+        self.forward_passes += len(members)
+        args, batch = self.args, {name: self._rows(x, members) for name, x in inputs.items()}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            run = functools.partial(self._run, batch, step, self._streamed(inputs))
+            if args.evaluation == "functional":
+                rows = batch["labels"].shape[1] if len(members) > 1 else 1
+                return call_with(self.model, perturbed(self.directions, step, members, args.epsilon, rows), run)
+            (member,) = members
+            with moved(self.directions, step, member, args.epsilon, args.evaluation == "in_place"):
+                return run()
+
+    def _rows(self, x: Any, members: list[Member]) -> Any:
+        """What members see of (B, ...): all of it, or each its direction's share; (M, rows, ...)."""
+        if not isinstance(x, Tensor):
+            return x
+        if not self.args.data_per_direction:
+            return x[None].expand(len(members), *x.shape)
+        return x.unflatten(0, (self.args.num_directions, -1))[[j for j, _ in members]]
+
+    def _run(self, batch: dict[str, Any], step: int, streamed: bool) -> Tensor:
+        if streamed:
+            return torch.stack([x.double() for x in stream_losses(self.model, batch, self.args.chunk_size)])
+        inputs = {name: x[0] if isinstance(x, Tensor) else x for name, x in batch.items()}
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed + step)  # the same for all members; the caller's numbers stay his
+            loss = float(self.compute_loss(self.model, inputs))  # type: ignore[arg-type]
+        return torch.tensor([[loss], [1.0]], dtype=torch.float64, device=self.args.device)
