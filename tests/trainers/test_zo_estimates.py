@@ -161,7 +161,7 @@ def test_dropout_is_off(tmp_path):
     model, inputs = lstm(hidden_dropout=0.5).train(), a_batch()
     trainer = trainer_for(model, tmp_path, num_directions=2)
     trainer._losses(inputs, 0)
-    first, second = (trainer._evaluate(inputs, 0, [(0, 0)]) for _ in range(2))
+    first, second = (trainer._losses_of(inputs, 0, [(0, 0)]) for _ in range(2))
     assert torch.equal(first, second)
 
 

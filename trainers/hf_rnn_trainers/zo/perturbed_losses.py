@@ -34,7 +34,8 @@ class PerturbedLosses(Trainer):
         self._group, self._shard = divmod(self.args.process_index, self.args.data_shards)
         self._groups = self.args.world_size // self.args.data_shards
         own_loss = type(self).compute_loss is not Trainer.compute_loss or self.compute_loss_func is not None
-        self._streams = getattr(self.model, "supports_perturbed", False) and not own_loss and not self.label_smoother
+        supported = getattr(type(self.model), "supports_perturbed", False)  # the class's: an adapter's wrapper is none
+        self._streams = supported and not own_loss and not self.label_smoother
         self.forward_passes = 0
 
     def _losses(self, inputs: dict[str, Any], step: int) -> Tensor:
@@ -48,10 +49,10 @@ class PerturbedLosses(Trainer):
         size = self._directions_per_forward(inputs, len(own)) if self._together(inputs) else 1
         for at in range(self._group * size, args.num_directions, self._groups * size):
             group = range(at, min(at + size, args.num_directions))
-            found = self._evaluate(inputs, step, [(j, sign) for j in group for sign in own])
+            found = self._losses_of(inputs, step, [(j, sign) for j in group for sign in own])
             result[:, group.start : group.stop, : len(own)] = found.view(2, len(group), len(own))
         if shared and self._group == 0:
-            result[:, :, signs.index(0)] = self._evaluate(inputs, step, [(0, 0)])
+            result[:, :, signs.index(0)] = self._losses_of(inputs, step, [(0, 0)])
         return result
 
     def _directions_per_forward(self, inputs: dict[str, Any], signs: int) -> int:
@@ -71,10 +72,10 @@ class PerturbedLosses(Trainer):
     def _streamed(self, inputs: dict[str, Any]) -> bool:
         return self._streams and {"input_ids", "labels"} <= set(inputs) <= _STREAMED
 
-    def _evaluate(self, inputs: dict[str, Any], step: int, members: list[Member]) -> Tensor:
+    def _losses_of(self, inputs: dict[str, Any], step: int, members: list[Member]) -> Tensor:
         """Summed losses of members, and what they are sums of: (2, M)."""
         if len(members) > 1 and not self._together(inputs):
-            return torch.cat([self._evaluate(inputs, step, [member]) for member in members], 1)
+            return torch.cat([self._losses_of(inputs, step, [member]) for member in members], 1)
         self.forward_passes += len(members)
         args, batch = self.args, {name: self._rows(x, members) for name, x in inputs.items()}
         with torch.no_grad(), self.compute_loss_context_manager():

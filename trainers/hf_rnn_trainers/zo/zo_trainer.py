@@ -64,7 +64,11 @@ class ZOTrainer(PerturbedLosses, NonFiniteGuard, Trainer):
         if not isinstance(args, ZOConfig):
             raise TypeError(f"args: expected a ZOConfig, got {type(args).__name__}")
         super().__init__(model, args, **kwargs)
+        self._own_optimizer = self.optimizer is not None  # the caller's, of which the log cannot tell
         self._refuse()
+        for p in self.model.parameters():
+            if p.data_ptr() % 64:  # as read from a file: matrix products would round in another way
+                p.data = p.data.clone()
         self.directions = Directions(self.model, args.directions, args.seed, args.rank, args.density)
         self._share_out()
         self._pending: Tensor | None = None  # summed losses and their counts (2, N, signs) of this step so far
@@ -189,6 +193,8 @@ class ZOTrainer(PerturbedLosses, NonFiniteGuard, Trainer):
             return
         if self._log is None:
             header = {name: getattr(self.args, name) for name in _REPLAYED} | {"size": self.directions.size}
+            if self._own_optimizer:
+                header["optim"] = None
             path = Path(self.args.output_dir or ".") / replay_log.NAME
             self._log = ReplayLog(path, header, self.state.global_step)
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -213,6 +219,8 @@ class ZOTrainer(PerturbedLosses, NonFiniteGuard, Trainer):
         header, steps = replay_log.read(str(path))
         model = base if isinstance(base, nn.Module) else AutoModelForCausalLM.from_pretrained(base)
         size = header.pop("size")
+        if header["optim"] is None:
+            raise ValueError(f"log: {path} is of a run with an optimizer of its own, which it does not know")
         with tempfile.TemporaryDirectory() as folder:
             on_cpu = next(model.parameters()).device.type == "cpu"
             args = ZOConfig(output_dir=folder, report_to="none", use_cpu=on_cpu, **header)
