@@ -148,10 +148,14 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the recurrence one step at a time; arguments and results as in `op.scan`."""
     if cu_seqlens is not None:
+        count = len(cu_seqlens) - 1
         pieces = [
-            scan(cell, x[:, at], weight, bias, [s[n : n + 1] for s in states], m, None, training, perturbation)
+            scan(
+                cell, x[:, at], weight, bias, [s[n : n + 1] for s in states], m, None, training,
+                [p[n * len(p) // count, None] for p in perturbation],
+            )
             for n, at, m in _pieces(mask, cu_seqlens)
-        ]
+        ]  # fmt: skip
         return torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces], 1), torch.cat(
             [p[2] for p in pieces], 1
         )  # fmt: skip

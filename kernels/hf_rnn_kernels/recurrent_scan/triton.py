@@ -11,7 +11,10 @@ grad_x, rounded to the dtype of x. `_backward` finds it there and puts the gradi
 the work, and R is on chip in one layout. With the second one, which R h needs, 128 units in bfloat16 took 308 KiB of
 shared memory for an LSTM and 228 KiB for a GRU, more than an H100 has, and spilled 1,302 and 776 registers on gfx942.
 
-The number of sequences, their lengths and the number of heads are run-time arguments on which nothing is specialised.
+Perturbed copies R + left right^T are never formed: their sequences are a program's like any others, each with factors
+of its own, which stay in registers beside R.
+
+The numbers of sequences, heads and members and the lengths are run-time arguments on which nothing is specialised.
 """
 
 from collections.abc import Sequence
@@ -35,7 +38,7 @@ UNITS, DEPTH = 32, 64  # tiles of R where it is streamed
 PROGRAMS, STEPS = 1024, 16
 
 _jit = triton.jit(
-    do_not_specialize=["time", "rows", "sequences", "heads", "chunks"],
+    do_not_specialize=["time", "rows", "sequences", "heads", "chunks", "rows_per_member"],
     do_not_specialize_on_alignment=["mask", "offsets"],
 )
 
@@ -94,6 +97,12 @@ def _bias(bias, head, size, unit, valid, GATES: tl.constexpr):
 
 
 @triton.jit
+def _owner(n, head, sequences, heads, rows_per_member):
+    """Whose bias and factors a sequence has: its head's, or this head's of its member."""
+    return head if rows_per_member is None else tl.minimum(n, sequences - 1) // rows_per_member * heads + head
+
+
+@triton.jit
 def _source(first, every, t, n, row, sequences, units, STATES: tl.constexpr):
     """Where the states before step t are: the tensor, the rows in it, and the distance of one state to the next.
 
@@ -122,6 +131,26 @@ def _recurrent(h, weights, GATES: tl.constexpr):
     for g in tl.static_range(GATES):
         new = new + (tl.dot(h, tl.trans(weights[g]), input_precision="ieee"),)
     return new
+
+
+@triton.jit
+def _projected(h, right, K: tl.constexpr):
+    """u_k = h . right_k."""
+    u = ()
+    for k in tl.static_range(K):
+        u = u + (tl.sum(h.to(tl.float32) * right[k].to(tl.float32), 1, keep_dims=True),)
+    return u
+
+
+@triton.jit
+def _add_low_rank(recurrent, u, left, GATES: tl.constexpr, K: tl.constexpr):
+    """The sum over k of u_k left_k is added, gate by gate; `left` has the gates of one k after those of another."""
+    for k in tl.static_range(K):
+        new = ()
+        for g in tl.static_range(GATES):
+            new = new + (recurrent[g] + u[k] * left[k * GATES + g].to(tl.float32),)
+        recurrent = new
+    return recurrent
 
 
 @triton.jit
@@ -157,6 +186,20 @@ def _recurrent_streamed(
 
 
 @triton.jit
+def _projected_streamed(
+    source, to, inside, right, own, size,
+    K: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """u_k = h . right_k, with the rows of h at `source`."""
+    u = (tl.zeros([BN, 1], tl.float32),) * K
+    for depth in range(0, size, DEPTH):
+        in_ = depth + tl.arange(0, DEPTH)[None, :]
+        h = tl.load(source + to + in_, inside & (in_ < size), other=0.0)
+        u = _add(u, _projected(h, _load(right, own * K * size, in_, size, in_ < size, K), K), K)
+    return u
+
+
+@triton.jit
 def _through_streamed(
     grad_x, own, row, inside, weight, head, heads, size, unit,
     GATES: tl.constexpr, OWN: tl.constexpr, BN: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
@@ -184,18 +227,23 @@ def _through_streamed(
 @_jit
 def _forward(
     x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
-    first, h, others, last,
-    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr,
+    first, h, others, last, left, right, rows_per_member,
+    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr, K: tl.constexpr,
     BN: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`last` (STATES, N, D) holds the initial states on entry, the last ones on return, and behind them what else the
-    cell carries; `others` the KEPT states but h."""
+    cell carries; `others` the KEPT states but h. `left` (M, H, K, G * P), `right` (M, H, K, P) and with them a `bias`
+    for each member (M, H * G * P), or None."""
     head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
     n, start, length = n[:, None], start[:, None], length[:, None]
     unit = tl.arange(0, BP)[None, :]
     units = heads.to(tl.int64) * size
     weights = _held(weight, head, size, unit, GATES)
-    biases = _bias(bias, head, size, unit, unit < size, GATES)
+    own = _owner(n, head, sequences, heads, rows_per_member)
+    biases = _bias(bias, own, size, unit, unit < size, GATES)
+    if left is not None:
+        lefts = _load(left, own * K * GATES * size, unit, size, unit < size, K * GATES)
+        rights = _load(right, own * K * size, unit, size, unit < size, K)
     there = (n < sequences) & (unit < size)
     apart = sequences * units
     states = _load(last, n * units + head * size, unit, apart, there, STATES)
@@ -203,7 +251,10 @@ def _forward(
         inside = (t < length) & (unit < size)
         x_t = _load(x, (start + t) * x_stride + head * GATES * size, unit, size, inside, GATES)
         live = _live(mask, start + t, t < length)
-        recurrent = _add(_recurrent(states[0].to(x.dtype.element_ty), weights, GATES), biases, GATES)
+        h_before = states[0].to(x.dtype.element_ty)
+        recurrent = _add(_recurrent(h_before, weights, GATES), biases, GATES)
+        if left is not None:
+            recurrent = _add_low_rank(recurrent, _projected(h_before, rights, K), lefts, GATES, K)
         states = _where(live, _step(_float(x_t, GATES), recurrent, states, CELL), states, STATES)
         to = (start + t) * units
         tl.store(h + to + head * size + unit, states[0], inside)
@@ -214,26 +265,32 @@ def _forward(
 @_jit
 def _forward_streamed(
     x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
-    first, h, others, last,
-    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr,
+    first, h, others, last, left, right, rows_per_member,
+    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr, K: tl.constexpr,
     BN: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """As `_forward`; between steps the states are in `last`."""
     head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
     n, start, length = n[:, None], start[:, None], length[:, None]
     units = heads.to(tl.int64) * size
+    own = _owner(n, head, sequences, heads, rows_per_member)
     apart = sequences * units
     for t in range(longest):
         row = start + t
         live = _live(mask, row, t < length)
         source, source_to, _ = _source(first, h, t, n, row, sequences, units, 1)
+        if left is not None:
+            u = _projected_streamed(source, source_to + head * size, t < length, right, own, size, K, BN, DEPTH)
         for begin in range(0, size, UNITS):
             unit = begin + tl.arange(0, UNITS)[None, :]
             inside = (t < length) & (unit < size)
             recurrent = _recurrent_streamed(
                 source, source_to + head * size, t < length, weight, head, size, unit, GATES, BN, UNITS, DEPTH
             )
-            recurrent = _add(recurrent, _bias(bias, head, size, unit, unit < size, GATES), GATES)
+            recurrent = _add(recurrent, _bias(bias, own, size, unit, unit < size, GATES), GATES)
+            if left is not None:
+                lefts = _load(left, own * K * GATES * size, unit, size, unit < size, K * GATES)
+                recurrent = _add_low_rank(recurrent, u, lefts, GATES, K)
             x_t = _load(x, row * x_stride + head * GATES * size, unit, size, inside, GATES)
             states = _load(last, n * units + head * size, unit, apart, inside, STATES)
             states = _where(live, _step(_float(x_t, GATES), recurrent, states, CELL), states, STATES)
@@ -411,13 +468,19 @@ class _Launch:
 
     def __init__(
         self, cell: str, x: Tensor, weight: Tensor, bias: Tensor | None, states: list[Tensor], mask: Tensor | None,
-        cu_seqlens: Tensor | None,
+        cu_seqlens: Tensor | None, perturbation: Sequence[Tensor] = (),
     ):  # fmt: skip
         batch, time, _ = x.shape
         self.heads, _, size = weight.shape
         self.sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.weight = weight.to(x.dtype).contiguous()
         x, x_stride = _rows(x)
+        self.members, self.rank = (None, None, None), 0
+        if perturbation:
+            left, right, biases = perturbation
+            bias = biases if bias is None else biases + bias
+            left, right = (factor.to(x.dtype).transpose(2, 3).contiguous() for factor in (left, right))
+            self.members, self.rank = (left, right, self.sequences // len(left)), left.shape[2]
         bias = None if bias is None else bias.float().contiguous()
         # Of 16 bits because Triton lays out the operands of `tl.dot` for the narrowest load they depend on.
         mask = None if mask is None else mask.bool().to(torch.int16).contiguous()
@@ -452,16 +515,17 @@ def scan(
     perturbation: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `op.scan`."""
-    if perturbation:
-        raise NotImplementedError
     with torch.cuda.device_of(x):
-        launch = _Launch(cell, x, weight, bias, states, mask, cu_seqlens)
+        launch = _Launch(cell, x, weight, bias, states, mask, cu_seqlens, perturbation)
         batch, time, units = *x.shape[:2], launch.states.shape[2]
         kept = launch.cell.states - 1 if training else 0
         h = torch.empty(batch, time, units, dtype=x.dtype, device=x.device)
         others = torch.empty(batch, time, kept, units, dtype=torch.float32, device=x.device)
         carried = launch.states.shape[0]
-        launch.run(_forward, _forward_streamed, h, others, launch.states, STATES=carried, KEPT=kept)
+        launch.run(
+            _forward, _forward_streamed, h, others, launch.states, *launch.members,
+            STATES=carried, KEPT=kept, K=launch.rank,
+        )  # fmt: skip
     return h, others, launch.states[: launch.cell.states]
 
 

@@ -1,0 +1,282 @@
+"""The Triton backends of perturbed weights, tested as that of gated_scan is in `test_triton.py`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_rnn_kernels.perturbed import op, reference
+from hf_rnn_kernels.recurrent_scan import op as scan_op
+from hf_rnn_kernels.recurrent_scan import reference as scan_reference
+
+triton = pytest.importorskip("triton")
+from ops import test_recurrent_triton as recurrent  # noqa: E402
+from ops import test_triton as shared  # noqa: E402
+
+from hf_rnn_kernels.perturbed import triton as backend  # noqa: E402
+from hf_rnn_kernels.recurrent_scan import triton as scan_backend  # noqa: E402
+
+compiled, gpu, interpreted = shared.compiled, shared.gpu, shared.interpreted
+poison, reverse, target = shared.poison, shared.reverse, shared.target
+bfloat16_dot, chip, path, quick = recurrent.bfloat16_dot, recurrent.chip, recurrent.path, recurrent.quick
+
+CELLS = recurrent.CELLS
+HALF = [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
+KERNELS = [backend._linear, scan_backend._forward, scan_backend._forward_streamed]
+
+
+def make(members, rows, inner, outer, rank=1, dtype=torch.float32, device="cpu"):
+    """x, a slice of something larger, weight, left, right: both parts of y of size one."""
+    torch.manual_seed(0)
+    whole = torch.randn(members, rows, inner + 16).to(device, dtype)
+    weight, left = torch.randn(outer, inner) / inner**0.5, torch.randn(members, outer, rank)
+    right = torch.randn(members, inner, rank) / inner**0.5
+    return whole[..., :inner], *[t.to(device, dtype) for t in (weight, left, right)]
+
+
+def error(actual, expected):
+    assert actual.shape == expected.shape
+    return ((actual.cpu().double() - expected).norm() / expected.norm()).item()
+
+
+def check(run, arguments, tolerance=1e-6):
+    y = run(*arguments)
+    assert y.dtype == arguments[0].dtype
+    assert error(y, reference.linear(*[t.cpu().double() for t in arguments])) <= tolerance
+
+
+def make_perturbation(cell, members, heads, size, rank=1, device="cpu"):
+    torch.manual_seed(1)
+    rows = scan_reference.CELLS[cell].gates * size
+    left, right = torch.randn(members, heads, rows, rank), torch.randn(members, heads, size, rank) / size**0.5
+    return [t.to(device) for t in (left, right, torch.randn(members, heads * rows))]
+
+
+def check_scan(run, cell, x, weight, bias, states, mask, cu_seqlens, perturbation, tolerance=1e-6):
+    def exact(t):
+        return None if t is None else t.cpu().double() if t.is_floating_point() else t.cpu()
+
+    lists = [[exact(t) for t in tensors] for tensors in (states, perturbation)]
+    fixed = [exact(t) for t in (x, weight, bias, mask, cu_seqlens)]
+    expected = scan_reference.scan(cell, *fixed[:3], lists[0], *fixed[3:], True, lists[1])
+    actual = run(cell, x, weight, bias, states, mask, cu_seqlens, True, perturbation)
+    for a, e in zip(actual, expected, strict=True):
+        assert e.numel() == 0 or error(a, e) <= tolerance
+
+
+@compiled
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=[pytest.mark.slow])])
+@pytest.mark.timeout(1800)
+def test_values_in_the_interpreter(which):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-k", "interpreted", "-m", which, __file__]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@interpreted
+@pytest.mark.usefixtures("bfloat16_dot", "poison", "reverse")
+class TestInterpretedLinear:
+    @pytest.mark.parametrize(
+        "shape", [(5, 3, 19, 7), (3, 1, 33, 130), (1, 1, 1, 1), (70, 1, 16, 64), (2, 65, 40, 65)], ids=str
+    )
+    @pytest.mark.parametrize("rank", [1, 2])
+    def test_sizes(self, shape, rank):
+        """A tile of rows spans several members, and a member several tiles."""
+        check(backend.linear, make(*shape, rank))
+
+    @pytest.mark.parametrize("dtype, tolerance", HALF)
+    def test_half_precision(self, dtype, tolerance):
+        check(backend.linear, make(5, 3, 70, 19, 2, dtype), tolerance)
+
+    def test_more_tiles_than_a_group(self, monkeypatch):
+        monkeypatch.setattr(backend, "_plan", lambda *_: {"BM": 16, "BO": 16, "BI": 16, "STAGES": 1})
+        check(backend.linear, make(54, 3, 9, 50))
+
+    def test_layouts(self):
+        """Factors in float32 beside x in 16 bits, transposed, and x that no distance of rows describes."""
+        x, weight, left, right = make(3, 2, 19, 7, 2)
+        x, left, right = x.mT.contiguous().mT, left.mT.contiguous().mT, right.mT.contiguous().mT
+        check(backend.linear, (x, weight.mT.contiguous().mT, left, right))
+        check(backend.linear, (x.bfloat16(), weight.bfloat16(), left, right), 1e-2)
+
+    def test_nothing(self):
+        assert backend.linear(*make(3, 0, 5, 7)).shape == (3, 0, 7)
+
+    def test_nan_stays_in_its_member(self):
+        x, weight, left, right = make(3, 2, 5, 7)
+        right[1] = float("nan")
+        wrong = backend.linear(x, weight, left, right).isnan()
+        assert wrong[1].all() and not wrong[::2].any()
+
+
+@interpreted
+@pytest.mark.usefixtures("bfloat16_dot", "poison", "quick", "reverse")
+class TestInterpretedScan:
+    @pytest.mark.parametrize("cell, members, rows, rank", [("lstm", 2, 3, 1), ("gru", 3, 1, 2), ("slstm", 1, 3, 2)])
+    def test_all_at_once(self, cell, members, rows, rank, path):
+        """Two heads of an odd size, initial states, strided x, padding on both sides and inside."""
+        sequences = members * rows
+        arguments = recurrent.make(cell, sequences, 6, 2, 19, strided=True)
+        states, mask = recurrent.make_states(cell, sequences, 38), shared.padding(sequences, 6)
+        perturbation = make_perturbation(cell, members, 2, 19, rank)
+        check_scan(scan_backend.scan, cell, *arguments, states, mask, None, perturbation)
+
+    @pytest.mark.parametrize("cell, members", [("gru", 2), ("lstm", 4)])
+    def test_packed(self, cell, members, path):
+        cu_seqlens = torch.tensor([0, 4, 4, 5, 11])
+        x, weight, _ = recurrent.make(cell, 1, 11, 2, 3)
+        perturbation = make_perturbation(cell, members, 2, 3)
+        check_scan(scan_backend.scan, cell, x, weight, None, [], None, cu_seqlens, perturbation)
+
+    def test_many_members(self, path):
+        """More sequences than a program has, so that the last one has some that are not there."""
+        x, weight, _ = recurrent.make("gru", 35, 2, 1, 3)
+        check_scan(scan_backend.scan, "gru", x, weight, None, [], None, None, make_perturbation("gru", 7, 1, 3))
+
+    @pytest.mark.parametrize("dtype, tolerance", HALF)
+    def test_half_precision(self, dtype, tolerance, path):
+        """Factors in float32, as the weights of autocast are."""
+        x, weight, bias = recurrent.make("lstm", 6, 5, 1, 19)
+        perturbation = make_perturbation("lstm", 2, 1, 19)
+        check_scan(
+            scan_backend.scan, "lstm", x.to(dtype), weight, bias, [], None, None, perturbation, tolerance
+        )  # fmt: skip
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(900)
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("size", [3, 16, 40])
+    @pytest.mark.parametrize("members, rows, rank", [(1, 1, 1), (3, 1, 2), (2, 3, 1), (6, 3, 2)])
+    @pytest.mark.parametrize("cell", CELLS)
+    def test_every_combination(self, cell, members, rows, rank, size, masked, path):
+        sequences = members * rows
+        states = recurrent.make_states(cell, sequences, 2 * size)
+        mask = shared.padding(sequences, 4) if masked else None
+        perturbation = make_perturbation(cell, members, 2, size, rank)
+        arguments = recurrent.make(cell, sequences, 4, 2, size)
+        check_scan(scan_backend.scan, cell, *arguments, states, mask, None, perturbation)
+
+
+# Compilation, by the driver of `test_triton.py`, which launches nothing.
+
+
+@pytest.fixture
+def gone(chip):
+    """The GPU that is not there, for the matrix product, too."""
+    yield chip
+    backend._linear.device_caches.pop(chip, None)
+
+
+def launch_scan(cell, members, rows, heads, size, rank, dtype, mask=False):
+    x, weight, bias = recurrent.make(cell, members * rows, 4, heads, size, dtype)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool) if mask else None
+    scan_backend.scan(cell, x, weight, bias, [], mask, perturbation=make_perturbation(cell, members, heads, size, rank))
+
+
+def kernels_for(target):
+    return {kernel.__name__: list(kernel.device_caches[target][0].values()) for kernel in KERNELS}
+
+
+def check_compiled(target, expected, spilled=0):
+    found = kernels_for(target)
+    assert {name for name, kernels in found.items() if kernels} == {expected.__name__}
+    for kernel in found[expected.__name__]:
+        assert kernel.metadata.shared <= shared.TARGETS[target][1]
+        spills = shared.spills(kernel)
+        spills.pop("sgpr_spill_count", None)  # scalars spill to lanes of a vector register
+        assert spills and max(spills.values()) <= spilled, spills
+
+
+@compiled
+@pytest.mark.parametrize("target", shared.TARGETS, indirect=True)
+@pytest.mark.parametrize("dtype, sizes", [(torch.bfloat16, (256, 256)), (torch.float32, (51, 19))])
+def test_linear_compiles_without_spills(gone, dtype, sizes):
+    backend.linear(*make(3, 2, *sizes, 1, dtype))
+    check_compiled(gone, backend._linear)
+
+
+@compiled
+@pytest.mark.parametrize("target", shared.TARGETS, indirect=True)
+@pytest.mark.parametrize("cell, size, kernel", [("lstm", 64, "_forward"), ("gru", 768, "_forward_streamed")])
+def test_scan_compiles_without_spills(gone, cell, size, kernel):
+    launch_scan(cell, 3, 2, 1, size, 1, torch.bfloat16, mask=True)
+    check_compiled(gone, getattr(scan_backend, kernel))
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("sizes", [(16, 16), (512, 50257), (51, 19), (1, 256)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target", shared.TARGETS, indirect=True)
+def test_every_linear_compiles_without_spills(gone, dtype, sizes, rank):
+    backend.linear(*make(3, 2, *sizes, rank, dtype))
+    check_compiled(gone, backend._linear)
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("size", [16, 19, 64, 128, 768])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("target", shared.TARGETS, indirect=True)
+def test_every_scan_compiles_without_spills(gone, cell, dtype, size):
+    """In 16 bits three registers, where R takes the most; in float32 a GRU of 128 units, which just fits, takes most
+    of its factors from memory."""
+    launch_scan(cell, 3, 2, 2, size, 1, dtype, mask=True)
+    held = bool(scan_backend._forward.device_caches[gone][0])
+    spilled = 12 if dtype != torch.float32 and size % 2 == 0 else 360 if size == 128 else 96
+    check_compiled(gone, scan_backend._forward if held else scan_backend._forward_streamed, spilled)
+
+
+@compiled
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_other_members_rows_and_lengths_compile_nothing_new(gone, monkeypatch):
+    for members, rows in [(2, 3), (1, 1), (16, 1), (1, 16), (5, 7)]:
+        backend.linear(*make(members, rows, 32, 48, 1, torch.bfloat16))
+        for room in (10**6, 0):
+            monkeypatch.setattr(scan_backend, "_chip", lambda device, room=room: (room, False))
+            launch_scan("gru", members, rows, 2, 16, 1, torch.bfloat16)
+        assert [len(kernels) for kernels in kernels_for(gone).values()] == [1, 1, 1], (members, rows)
+
+
+# On a GPU, through the operators.
+
+
+class TestGPU:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), *HALF])
+    @pytest.mark.parametrize("shape", [(5, 3, 19, 7), (300, 1, 256, 513), (2, 700, 520, 256), (1, 1, 1, 1)], ids=str)
+    @pytest.mark.parametrize("rank", [1, 2, 5])
+    def test_linear(self, shape, rank, dtype, tolerance):
+        check(op._linear, make(*shape, rank, dtype, "cuda"), tolerance)
+
+    @pytest.mark.parametrize("members, rows, rank", [(6, 3, 1), (19, 1, 2)])
+    @pytest.mark.parametrize("heads, size", [(3, 19), (2, 64)])
+    @pytest.mark.parametrize("cell", CELLS)
+    def test_scan(self, cell, heads, size, members, rows, rank, path):
+        sequences = members * rows
+        arguments = recurrent.make(cell, sequences, 57, heads, size, device="cuda", strided=True)
+        states = recurrent.make_states(cell, sequences, heads * size, "cuda")
+        perturbation = make_perturbation(cell, members, heads, size, rank, "cuda")
+        mask = shared.padding(sequences, 57, "cuda")
+        check_scan(scan_op.scan, cell, *arguments, states, mask, None, perturbation)
+
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
+    @pytest.mark.parametrize("heads, size", [(3, 64), (2, 128), (1, 300)])
+    @pytest.mark.parametrize("cell", CELLS)
+    def test_half_precision_scan(self, cell, heads, size, dtype, tolerance):
+        arguments = recurrent.make(cell, 20, 50, heads, size, dtype, "cuda")
+        perturbation = make_perturbation(cell, 5, heads, size, 1, "cuda")
+        check_scan(scan_op.scan, cell, *arguments, [], None, None, perturbation, tolerance)
