@@ -12,7 +12,7 @@ from hf_rnn_trainers.zo.estimators import ESTIMATORS
 from hf_rnn_trainers.zo.evaluation import Member, call_with, moved, perturbed, stream_losses
 from hf_rnn_trainers.zo.zo_config import ZOConfig
 
-TOKENS = {"cpu": 2**11, "cuda": 2**16}  # of a forward pass, by which directions_per_forward is chosen
+TOKENS = {"cpu": 2**12, "cuda": 2**16}  # of a forward pass, by which directions_per_forward is chosen
 _STREAMED = {"input_ids", "attention_mask", "labels"}
 
 
