@@ -40,6 +40,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/mlstm.py
 	$(BIN)/python benchmarks/xlstm.py
 	$(BIN)/python benchmarks/state_tracking.py
+	$(BIN)/python benchmarks/zero_order.py
+	$(BIN)/python benchmarks/zero_order_memory.py
+	$(BIN)/python benchmarks/zero_order_race.py
 	$(BIN)/python benchmarks/language_model.py
 
 clean:

@@ -56,7 +56,7 @@ def compare(
         error = None
         if reference is not None and outputs is not None:
             error = max(relative_error(x, y) for x, y in zip(outputs, reference, strict=True))
-        rows[name] = {"error": error, "peak_mib": _peak_mib(run)}
+        rows[name] = {"error": error, "peak_mib": peak_mib(run)}
         if error is not None and not error <= tolerance:
             rows[name]["refused"] = f"wrong: relative error {error:.2e} > {tolerance:.0e}"
         del outputs
@@ -85,7 +85,7 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _peak_mib(run: Callable) -> float:
+def peak_mib(run: Callable) -> float:
     """Peak memory of one run beyond what was in use before: the GPU's, or else the process's, sampled."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()

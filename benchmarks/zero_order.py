@@ -1,4 +1,4 @@
-"""How fast are the losses of 64 directions, both signs: many in one forward pass, one after another, or as MeZO does it?
+"""How fast are the losses of 64 directions, both signs: many in one forward pass, one by one, or as MeZO does it?
 
     python benchmarks/zero_order.py
 

@@ -1,5 +1,6 @@
-"""`hf-rnn train`: a language model on your text, with transformers' Trainer."""
+"""`hf-rnn train`: a language model on your text, with one of the package's trainers."""
 
+import argparse
 import ast
 import re
 from dataclasses import dataclass, field, fields
@@ -20,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_rnn import RecurrentTrainer, byte_tokenizer
+from hf_rnn import RecurrentTrainer, ZOConfig, ZOTrainer, byte_tokenizer
 from hf_rnn.cli.data import blocks, read_documents, tokenize
 from hf_rnn.cli.plot import plot_losses
 from hf_rnn.evaluation import bits_per_byte
@@ -31,6 +32,9 @@ ARCHITECTURES = ["gru", "lstm", "mingru", "minlstm", "xlstm"]
 
 @dataclass
 class ModelArguments:
+    trainer: str = field(
+        default="backpropagation", metadata={"help": "backpropagation, or zo: zero-order, with a ZOConfig's options"}
+    )
     model: str = field(
         default="mingru",
         metadata={"help": f"an architecture ({', '.join(ARCHITECTURES)}) to train from scratch, or a checkpoint"},
@@ -78,6 +82,24 @@ class TrainArguments(TrainingArguments):
     report_to: str = "none"
     logging_nan_inf_filter: bool = False
     use_cache: bool = True  # what the saved config says: the state is small, and not returned in training in any case
+
+
+@dataclass
+class ZOTrainArguments(ZOConfig):
+    """A ZOConfig, with defaults for training a small recurrent model from scratch."""
+
+    output_dir: str | None = field(default="runs/model", metadata={"help": "folder for the checkpoint"})
+    per_device_train_batch_size: int = 8
+    num_train_epochs: float = 10.0
+    learning_rate: float = 3e-3
+    optim: str = field(default="adamw_torch", metadata={"help": "sgd needs no gradients in memory, and more steps"})
+    logging_steps: float = 10
+    save_total_limit: int | None = 2
+    report_to: str = "none"
+    use_cache: bool = True
+
+
+TRAINERS = {"backpropagation": (RecurrentTrainer, TrainArguments), "zo": (ZOTrainer, ZOTrainArguments)}
 
 
 def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -141,7 +163,7 @@ def train(
     stream = tokenize(documents, tokenizer)
     cut = len(stream) - int(len(stream) * data.held_out)
     held_out = torch.from_numpy(stream[cut:])
-    trainer = RecurrentTrainer(
+    trainer = (ZOTrainer if isinstance(arguments, ZOConfig) else RecurrentTrainer)(
         model=model,
         args=arguments,
         train_dataset=blocks(stream[:cut], data.block_size),
@@ -170,7 +192,12 @@ def check_output(folder: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = HfArgumentParser([ModelArguments, DataArguments, TrainArguments], prog="hf-rnn train")  # type: ignore
+    choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    choice.add_argument("--trainer", default="backpropagation")
+    trainer = choice.parse_known_args(argv)[0].trainer
+    if trainer not in TRAINERS:
+        raise ValueError(f"trainer: expected one of {list(TRAINERS)}, got {trainer!r}")
+    parser = HfArgumentParser([ModelArguments, DataArguments, TRAINERS[trainer][1]], prog="hf-rnn train")  # type: ignore
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
     check_output(Path(str(arguments.output_dir)))
     set_seed(arguments.seed)

@@ -7,6 +7,8 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from hf_rnn_trainers import ZOConfig
+
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
@@ -42,6 +44,7 @@ def write_model_card(
         dataset=Path(data.data).name if Path(data.data).exists() else data.data,
         data=data,
         arguments=arguments,
+        method=_method(arguments),
         metrics={name: value for name, value in metrics.items() if isinstance(value, int | float)},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         versions={name: version(name) for name in ("hf-rnn", "torch", "transformers")},
@@ -49,3 +52,13 @@ def write_model_card(
     path = Path(folder) / "README.md"
     card.save(path)
     return path
+
+
+def _method(arguments: TrainingArguments) -> str:
+    """How gradients were come by."""
+    if not isinstance(arguments, ZOConfig):
+        return "backpropagation through time"
+    return (
+        f"zero-order estimates ({arguments.estimator}, {arguments.num_directions} {arguments.directions} directions, "
+        f"epsilon {arguments.epsilon:g}; zo_replay.jsonl rebuilds the weights from those before training)"
+    )
