@@ -4,10 +4,10 @@
 
 An LSTM of one block of width 32. Tasks: overfitting one batch of 4 strings that say the same 8 symbols twice, until the
 loss is below 0.1; transduction of 5 symbols (copy, reverse, sort) and addition of two numbers of two digits, in batches
-of 16 of 4,096 strings; characters of the documentation inside CPython, held-out loss. For each method learning rates half a
-decade apart are tried until the best has worse ones on both sides; then two more seeds. Counted in steps, in forward
-passes (a backward pass counts as two), seconds of a CPU, and MiB beyond the start. "19 times fewer steps" (arXiv
-2505.17852) compares steps alone; this shows what they cost.
+of 16 of 4,096 strings; characters of the documentation inside CPython, held-out loss. For each method learning rates
+half a decade apart are tried until the best has worse ones on both sides; then two more seeds. Counted in steps, in
+forward passes (a backward pass counts as two), seconds of a CPU, and MiB beyond the start. "19 times fewer steps"
+(arXiv 2505.17852) compares steps alone; this shows what they cost.
 
 Then, on a text short enough to be learned by heart, the gap between training and held-out loss over epsilon.
 """

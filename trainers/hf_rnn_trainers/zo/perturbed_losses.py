@@ -12,7 +12,9 @@ from hf_rnn_trainers.zo.estimators import ESTIMATORS
 from hf_rnn_trainers.zo.evaluation import Member, call_with, moved, perturbed, stream_losses
 from hf_rnn_trainers.zo.zo_config import ZOConfig
 
-TOKENS = {"cpu": 2**12, "cuda": 2**16}  # of a forward pass, by which directions_per_forward is chosen
+# Tokens of a forward pass, by which it is chosen how many members and how much of a row it takes: on a CPU what stays in
+# its caches (docs/log.md, 2026-11-22). The longest and the shortest piece of a row.
+TOKENS, LONGEST, SHORTEST = {"cpu": 2**12, "cuda": 2**16}, 512, 32
 _STREAMED = {"input_ids", "attention_mask", "labels"}
 
 
@@ -46,7 +48,7 @@ class PerturbedLosses(Trainer):
         shared = 0 in signs and not args.data_per_direction  # one loss of the weights themselves for all directions
         own = [sign for sign in signs if sign or not shared]
         result = torch.zeros(2, args.num_directions, len(signs), dtype=torch.float64, device=args.device)
-        size = self._directions_per_forward(inputs, len(own)) if self._together(inputs) else 1
+        size = max(1, self._members_per_forward(inputs) // len(own))
         for at in range(self._group * size, args.num_directions, self._groups * size):
             group = range(at, min(at + size, args.num_directions))
             found = self._losses_of(inputs, step, [(j, sign) for j in group for sign in own])
@@ -55,14 +57,23 @@ class PerturbedLosses(Trainer):
             result[:, :, signs.index(0)] = self._losses_of(inputs, step, [(0, 0)])
         return result
 
-    def _directions_per_forward(self, inputs: dict[str, Any], signs: int) -> int:
+    def _members_per_forward(self, inputs: dict[str, Any]) -> int:
+        """The same on every process and in every run, since the rows of matrix products decide how they round."""
         args = self.args
+        if not self._together(inputs):
+            return 1
         if args.directions_per_forward is not None:
-            return args.directions_per_forward
+            return args.directions_per_forward * len(ESTIMATORS[args.estimator].signs)
         rows, time = inputs["input_ids"].shape
         rows = rows // args.num_directions if args.data_per_direction else rows
-        tokens = rows * min(time, args.chunk_size) * signs
-        return max(1, TOKENS["cpu" if args.device.type == "cpu" else "cuda"] // tokens)
+        return max(1, self._tokens() // (rows * min(time, self._chunk_size(rows))))
+
+    def _tokens(self) -> int:
+        return TOKENS["cpu" if self.args.device.type == "cpu" else "cuda"]
+
+    def _chunk_size(self, rows: int) -> int:
+        """Tokens of each of a member's rows at a time."""
+        return self.args.chunk_size or min(LONGEST, max(SHORTEST, self._tokens() // rows))
 
     def _together(self, inputs: dict[str, Any]) -> bool:
         """Whether several members fit in one forward pass."""
@@ -74,8 +85,10 @@ class PerturbedLosses(Trainer):
 
     def _losses_of(self, inputs: dict[str, Any], step: int, members: list[Member]) -> Tensor:
         """Summed losses of members, and what they are sums of: (2, M)."""
-        if len(members) > 1 and not self._together(inputs):
-            return torch.cat([self._losses_of(inputs, step, [member]) for member in members], 1)
+        most = self._members_per_forward(inputs)
+        if len(members) > most:
+            parts = [members[at : at + most] for at in range(0, len(members), most)]
+            return torch.cat([self._losses_of(inputs, step, part) for part in parts], 1)
         self.forward_passes += len(members)
         args, batch = self.args, {name: self._rows(x, members) for name, x in inputs.items()}
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -97,7 +110,8 @@ class PerturbedLosses(Trainer):
 
     def _run(self, batch: dict[str, Any], step: int, streamed: bool) -> Tensor:
         if streamed:
-            return torch.stack([x.double() for x in stream_losses(self.model, batch, self.args.chunk_size)])
+            chunk_size = self._chunk_size(batch["labels"].shape[1])
+            return torch.stack([x.double() for x in stream_losses(self.model, batch, chunk_size)])
         inputs = {name: x[0] if isinstance(x, Tensor) else x for name, x in batch.items()}
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             torch.manual_seed(self.args.seed + step)  # the same for all members; the caller's numbers stay his

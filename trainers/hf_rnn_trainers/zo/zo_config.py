@@ -59,7 +59,10 @@ class ZOConfig(TrainingArguments):
             "copy of the weights); in_place: changed and changed back, up to rounding, float32 only"
         },
     )
-    chunk_size: int = field(default=512, metadata={"help": "tokens of a sequence at a time, the state carried along"})
+    chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "tokens of a row at a time, the state carried along; default: at most 512, by its rows"},
+    )
     data_shards: int = field(
         default=1,
         metadata={"help": "parts that the batch is split into over processes; processes of one part share directions"},
@@ -78,11 +81,9 @@ class ZOConfig(TrainingArguments):
         for name, choices in (("estimator", ESTIMATORS), ("directions", KINDS), ("evaluation", EVALUATIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {list(choices)}, got {getattr(self, name)!r}")
-        for name in ("rank", "num_directions", "chunk_size", "data_shards"):
-            if getattr(self, name) < 1:
+        for name in ("rank", "num_directions", "chunk_size", "data_shards", "directions_per_forward"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.directions_per_forward is not None and self.directions_per_forward < 1:
-            raise ValueError(f"directions_per_forward: expected at least 1, got {self.directions_per_forward}")
         if not self.epsilon > 0:
             raise ValueError(f"epsilon: expected a number above 0, got {self.epsilon}")
         if not 0 < self.density <= 1:
