@@ -48,6 +48,19 @@ def test_train_leaves_a_whole_checkpoint(checkpoint):
     assert result.stdout.startswith("The "), result.stderr
 
 
+def test_zero_order(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ["train", "--data", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    few = ["--config", "hidden_size=8,num_hidden_layers=1", "--block_size", "32", "--max_steps", "3"]
+    assert main([*arguments, *few, "--trainer", "zo", "--num_directions", "6", "--epsilon", "0.03"]) == 0
+    assert len((tmp_path / "out" / "zo_replay.jsonl").read_text().splitlines()) == 1 + 3
+    assert "zero-order estimates (cd, 6 low_rank directions, epsilon 0.03" in (tmp_path / "out/README.md").read_text()
+    assert main([*arguments, "--trainer", "x"]) == 1
+    assert "trainer: expected one of ['backpropagation', 'zo'], got 'x'" in capsys.readouterr().err
+    assert main([*arguments, "--trainer", "zo", "--epsilon", "-1"]) == 1
+    assert "epsilon: expected a number above 0" in capsys.readouterr().err
+
+
 def test_eval_and_generate(checkpoint, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     assert main(["eval", str(checkpoint), "--data", str(tmp_path / "text.txt")]) == 0

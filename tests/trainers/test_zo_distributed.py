@@ -15,7 +15,7 @@ import hashlib, os, sys
 sys.path[:0] = [os.environ["TESTS"]]
 import torch
 from hf_rnn import LSTMConfig, LSTMForCausalLM
-from test_zo_trainer import make_trainer
+from test_zo_trainer import make_data, make_trainer
 
 folder, world = sys.argv[1], int(os.environ["WORLD_SIZE"])
 rank = os.environ["RANK"]
@@ -32,6 +32,9 @@ settings = dict(max_steps=4, num_directions=13, directions_per_forward=2, ddp_ba
 shared = make_trainer(f"{folder}/directions", model(), **settings)
 shared.train()
 lines = [f"DIRECTIONS {digest(shared.model)}"]
+streamed = make_trainer(f"{folder}/streamed", model(), data=make_data().to_iterable_dataset(), **settings)
+streamed.train()
+lines.append(f"STREAMED {digest(streamed.model)}")
 split = make_trainer(
     f"{folder}/data", model(), per_device_train_batch_size=8 // world, data_shards=world, learning_rate=0.01, **settings
 )
@@ -41,6 +44,9 @@ assert type(split.model_wrapped) is LSTMForCausalLM  # no wrapper with buckets f
 assert shared.forward_passes < 4 * 26 * (1.5 / world if world > 1 else 1.01)
 os.write(1, "".join(f"{line}\\n" for line in lines).encode())  # in one piece
 """
+
+
+KINDS = ("DIRECTIONS", "STREAMED", "DATA")
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +61,14 @@ def runs(tmp_path_factory):
         command = [sys.executable, *launch, str(folder / str(world))]
         result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
         assert result.returncode == 0, result.stderr[-3000:]
-        found[world] = [line.split() for line in result.stdout.splitlines() if line.startswith(("DIRECTIONS", "DATA"))]
+        found[world] = [line.split() for line in result.stdout.splitlines() if line.startswith(KINDS)]
     return folder, found
 
 
-def test_shared_directions_give_the_same_bits(runs):
+@pytest.mark.parametrize("kind", ["DIRECTIONS", "STREAMED"])
+def test_shared_directions_give_the_same_bits(kind, runs):
     _, found = runs
-    digests = [digest for lines in found.values() for kind, digest in lines if kind == "DIRECTIONS"]
+    digests = [digest for lines in found.values() for k, digest in lines if k == kind]
     assert len(digests) == 1 + 2 + 4
     assert len(set(digests)) == 1
 

@@ -12,8 +12,8 @@ from hf_rnn_trainers.zo.estimators import ESTIMATORS
 from hf_rnn_trainers.zo.evaluation import Member, call_with, moved, perturbed, stream_losses
 from hf_rnn_trainers.zo.zo_config import ZOConfig
 
-# Tokens of a forward pass, by which it is chosen how many members and how much of a row it takes: on a CPU what stays in
-# its caches (docs/log.md, 2026-11-22). The longest and the shortest piece of a row.
+# Tokens of a forward pass, by which it is chosen how many members and how much of a row it takes, on a CPU what stays
+# in its caches (docs/log.md, 2026-11-22); the longest and the shortest piece of a row.
 TOKENS, LONGEST, SHORTEST = {"cpu": 2**12, "cuda": 2**16}, 512, 32
 _STREAMED = {"input_ids", "attention_mask", "labels"}
 

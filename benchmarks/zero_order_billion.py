@@ -1,0 +1,57 @@
+"""Seconds for a step of CD-RGE with a billion parameters, in the published setting.
+
+    python benchmarks/zero_order_billion.py              # 350 heads of 850 units, on a GPU with 40 GiB and more
+    python benchmarks/zero_order_billion.py --heads 2 --size 64 --batch 64    # the same on any machine, small
+
+An LSTM of one layer, 100 wide embeddings, 96 directions, batch 1,024, 10 tokens, 20 steps on the same batch, whose loss
+has to fall (arXiv 2505.17852: 145 s a step on one A40, 4.4 on eight).
+"""
+
+import argparse
+import tempfile
+import time
+
+import torch
+from driver import save
+
+from hf_rnn import LSTMConfig, LSTMForCausalLM, ZOConfig, ZOTrainer
+
+GPU = torch.cuda.is_available()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name, value in (("heads", 350), ("size", 850), ("batch", 1024), ("directions", 96), ("tokens", 10)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    options = parser.parse_args()
+    settings = dict(hidden_size=100, expansion_factor=options.heads * options.size / 100, num_heads=options.heads)
+    tokens = dict(vocab_size=32, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(0)
+    with torch.device("cuda" if GPU else "cpu"):
+        model = LSTMForCausalLM(LSTMConfig(**settings, **tokens, num_hidden_layers=1, feed_forward_factor=0))
+        ids = torch.randint(0, 32, (options.batch, options.tokens + 1))
+    inputs = {"input_ids": ids, "labels": ids}
+    with tempfile.TemporaryDirectory() as folder:
+        args = ZOConfig(
+            folder, report_to="none", use_cpu=not GPU, bf16=GPU, num_directions=options.directions, epsilon=5e-3,
+            learning_rate=5e-3, directions_per_forward=1, chunk_size=2, replay_log=False,
+        )  # fmt: skip
+        trainer = ZOTrainer(model, args)
+    optimizer, losses, seconds = trainer.create_optimizer(), [], []
+    for step in range(20):
+        trainer.state.global_step = step
+        start = time.perf_counter()
+        losses.append(float(trainer.training_step(model, dict(inputs))))
+        optimizer.step()
+        if GPU:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        print(f"step {step}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s", flush=True)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if GPU else None
+    result = {"parameters": model.num_parameters(), "losses": losses, "seconds": seconds, "gib": memory}
+    if options.heads * options.size == 350 * 850:
+        save("zero_order_billion", result | vars(options))
+
+
+if __name__ == "__main__":
+    main()
