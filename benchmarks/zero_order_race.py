@@ -1,6 +1,6 @@
 """An honest race: CD-RGE against backpropagation through time with SGD and with Adam, each at its best learning rate.
 
-    python benchmarks/zero_order_race.py
+    OMP_NUM_THREADS=1 python benchmarks/zero_order_race.py
 
 An LSTM of one block of width 32. Tasks: overfitting one batch of 4 strings that say the same 8 symbols twice, until the
 loss is below 0.1; transduction of 5 symbols (copy, reverse, sort) and addition of two numbers of two digits, in batches
