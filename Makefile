@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+# Two at a time, with threads that do not spin while others wait for a core
+PYTEST = HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-slow lint bench setup clean
 
@@ -19,10 +21,10 @@ demo: $(STAMP)
 	$(BIN)/python -m hf_rnn.cli.demo
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu and not slow'
+	$(PYTEST) -m 'not gpu and not slow'
 
 test-slow: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu'
+	$(PYTEST) -m 'not gpu'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
