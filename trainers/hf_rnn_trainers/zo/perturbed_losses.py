@@ -113,7 +113,10 @@ class PerturbedLosses(Trainer):
             chunk_size = self._chunk_size(batch["labels"].shape[1])
             return torch.stack([x.double() for x in stream_losses(self.model, batch, chunk_size)])
         inputs = {name: x[0] if isinstance(x, Tensor) else x for name, x in batch.items()}
-        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
-            torch.manual_seed(self.args.seed + step)  # the same for all members; the caller's numbers stay his
+        on_gpu, seed = self.args.device.type == "cuda", self.args.seed + step
+        with torch.random.fork_rng([self.args.device] if on_gpu else []):  # the caller's random numbers stay his
+            torch.default_generator.manual_seed(seed)  # the same for all members
+            if on_gpu:
+                torch.cuda.manual_seed(seed)
             loss = float(self.compute_loss(self.model, inputs))  # type: ignore[arg-type]
         return torch.tensor([[loss], [1.0]], dtype=torch.float64, device=self.args.device)

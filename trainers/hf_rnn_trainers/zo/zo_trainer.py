@@ -113,17 +113,14 @@ class ZOTrainer(PerturbedLosses, NonFiniteGuard, Trainer):
     def get_train_dataloader(self):
         """Trainer's, with the batch split over `data_shards` instead of all processes."""
         loader = super().get_train_dataloader()
-        shards: tuple[Any, Any] = (
-            loader.batch_sampler,
-            loader.dataset,
-        )  # of maps, of iterables
+        shards: tuple[Any, Any] = (loader.batch_sampler, loader.dataset)  # the one of maps, the other of iterables
         for shard in shards:
             if hasattr(shard, "num_processes"):
                 shard.num_processes, shard.process_index = self.args.data_shards, self._shard
         return loader
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        self._log = None
+        self._log = self._pending = None
         if self.args.search_learning_rate and not resume_from_checkpoint:
             self.args.learning_rate = self.find_learning_rate()
             logger.info(f"learning rate {self.args.learning_rate:.3g}")
