@@ -67,8 +67,8 @@ def case(name: str, time: int):
 
 
 def peak(name: str, time: int) -> float:
-    """MiB of tensors, at most, beyond those that were there before, that is, the weights: by what the allocator reports,
-    which no heap's habits can blur."""
+    """MiB of tensors, at most, beyond those that were there before, that is, the weights: by what the allocator
+    reports, which no heap's habits can blur."""
     run = case(name, time)
     run()  # what is allocated once, an optimizer's state for one, counts as there
     if GPU:

@@ -163,7 +163,8 @@ def train(
     stream = tokenize(documents, tokenizer)
     cut = len(stream) - int(len(stream) * data.held_out)
     held_out = torch.from_numpy(stream[cut:])
-    trainer = (ZOTrainer if isinstance(arguments, ZOConfig) else RecurrentTrainer)(
+    trainer_class: Any = ZOTrainer if isinstance(arguments, ZOConfig) else RecurrentTrainer
+    trainer = trainer_class(
         model=model,
         args=arguments,
         train_dataset=blocks(stream[:cut], data.block_size),

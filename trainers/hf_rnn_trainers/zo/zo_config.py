@@ -88,7 +88,8 @@ class ZOConfig(TrainingArguments):
             raise ValueError(f"epsilon: expected a number above 0, got {self.epsilon}")
         if not 0 < self.density <= 1:
             raise ValueError(f"density: expected a share in (0, 1], got {self.density}")
-        self.accelerator_config.dispatch_batches = False  # each process reads for itself what the others read
+        # Each process reads for itself what the others read
+        self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         self.dataloader_drop_last = self.dataloader_drop_last or self.data_per_direction
         if self.data_per_direction and self.train_batch_size % self.num_directions:
             raise ValueError(
