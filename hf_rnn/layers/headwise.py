@@ -42,7 +42,7 @@ class HeadwiseMixer(RecurrentMixer):
         projection = self.in_proj
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         hooked = "forward" in vars(projection) or any(getattr(projection, name) for name in hooks)
-        perturbed = isinstance(self.recurrent_weight, Perturbed)
+        perturbed = any(isinstance(p, Perturbed) for p in self.parameters())
         plain = not perturbed and mask is None and cu_seqlens is None and x.shape[1] > 1 and x.shape[0] > 0
         bare = type(projection) is nn.Linear and not hooked
         return plain and bare and self.config.num_heads == 1 and not torch.compiler.is_compiling()

@@ -110,6 +110,27 @@ def test_models(make_model, architecture, settings):
     assert relative_error(one_by_one[0].logits, one_by_one[1].logits) > 0.1
 
 
+def test_some_parameters_frozen(architecture, make_model):
+    """Whichever are perturbed alone, none is passed over: adapters and partly frozen models."""
+    model = make_model()
+    ids = torch.randint(0, 58, (2, 7))
+    for name, p in model.named_parameters():
+        offset = 0.3 * torch.randn(3, *p.shape)
+        new = Perturbed.of_offset(p, lambda offset=offset: offset, 3, 2)
+        if p.dim() > 1:
+            new = Perturbed.of_low_rank(p, *(0.6 * f for f in factors(3, *p.shape, dtype=torch.float32)), 2)
+        with torch.no_grad():
+            actual = torch.func.functional_call(model, {name: new}, (ids.repeat(3, 1),)).logits
+            expected = [torch.func.functional_call(model, {name: copy}, (ids,)).logits for copy in new.copies()]
+        assert relative_error(actual, torch.cat(expected)) < 1e-5, name
+
+
+def test_unknown_functions_of_several_members_are_refused():
+    weight = Perturbed.of_offset(torch.zeros(4, 3, 2), lambda: torch.ones(2, 4, 3, 2), 2, 1)
+    with pytest.raises(NotImplementedError, match="several members"):
+        torch.nn.functional.conv1d(torch.zeros(2, 3, 5), weight)
+
+
 def test_neurips_blocks():
     config, model_class, _ = ARCHITECTURES["xlstm"]
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """A parameter that stands for many: what modules find in the place of theirs while perturbed copies are evaluated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -77,6 +77,8 @@ class Perturbed(Tensor):
                 return function(*args, **kwargs)
         if function in _HANDLED:
             return _HANDLED[function](*args, **kwargs)  # type: ignore[operator]
+        if function not in _BY_ROW and any(p.members > 1 for p in _perturbed((args, tuple(kwargs.values())))):
+            raise NotImplementedError(f"{function}: not known for several members of a perturbed weight")
         return function(*map(_materialized, args), **{name: _materialized(x) for name, x in kwargs.items()})
 
 
@@ -84,6 +86,18 @@ class Perturbed(Tensor):
 _KEPT = {
     getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "requires_grad", "ndim", "is_cuda", "layout")
 } | {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, Tensor.__repr__}
+
+
+# What works for (R, 1, *shape), a copy for each row, as it does for (*shape): elementwise, or in the last dimensions
+_BY_ROW = {torch.addcmul, torch.add, torch.mul, Tensor.add, Tensor.mul, Tensor.__rmul__, Tensor.__radd__, Tensor.unbind}
+
+
+def _perturbed(x) -> Iterator[Perturbed]:
+    if isinstance(x, Perturbed):
+        yield x
+    elif type(x) in (list, tuple):
+        for element in x:
+            yield from _perturbed(element)
 
 
 def _materialized(x):
