@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 from hf_rnn._version import __version__
 
-_ARCHITECTURES = {"GRU": "gru", "LSTM": "lstm", "MinGRU": "mingru", "MinLSTM": "minlstm", "XLSTM": "xlstm"}
+_ARCHITECTURES = {
+    "GRU": "gru",
+    "LSTM": "lstm",
+    "MemoryRNN": "memory",
+    "MinGRU": "mingru",
+    "MinLSTM": "minlstm",
+    "XLSTM": "xlstm",
+}
 
 _MODULES = {
     "RecurrentCache": "hf_rnn.cache",
@@ -21,8 +28,15 @@ _MODULES = {
     "min_lstm_scan": "hf_rnn_kernels",
     "mlstm_scan": "hf_rnn_kernels",
     "slstm_scan": "hf_rnn_kernels",
+    "DMTConfig": "hf_rnn_trainers",
+    "DMTTrainer": "hf_rnn_trainers",
+    "MemoryProtocol": "hf_rnn.memory",
     "NonFiniteLossError": "hf_rnn_trainers",
     "RecurrentTrainer": "hf_rnn_trainers",
+    "SMTConfig": "hf_rnn_trainers",
+    "SMTTeacher": "hf_rnn_trainers",
+    "SMTTeacherConfig": "hf_rnn_trainers",
+    "SMTTrainer": "hf_rnn_trainers",
     "ZOConfig": "hf_rnn_trainers",
     "ZOTrainer": "hf_rnn_trainers",
 }
@@ -64,11 +78,18 @@ _register()
 
 if TYPE_CHECKING:
     from hf_rnn.cache import RecurrentCache
+    from hf_rnn.memory import MemoryProtocol
     from hf_rnn.configuration_recurrent import RecurrentConfig
     from hf_rnn.models.gru.configuration_gru import GRUConfig
     from hf_rnn.models.gru.modeling_gru import GRUForCausalLM, GRUForSequenceClassification, GRUModel
     from hf_rnn.models.lstm.configuration_lstm import LSTMConfig
     from hf_rnn.models.lstm.modeling_lstm import LSTMForCausalLM, LSTMForSequenceClassification, LSTMModel
+    from hf_rnn.models.memory.configuration_memory import MemoryRNNConfig
+    from hf_rnn.models.memory.modeling_memory import (
+        MemoryRNNForCausalLM,
+        MemoryRNNForSequenceClassification,
+        MemoryRNNModel,
+    )
     from hf_rnn.models.mingru.configuration_mingru import MinGRUConfig
     from hf_rnn.models.mingru.modeling_mingru import MinGRUForCausalLM, MinGRUForSequenceClassification, MinGRUModel
     from hf_rnn.models.minlstm.configuration_minlstm import MinLSTMConfig
@@ -81,4 +102,15 @@ if TYPE_CHECKING:
     from hf_rnn.models.xlstm.modeling_xlstm import XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMModel
     from hf_rnn.tokenization.byte_tokenizer import byte_tokenizer
     from hf_rnn_kernels import gru_scan, linear_scan, lstm_scan, min_gru_scan, min_lstm_scan
-    from hf_rnn_trainers import NonFiniteLossError, RecurrentTrainer, ZOConfig, ZOTrainer
+    from hf_rnn_trainers import (
+        DMTConfig,
+        DMTTrainer,
+        NonFiniteLossError,
+        RecurrentTrainer,
+        SMTConfig,
+        SMTTeacher,
+        SMTTeacherConfig,
+        SMTTrainer,
+        ZOConfig,
+        ZOTrainer,
+    )

@@ -26,6 +26,7 @@ from hf_rnn.hub.damage import find_damaged_file
 from hf_rnn.hub.remote_code import write_remote_code
 from hf_rnn.inputs import check_ids, packed_offsets, padding_mask
 from hf_rnn.layers import CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm
+from hf_rnn.memory import MemoryProtocol
 
 
 class RecurrentBlock(GradientCheckpointingLayer):
@@ -73,12 +74,17 @@ class RecurrentBlock(GradientCheckpointingLayer):
             state = None if state is None else state[:-1]
             new_state = (conv_state,)
         y, mixer_state = self.mixer(x if self.mixer_norm is None else self.mixer_norm(x), state, mask, cu_seqlens)
-        x = self.dropout(y) if self.mixer_norm is None else x + self.dropout(y)
-        if self.ff is not None:
-            x = x + self.dropout(self.ff(self.ff_norm(x)))
         if past_key_values is not None:
             past_key_values.update((*mixer_state, *new_state), self.layer_idx)
-        return x.view(shape)
+        return self._after_mixer(x, y).view(shape)
+
+    def _after_mixer(self, x: Tensor, y: Tensor) -> Tensor:
+        x = self.dropout(y) if self.mixer_norm is None else x + self.dropout(y)
+        return x if self.ff is None else x + self.dropout(self.ff(self.ff_norm(x)))
+
+    def read(self, x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+        """What `forward` gave for the token x (B, T, D), of the states (B, T, ...) after it."""
+        return self._after_mixer(x, self.mixer.read(state))
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
@@ -271,8 +277,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
         return past_key_values
 
 
-class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
-    """Language model: the backbone and a linear head.
+class RecurrentForCausalLM(MemoryProtocol, RecurrentPreTrainedModel, GenerationMixin):
+    """Language model: the backbone and a linear head. Its whole state as one tensor: see `MemoryProtocol`.
 
     Attributes:
         model_class: the architecture's backbone.

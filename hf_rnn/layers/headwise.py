@@ -32,6 +32,9 @@ class HeadwiseMixer(RecurrentMixer):
         if self.recurrent_bias is not None:
             init.zeros_(self.recurrent_bias)
 
+    def to_states(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return torch.tanh(tokens[0]), *tokens[1:]  # h, and an LSTM's c
+
     def library_applies(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
         """Whether torch's own recurrence (oneDNN, cuDNN) can take this call: one head, no padding, no packing.
 

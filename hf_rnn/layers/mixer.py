@@ -25,6 +25,23 @@ class Mixer(nn.Module, ABC):
     def init_weights(self) -> None:
         """Initialise what `PreTrainedModel._init_weights` does not know; leaves loaded weights alone."""
 
+    def initial_states(self, batch_size: int) -> tuple[Tensor, ...]:
+        """The state before the first token, (B, ...) float32 each."""
+        device = next(self.parameters()).device
+        return tuple(torch.zeros(batch_size, *shape, device=device) for shape in self.state_shapes)
+
+    def read(self, state: tuple[Tensor, ...]) -> Tensor:
+        """The output that `forward` gave with this state, (B, T, ...) each: (B, T, D). For `MemoryProtocol`."""
+        raise NotImplementedError
+
+    def to_states(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Vectors of length sqrt(channels) as a state that the recurrence could have come to. For `MemoryProtocol`."""
+        raise ValueError(
+            f"{type(self).__name__}: nothing to gain from training by memories: its gates do not see its state, so it "
+            "trains in parallel over time as it is. Those that gain: MemoryRNN, LSTM, GRU, and xLSTM of sLSTM blocks "
+            "alone"
+        )
+
 
 class RecurrentMixer(Mixer):
     """What the recurrences in minGRU's blocks share: the projection to pre-activations, a learned initial state, the
@@ -71,6 +88,14 @@ class RecurrentMixer(Mixer):
             init.copy_(self.in_proj.bias, self.initial_bias().to(self.in_proj.bias))
         if self.initial_state is not None:
             init.zeros_(self.initial_state)
+
+    def initial_states(self, batch_size: int) -> tuple[Tensor, ...]:
+        if self.initial_state is None:
+            return super().initial_states(batch_size)
+        return tuple(s.float().expand(batch_size, -1) for s in self.initial_state)
+
+    def read(self, state: tuple[Tensor, ...]) -> Tensor:
+        return self.out_proj(state[0].to(self.in_proj.weight.dtype))
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None, mask: Tensor | None, cu_seqlens: Tensor | None

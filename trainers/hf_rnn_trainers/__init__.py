@@ -1,6 +1,19 @@
 """Training methods for recurrent networks, as subclasses of transformers' Trainer."""
 
+from hf_rnn_trainers.dmt import DMTConfig, DMTTrainer
 from hf_rnn_trainers.reliability import NonFiniteLossError, RecurrentTrainer
+from hf_rnn_trainers.smt import SMTConfig, SMTTeacher, SMTTeacherConfig, SMTTrainer
 from hf_rnn_trainers.zo import ZOConfig, ZOTrainer
 
-__all__ = ["NonFiniteLossError", "RecurrentTrainer", "ZOConfig", "ZOTrainer"]
+__all__ = [
+    "DMTConfig",
+    "DMTTrainer",
+    "NonFiniteLossError",
+    "RecurrentTrainer",
+    "SMTConfig",
+    "SMTTeacher",
+    "SMTTeacherConfig",
+    "SMTTrainer",
+    "ZOConfig",
+    "ZOTrainer",
+]

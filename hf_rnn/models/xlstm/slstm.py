@@ -41,6 +41,15 @@ class SLSTM(Mixer):
         bias[:, 1] = forget
         init.copy_(self.recurrent_bias, bias.flatten().to(self.recurrent_bias))
 
+    def read(self, state):
+        return self.norm(state[0].unflatten(-1, (self.num_heads, -1)).to(self.norm.weight.dtype))
+
+    def to_states(self, tokens):
+        """h below 1; c below n, of which it is a mean; n above 1, the weight of the largest gate."""
+        h, c, n, m, conv_state = tokens
+        n = 1 + nn.functional.softplus(n)
+        return torch.tanh(h), n * torch.tanh(c), n, m, conv_state
+
     def forward(self, x, state, mask, cu_seqlens):
         h, c, n, m, conv_state = state or (None,) * 5
         convolved, conv_state = self.conv(x, conv_state, mask, cu_seqlens)

@@ -62,10 +62,11 @@ class _GradientGuard(TrainerCallback):
     def __init__(self, trainer: NonFiniteGuard):
         self.trainer = trainer
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self.trainer.accelerator.scaler is not None:
             return  # under fp16 the scaler skips such steps, by design
-        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if not torch.isfinite(norm):
             raise NonFiniteLossError(

@@ -1,0 +1,83 @@
+"""The whole state of a recurrent model as one tensor: what Supervised Memory Training teaches."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_rnn.cache import RecurrentCache
+
+
+class MemoryProtocol:
+    """What `SMTTrainer` and `DMTTrainer` ask of a causal language model, and what those of this package answer.
+
+    A memory is (N, K, D) in float32: every state tensor of every layer, whatever it is called there, as rows of D
+    channels. Models outside the package can be trained if they have these five.
+    """
+
+    model: Any
+    config: Any
+    logits: Any
+
+    @property
+    def memory_shape(self) -> tuple[int, int]:
+        """(K, D).
+
+        Raises:
+            ValueError: a model that memories cannot train, with the reason.
+        """
+        for layer in self.model.layers:
+            layer.mixer.to_states(tuple(torch.ones(1, *shape) for shape in layer.state_shapes))
+        shapes = [shape for layer in self.model.layers for shape in layer.state_shapes]
+        if any(layer.conv is not None for layer in self.model.layers):
+            raise ValueError(
+                "conv_kernel: expected 0 to train by memories: what a convolution adds to the output is not in the state"
+            )
+        widths = sorted({shape[-1] for shape in shapes})
+        if len(widths) > 1:
+            raise ValueError(f"model: expected states of one width to train by memories, got {widths}")
+        return sum(shape[0] if len(shape) > 1 else 1 for shape in shapes), widths[0]
+
+    def initial_memory(self, batch_size: int) -> Tensor:
+        """The memory before the first token, (N, K, D)."""
+        return self._join([layer.mixer.initial_states(batch_size) for layer in self.model.layers])
+
+    def update_memory(self, memory: Tensor, input_ids: Tensor) -> Tensor:
+        """The memory after one more token: (N, K, D) and (N,) to (N, K, D)."""
+        cache = RecurrentCache(len(self.model.layers))
+        cache.states = self._split(memory.clone())  # a cache is written to
+        state = self.model(input_ids[:, None], past_key_values=cache, use_cache=True).past_key_values
+        return self._join(state.states)
+
+    def read_memory(self, memory: Tensor, input_ids: Tensor) -> Tensor:
+        """Next-token logits: (N, K, D) and the token taken in last, (N,), to (N, V).
+
+        `MemoryRNN` needs no token; where there is a residual stream, it carries the token to the output.
+        """
+        x = self.model.embed_tokens(input_ids[:, None])
+        for layer, state in zip(self.model.layers, self._split(memory[:, None]), strict=True):
+            x = layer.read(x, state)
+        return self.logits(self.model.norm(x))[:, 0]
+
+    def to_memory(self, tokens: Tensor) -> Tensor:
+        """Vectors of length sqrt(D), (N, K, D), as a memory that the model itself could hold, differentiably."""
+        states = self._split(tokens)
+        return self._join([layer.mixer.to_states(s) for layer, s in zip(self.model.layers, states, strict=True)])
+
+    def _split(self, memory: Tensor) -> list[tuple[Tensor, ...]]:
+        """(N, ..., K, D) to the states of the layers."""
+        rows, at = [], 0
+        for layer in self.model.layers:
+            states = []
+            for shape in layer.state_shapes:
+                size = shape[0] if len(shape) > 1 else 1
+                state = memory[..., at : at + size, :]
+                states.append(state if len(shape) > 1 else state.squeeze(-2))
+                at += size
+            rows.append(tuple(states))
+        return rows
+
+    def _join(self, states: list[tuple[Tensor, ...]]) -> Tensor:
+        shapes = [shape for layer in self.model.layers for shape in layer.state_shapes]
+        flat = [state for layer in states for state in layer]
+        return torch.cat([s if len(shape) > 1 else s[:, None] for s, shape in zip(flat, shapes, strict=True)], 1)

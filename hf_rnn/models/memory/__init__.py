@@ -1,0 +1,1 @@
+"""A memory of tokens, updated by a network without gates: what Supervised Memory Training trains."""

@@ -1,0 +1,112 @@
+"""Memory RNN: a memory of tokens that a small network rewrites at every step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from hf_rnn.layers import FeedForward, Mixer, RMSNorm
+from hf_rnn.modeling_recurrent import (
+    RecurrentBlock,
+    RecurrentForCausalLM,
+    RecurrentForSequenceClassification,
+    RecurrentModel,
+)
+from hf_rnn.models.memory.configuration_memory import MemoryRNNConfig
+from hf_rnn.models.memory.updaters import TransformerUpdater, make_updater
+
+
+class Memory(Mixer):
+    """m_t = RMSNorm(update(m_{t-1}, x_t)), m_{-1} = 0, y_t = read(m_t): K tokens of D channels, each of length sqrt(D).
+
+    Time is a loop: the network sees its own state, and it is no gated sum that a scan could take at once.
+    """
+
+    def __init__(self, config: MemoryRNNConfig):
+        super().__init__()
+        self.config = config
+        self.state_shapes = [(config.num_memory_tokens, config.hidden_size)]
+        self.updater = make_updater(config)
+        self.out_proj = nn.Linear(config.memory_size, config.hidden_size, bias=config.use_bias)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.ff = FeedForward(config.hidden_size, config.feed_forward_size)
+
+    def init_weights(self) -> None:
+        """Products that neither grow nor shrink a vector, since the recurrence repeats them: std 1 / sqrt(inputs)."""
+        for module in self.updater.modules():
+            if isinstance(module, nn.Linear):
+                init.normal_(module.weight, std=module.in_features**-0.5)
+        init.normal_(self.out_proj.weight, std=self.out_proj.in_features**-0.5)
+        if isinstance(self.updater, TransformerUpdater):
+            init.normal_(self.updater.places)
+
+    def update(self, memory: Tensor, x: Tensor) -> Tensor:
+        """m_t: (N, K, D) in float32 and x_t (N, D) to (N, K, D) in float32."""
+        new = self.updater(memory.to(x.dtype), x)
+        return F.rms_norm(new.to(memory.dtype), new.shape[-1:])
+
+    def read(self, state: tuple[Tensor, ...]) -> Tensor:
+        """y_t: (N, ..., K, D) to (N, ..., D)."""
+        x = self.out_proj(state[0].flatten(-2).to(self.out_proj.weight.dtype))
+        return x + self.ff(self.norm(x))
+
+    def to_states(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tokens  # they have the length that `update` gives
+
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, ...] | None, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if cu_seqlens is not None:
+            return self._packed(x, mask, cu_seqlens), ()
+        if state is None:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            memory = x.new_zeros(x.shape[0], *self.state_shapes[0], dtype=dtype)
+        else:
+            memory = state[0]
+        memories = []
+        for t, x_t in enumerate(x.unbind(1)):
+            new = self.update(memory, x_t)
+            memory = new if mask is None else torch.where(mask[:, t, None, None], new, memory)
+            memories.append(memory)
+        if not memories:
+            return x, (memory,)
+        return self.read((torch.stack(memories, 1),)), (memory,)
+
+    def _packed(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+        """Sequences of a batch of one laid out as rows, run, and laid back."""
+        lengths = cu_seqlens.diff().tolist()
+        rows = nn.utils.rnn.pad_sequence(list(x[0].split(lengths)), batch_first=True)
+        real = torch.ones_like(x[0, :, 0], dtype=torch.bool) if mask is None else mask[0].bool()
+        real = nn.utils.rnn.pad_sequence(list(real.split(lengths)), batch_first=True)
+        y, _ = self.forward(rows, None, real, None)
+        return torch.cat([row[:length] for row, length in zip(y, lengths, strict=True)])[None]
+
+
+class MemoryRNNModel(RecurrentModel):
+    """Memory RNN without a head."""
+
+    config_class = MemoryRNNConfig
+
+    def make_norm(self, config: Any) -> nn.Module:
+        return RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def make_block(self, config: Any, layer_idx: int) -> RecurrentBlock:
+        """No residual stream: what the memory does not hold is gone."""
+        last = layer_idx == config.num_hidden_layers - 1
+        return RecurrentBlock(layer_idx, Memory(config), dropout=0.0 if last else config.hidden_dropout)
+
+
+class MemoryRNNForCausalLM(RecurrentForCausalLM):
+    """Memory RNN language model."""
+
+    config_class = MemoryRNNConfig
+    model_class = MemoryRNNModel
+
+
+class MemoryRNNForSequenceClassification(RecurrentForSequenceClassification):
+    """Memory RNN with a classifier on the last real token."""
+
+    config_class = MemoryRNNConfig
+    model_class = MemoryRNNModel

@@ -1,0 +1,43 @@
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class MemoryTrainingConfig(TrainingArguments):
+    """TrainingArguments of what trains a student by a teacher's memories.
+
+    What differs from their defaults are the paper's optimizer: AdamW with betas (0.9, 0.95), weight decay 0.01.
+    """
+
+    context_size: int = field(
+        default=256,
+        metadata={"help": "tokens that the teacher remembers; labels forget what left them, and the student learns so"},
+    )
+    label_every: int = field(
+        default=16, metadata={"help": "steps of a rollout between two labels by the teacher, in DMT and for the drift"}
+    )
+    teacher_hidden_size: int | None = field(
+        default=None, metadata={"help": "width of a new teacher; default: of a memory token"}
+    )
+    teacher_encoder_layers: int = field(default=2, metadata={"help": "of a new teacher; the paper's has 8"})
+    teacher_decoder_layers: int = field(default=2, metadata={"help": "of a new teacher; the paper's has 4"})
+    teacher_heads: int = field(default=4, metadata={"help": "of a new teacher"})
+    coef_readout: float = field(
+        default=1.0, metadata={"help": "of the readout's cross-entropy, which stops at the memory it reads"}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "see TrainingArguments"})
+    adam_beta2: float = field(default=0.95, metadata={"help": "see TrainingArguments"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("context_size", "label_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in [name for name in vars(self) if name.startswith("coef_")]:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor: this loss has none; leave it 0")
+        if self.deepspeed is not None or self.fsdp:
+            raise ValueError("deepspeed, fsdp: two networks train together; use plain processes")

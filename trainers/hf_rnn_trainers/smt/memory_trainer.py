@@ -1,0 +1,187 @@
+"""What SMT and DMT share: a student with a teacher beside it, in training, checkpoints and evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from hf_rnn_trainers.reliability import NonFiniteGuard
+from hf_rnn_trainers.smt.memory_config import MemoryTrainingConfig
+from hf_rnn_trainers.smt.rollouts import drift
+from hf_rnn_trainers.smt.teacher import SMTTeacher
+from hf_rnn_trainers.smt.windows import Sequences, sequences
+
+TEACHER = "teacher"  # the folder of a checkpoint that holds it
+MEASURED = 64  # rows on which an evaluation measures the drift
+
+
+def load_teacher(path: str | Path) -> SMTTeacher:
+    """From its folder, or from the `teacher` folder of a student's."""
+    inside = Path(path) / TEACHER
+    return SMTTeacher.from_pretrained(inside if inside.is_dir() else path)
+
+
+class Losses(nn.Module):
+    """Student and teacher as one module, so that their gradients are shared over processes together.
+
+    `forward` takes x, y and lengths (see `windows`) and a generator, and returns the terms; `loss` among them.
+    """
+
+    def __init__(self, student: nn.Module, args: Any):
+        super().__init__()
+        self.student = student
+        self.args = args
+
+
+class MemoryTrainer(NonFiniteGuard):
+    """Trainer of a student by a teacher's memories. A subclass makes `losses`, the module that is trained.
+
+    Attributes:
+        teacher: the `SMTTeacher`, saved in the folder `teacher` of every checkpoint, never inside the student's.
+    """
+
+    args: Any
+    config_class: type[MemoryTrainingConfig]
+
+    def __init__(self, model=None, args=None, teacher: SMTTeacher | str | Path | None = None, **kwargs):
+        if not isinstance(args, self.config_class):
+            raise TypeError(f"args: expected a {self.config_class.__name__}, got {type(args).__name__}")
+        if model is not None and not hasattr(model, "memory_shape"):
+            raise TypeError(
+                f"model: expected a causal language model with memory_shape, initial_memory, update_memory, "
+                f"read_memory and to_memory (see hf_rnn.MemoryProtocol), got {type(model).__name__}"
+            )
+        super().__init__(model, args, **kwargs)
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func: this trainer has its own loss; leave it out")
+        if args.n_gpu > 1:
+            raise ValueError("DataParallel: start a process for each GPU instead (accelerate launch)")
+        teacher = self.new_teacher() if teacher is None else teacher
+        self.teacher = teacher if isinstance(teacher, SMTTeacher) else load_teacher(teacher)
+        self.teacher.check_fits(self.model)
+        self.teacher.to(self.args.device)
+        self.losses = self.make_losses()
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, divided by the accumulation steps
+        self._draws = (-1, 0)  # the step, and batches of it so far
+        self._terms: list[dict[str, Tensor]] = []  # since the last log
+        self._measured: list[tuple[int, dict[str, Tensor]]] = []  # rows and terms of the evaluation going on
+
+    def new_teacher(self) -> SMTTeacher:
+        raise NotImplementedError
+
+    def make_losses(self) -> Losses:
+        raise NotImplementedError
+
+    # Training: both networks in the place of the one
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        prepare = self.accelerator.prepare_model
+
+        def prepare_both(model, *args, evaluation_mode=False, **kwargs):
+            trained = model is self.model and not evaluation_mode
+            return prepare(self.losses if trained else model, *args, evaluation_mode=evaluation_mode, **kwargs)
+
+        self.accelerator.prepare_model = prepare_both
+
+    def create_optimizer(self, model=None):
+        return super().create_optimizer(self.losses if model is None else model)
+
+    def _clip_grad_norm(self, model):
+        """Each network for itself, as the paper has it: the teacher's gradients are the larger ones."""
+        self.accelerator.unscale_gradients()
+        networks = [self.model, self.teacher]
+        norms = [nn.utils.clip_grad_norm_(network.parameters(), self.args.max_grad_norm) for network in networks]
+        return norms[0]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """In training the method's loss; in evaluation that of the student alone, from the empty memory."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs)
+        terms = model(*self._sequences(inputs), self._generator())
+        self._terms.append({name: value.detach() for name, value in terms.items() if name != "loss"})
+        return (terms["loss"], terms) if return_outputs else terms["loss"]
+
+    def _sequences(self, inputs: dict[str, Any]) -> Sequences:
+        packed = [name for name in ("position_ids", "cu_seq_lens_q", "seq_idx") if inputs.get(name) is not None]
+        if packed:
+            raise ValueError(f"{packed[0]}: memories are of one sequence a row; pad instead of packing")
+        if inputs.get("input_ids") is None or inputs.get("labels") is None:
+            raise ValueError(f"inputs: expected input_ids and labels, got {sorted(inputs)}")
+        return sequences(inputs["input_ids"], inputs["labels"], inputs.get("attention_mask"))
+
+    def _generator(self) -> torch.Generator:
+        """Random numbers that are a function of the step, so that a resumed run draws the same."""
+        step, batch = self.state.global_step, self._draws[1] + 1 if self._draws[0] == self.state.global_step else 0
+        self._draws = (step, batch)
+        seed = (self.args.seed, self.args.process_index, step, batch)
+        return torch.Generator().manual_seed(hash(seed) % 2**63)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with the mean of each term of the loss since the last time."""
+        if "loss" in logs and self._terms:
+            means = {name: torch.stack([terms[name] for terms in self._terms]).mean() for name in self._terms[0]}
+            logs = logs | {name: self.accelerator.reduce(value, "mean").item() for name, value in means.items()}
+            self._terms = []
+        super().log(logs, start_time)
+
+    # Checkpoints: the student where Trainer puts it, the teacher in a folder beside it
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.teacher.save_pretrained(Path(output_dir or self.args.output_dir) / TEACHER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_teacher(Path(resume_from_checkpoint))
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_teacher(Path(self.state.best_model_checkpoint))
+
+    def _load_teacher(self, checkpoint: Path) -> None:
+        path = checkpoint / TEACHER / SAFE_WEIGHTS_NAME
+        if not path.is_file():
+            raise ValueError(f"resume_from_checkpoint: {checkpoint} has no teacher, {path} is missing")
+        self.teacher.load_state_dict(load_file(path))
+
+    # Evaluation: the student's own rollout, and what the teacher says of it
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if inputs.get("labels") is not None:
+            self._measure(self._sequences(self._prepare_inputs(inputs)))
+        return result
+
+    @torch.no_grad()
+    def _measure(self, batch: Sequences) -> None:
+        """The loss terms on this batch, and in the first the drift over the rollout."""
+        self.losses.eval()
+        with self.compute_loss_context_manager():
+            terms = self.losses(*batch, torch.Generator().manual_seed(self.args.seed))
+            if not self._measured:
+                terms |= self._drift(batch)
+        del terms["loss"]
+        self._measured.append((len(batch.x), {name: value.detach().cpu() for name, value in terms.items()}))
+
+    def _drift(self, batch: Sequences) -> dict[str, Tensor]:
+        x = batch.x[:MEASURED]
+        every, last = self.args.label_every, x.shape[1] - 1
+        positions = torch.tensor(sorted({*range(every - 1, last, every), last}), device=x.device)
+        curve = drift(self.model, self.teacher, x, positions, self.args.context_size)
+        return {"drift": curve.mean(), "drift_last": curve[-1]}
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._measured = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        measured = gather_object(self._measured)
+        for name in {name for _, terms in measured for name in terms}:
+            weighted = [(rows, float(terms[name])) for rows, terms in measured if name in terms]
+            total = sum(rows for rows, _ in weighted)
+            output.metrics[f"{metric_key_prefix}_{name}"] = sum(rows * value for rows, value in weighted) / total
+        return output

@@ -1,0 +1,45 @@
+from dataclasses import dataclass, field
+
+from hf_rnn_trainers.smt.memory_config import MemoryTrainingConfig
+
+
+@dataclass
+class SMTConfig(MemoryTrainingConfig):
+    """TrainingArguments of `SMTTrainer`: the paper's coefficients, learning rate and windows as defaults."""
+
+    future_size: int = field(default=64, metadata={"help": "targets that a memory has to predict, the next one first"})
+    coef_decoder: float = field(default=1.0, metadata={"help": "of the future's cross-entropy"})
+    coef_dynamics: float = field(default=0.1, metadata={"help": "of the one-step error of the memory"})
+    coef_uniformity: float = field(default=0.001, metadata={"help": "of what spreads memories over the sphere"})
+    detach_labels: bool = field(
+        default=False, metadata={"help": "the student's error does not reach the teacher, whose memories then need not "
+                                 "be such as a recurrent network can follow"},
+    )  # fmt: skip
+    all_positions: bool = field(
+        default=False,
+        metadata={"help": "a new teacher is causal and gives all memories of a sequence at once, all of which train"},
+    )
+    positions_per_sequence: int = field(
+        default=1, metadata={"help": "memories of each sequence that have to predict its future"}
+    )
+    first_share: float = field(
+        default=0.0,
+        metadata={"help": "share of memories at the first token beyond its turn, to learn to start from the empty one"},
+    )
+    labelled_share: float = field(
+        default=0.0, metadata={"help": "share of memories at positions with something to predict, where these are few"}
+    )
+    learning_rate: float = field(default=3e-4, metadata={"help": "of both networks"})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "see TrainingArguments"})
+    warmup_steps: float = field(default=0.01, metadata={"help": "a share of the steps, or their number"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("future_size", "positions_per_sequence"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not (0 <= self.first_share and 0 <= self.labelled_share and self.first_share + self.labelled_share <= 1):
+            raise ValueError(
+                "first_share, labelled_share: expected shares in [0, 1] that sum to at most 1, got "
+                f"{self.first_share} and {self.labelled_share}"
+            )
