@@ -23,6 +23,9 @@ def rollout(student: Any, x: Tensor) -> Tensor:
 @torch.no_grad()
 def teacher_memories(student: Any, teacher: SMTTeacher, x: Tensor, positions: Tensor, size: int) -> Tensor:
     """The teacher's memories of the last `size` tokens at positions (P,): (B, T) to (B, P, K, D)."""
+    if teacher.config.all_positions and x.shape[1] <= size:
+        memories = teacher.encode_all(x)[:, positions]
+        return student.to_memory(memories.flatten(0, 1)).view_as(memories)
     rows = torch.arange(len(x), device=x.device).repeat_interleave(len(positions))
     at = positions.repeat(len(x))
     step = max(1, CONTEXT_TOKENS // min(size, x.shape[1]))

@@ -1,0 +1,272 @@
+"""The synthetic tasks of "Pretraining Recurrent Networks without Recurrence" (2026), parity and selective copying.
+
+Each is a data set without end whose row i is a function of (seed, i): `Trainer` takes it as it is. A row has `length`
+tokens to take in; input_ids and labels are one longer, since labels are shifted inside models (position t predicts
+labels[t + 1]); what is not to be predicted is -100. The vocabulary does not depend on `length`, so that a model can be
+tried on longer rows than it was trained on.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class SyntheticTask(ABC):
+    """A map-style data set of `size` rows.
+
+    Args:
+        length: T, tokens that the network takes in.
+        size: number of rows; they cost nothing until they are asked for.
+        seed: other rows for another seed.
+    """
+
+    length: int = 32
+    size: int = 2**20
+    seed: int = 0
+
+    shortest = 4  # length
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            least = {"length": self.shortest, "seed": 0}.get(field.name, 1)
+            value = getattr(self, field.name)
+            if isinstance(value, bool):
+                continue
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{field.name}: expected a whole number of at least {least}, got {value!r}")
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of tokens, of inputs and answers."""
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """Number of different answers."""
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing."""
+        return 1 / self.num_classes
+
+    @abstractmethod
+    def row(self, random: Generator) -> tuple[np.ndarray, np.ndarray]:
+        """x (T,), what goes in, and y (T,), what to answer after each, `IGNORED` for nothing."""
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        index = int(index)
+        if not -self.size <= index < self.size:
+            raise IndexError(f"index: expected one of {self.size} rows, got {index}")
+        x, y = self.row(np.random.default_rng([self.seed, index % self.size]))
+        answer = max(int(y[-1]), 0)  # takes the last place, which nothing reads
+        input_ids, labels = np.append(x, answer), np.insert(y, 0, IGNORED)
+        return {"input_ids": torch.from_numpy(input_ids).long(), "labels": torch.from_numpy(labels).long()}
+
+    def to_iterable(self):
+        """The same rows as a `datasets.IterableDataset`."""
+        from datasets import IterableDataset
+
+        return IterableDataset.from_generator(_rows, gen_kwargs={"task": self})
+
+
+def _rows(task: SyntheticTask) -> Iterator[dict[str, list[int]]]:
+    for index in range(len(task)):
+        yield {name: x.tolist() for name, x in task[index].items()}
+
+
+def _no_answers(length: int) -> np.ndarray:
+    return np.full(length, IGNORED)
+
+
+@dataclass(frozen=True)
+class Retrieval(SyntheticTask):
+    """A needle among distractors: 0 marks the symbol after it, somewhere in the first half; at a last 0, say which."""
+
+    symbols: int = 8
+
+    @property
+    def vocab_size(self) -> int:
+        return self.symbols + 1
+
+    @property
+    def num_classes(self) -> int:
+        return self.symbols
+
+    def row(self, random):
+        x, y = random.integers(1, self.symbols + 1, self.length), _no_answers(self.length)
+        at = random.integers(1, max(2, self.length // 2))
+        x[at - 1] = x[-1] = 0
+        y[-1] = x[at]
+        return x, y
+
+
+@dataclass(frozen=True)
+class StringCopy(SyntheticTask):
+    """A string, 0, and then the string backwards, each symbol to be said before it is shown."""
+
+    symbols: int = 4
+
+    @property
+    def vocab_size(self) -> int:
+        return self.symbols + 1
+
+    @property
+    def num_classes(self) -> int:
+        return self.symbols
+
+    def row(self, random):
+        half = self.length // 2
+        backwards = random.integers(1, self.symbols + 1, half)
+        x = np.concatenate([np.zeros(self.length % 2, int), backwards[::-1], [0], backwards[:-1]])
+        y = _no_answers(self.length)
+        y[-half:] = backwards
+        return x, y
+
+
+@dataclass(frozen=True)
+class Stack(SyntheticTask):
+    """Symbols are pushed, 0 pops one and asks which it was. Pushes and pops are as likely where both can be."""
+
+    symbols: int = 4
+    depth: int = 6
+
+    @property
+    def vocab_size(self) -> int:
+        return self.symbols + 1
+
+    @property
+    def num_classes(self) -> int:
+        return self.symbols
+
+    def row(self, random):
+        x, y, stack = np.zeros(self.length, int), _no_answers(self.length), []
+        pops, symbols = random.random(self.length) < 0.5, random.integers(1, self.symbols + 1, self.length)
+        for t in range(self.length):
+            if len(stack) == self.depth or (stack and pops[t]):
+                y[t] = stack.pop()
+            else:
+                x[t] = symbols[t]
+                stack.append(symbols[t])
+        return x, y
+
+
+@dataclass(frozen=True)
+class KeysValues(SyntheticTask):
+    """Pairs of a key and a value, no key twice, then keys in another order, each to be answered with its value.
+
+    Tokens: 0, values, keys. A third of the row for each of keys, values and questions, up to `keys` pairs: in longer
+    rows zeros stand between pairs and questions.
+    """
+
+    keys: int = 8
+    values: int = 8
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + self.values + self.keys
+
+    @property
+    def num_classes(self) -> int:
+        return self.values
+
+    def row(self, random):
+        pairs = min(self.keys, self.length // 3)
+        keys = random.permutation(self.keys)[:pairs]
+        values = random.integers(1, self.values + 1, pairs)
+        order = random.permutation(pairs)
+        x, y = np.zeros(self.length, int), _no_answers(self.length)
+        x[0 : 2 * pairs : 2], x[1 : 2 * pairs : 2] = 1 + self.values + keys, values
+        x[-pairs:], y[-pairs:] = 1 + self.values + keys[order], values[order]
+        return x, y
+
+
+@dataclass(frozen=True)
+class ModularArithmetic(SyntheticTask):
+    """A chain of operations on a number, a + b - c * d ..., from left to right, modulo `modulus`: after each number the
+    result so far. A row begins with a number; tokens: numbers, then + - *."""
+
+    modulus: int = 5
+
+    @property
+    def vocab_size(self) -> int:
+        return self.modulus + 3
+
+    @property
+    def num_classes(self) -> int:
+        return self.modulus
+
+    def row(self, random):
+        numbers = random.integers(0, self.modulus, (self.length + 1) // 2)
+        operations = random.integers(0, 3, self.length // 2)
+        x, y = np.zeros(self.length, int), _no_answers(self.length)
+        x[::2], x[1::2] = numbers, self.modulus + operations
+        result = numbers[0]
+        y[0] = result
+        for i, number in enumerate(numbers[1:]):
+            result = (result + number, result - number, result * number)[operations[i]] % self.modulus
+            y[2 * i + 2] = result
+        return x, y
+
+
+@dataclass(frozen=True)
+class Parity(SyntheticTask):
+    """Bits, and whether the ones so far are odd, after each, or with `last_only` at the end alone."""
+
+    last_only: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        return 2
+
+    @property
+    def num_classes(self) -> int:
+        return 2
+
+    def row(self, random):
+        x = random.integers(0, 2, self.length)
+        y = x.cumsum() % 2
+        if self.last_only:
+            y[:-1] = IGNORED
+        return x, y
+
+
+@dataclass(frozen=True)
+class SelectiveCopying(SyntheticTask):
+    """Symbols among blanks (0), to be said in order at the end, where `copied` askers (symbols + 1) stand (Gu and Dao,
+    arXiv 2312.00752)."""
+
+    symbols: int = 8
+    copied: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.length < 2 * self.copied:
+            raise ValueError(f"length: expected at least {2 * self.copied}, twice copied, got {self.length}")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.symbols + 2
+
+    @property
+    def num_classes(self) -> int:
+        return self.symbols
+
+    def row(self, random):
+        symbols = random.integers(1, self.symbols + 1, self.copied)
+        x, y = np.zeros(self.length, int), _no_answers(self.length)
+        x[np.sort(random.permutation(self.length - self.copied)[: self.copied])] = symbols
+        x[-self.copied :], y[-self.copied :] = self.symbols + 1, symbols
+        return x, y
