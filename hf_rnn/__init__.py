@@ -78,8 +78,8 @@ _register()
 
 if TYPE_CHECKING:
     from hf_rnn.cache import RecurrentCache
-    from hf_rnn.memory import MemoryProtocol
     from hf_rnn.configuration_recurrent import RecurrentConfig
+    from hf_rnn.memory import MemoryProtocol
     from hf_rnn.models.gru.configuration_gru import GRUConfig
     from hf_rnn.models.gru.modeling_gru import GRUForCausalLM, GRUForSequenceClassification, GRUModel
     from hf_rnn.models.lstm.configuration_lstm import LSTMConfig

@@ -1,5 +1,6 @@
 """The whole state of a recurrent model as one tensor: what Supervised Memory Training teaches."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class MemoryProtocol:
         shapes = [shape for layer in self.model.layers for shape in layer.state_shapes]
         if any(layer.conv is not None for layer in self.model.layers):
             raise ValueError(
-                "conv_kernel: expected 0 to train by memories: what a convolution adds to the output is not in the state"
+                "conv_kernel: expected 0 to train by memories: what a convolution adds to the output is in no state"
             )
         widths = sorted({shape[-1] for shape in shapes})
         if len(widths) > 1:
@@ -45,7 +46,7 @@ class MemoryProtocol:
     def update_memory(self, memory: Tensor, input_ids: Tensor) -> Tensor:
         """The memory after one more token: (N, K, D) and (N,) to (N, K, D)."""
         cache = RecurrentCache(len(self.model.layers))
-        cache.states = self._split(memory.clone())  # a cache is written to
+        cache.states = [*self._split(memory.clone())]  # a cache is written to
         state = self.model(input_ids[:, None], past_key_values=cache, use_cache=True).past_key_values
         return self._join(state.states)
 
@@ -77,7 +78,7 @@ class MemoryProtocol:
             rows.append(tuple(states))
         return rows
 
-    def _join(self, states: list[tuple[Tensor, ...]]) -> Tensor:
+    def _join(self, states: Sequence[Any]) -> Tensor:
         shapes = [shape for layer in self.model.layers for shape in layer.state_shapes]
         flat = [state for layer in states for state in layer]
         return torch.cat([s if len(shape) > 1 else s[:, None] for s, shape in zip(flat, shapes, strict=True)], 1)

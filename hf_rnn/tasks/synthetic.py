@@ -152,7 +152,8 @@ class Stack(SyntheticTask):
         return self.symbols
 
     def row(self, random):
-        x, y, stack = np.zeros(self.length, int), _no_answers(self.length), []
+        stack: list[int] = []
+        x, y = np.zeros(self.length, int), _no_answers(self.length)
         pops, symbols = random.random(self.length) < 0.5, random.integers(1, self.symbols + 1, self.length)
         for t in range(self.length):
             if len(stack) == self.depth or (stack and pops[t]):

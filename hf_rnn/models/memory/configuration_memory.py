@@ -18,6 +18,8 @@ class MemoryRNNConfig(RecurrentConfig):
         num_heads: attention heads of the transformer.
         feed_forward_factor: the feed-forwards have int(hidden_size * feed_forward_factor) channels, those of an "mlp"
             of the whole memory int(num_memory_tokens * hidden_size * feed_forward_factor / 2).
+        initializer_range: standard deviation of the initial embeddings and of the head; the updater's weights start
+            with 1 / sqrt(inputs).
         others: see `RecurrentConfig`.
     """
 
@@ -30,6 +32,7 @@ class MemoryRNNConfig(RecurrentConfig):
     updater_layers: int = 2
     num_heads: int = 4
     feed_forward_factor: int | float = 4.0
+    initializer_range: int | float = 0.1
 
     @property
     def feed_forward_size(self) -> int:

@@ -19,7 +19,7 @@ from hf_rnn.models.memory.updaters import TransformerUpdater, make_updater
 
 
 class Memory(Mixer):
-    """m_t = RMSNorm(update(m_{t-1}, x_t)), m_{-1} = 0, y_t = read(m_t): K tokens of D channels, each of length sqrt(D).
+    """m_t = norm(update(m_{t-1}, norm(x_t))), m_{-1} = 0, y_t = read(m_t): K tokens of D channels, of length sqrt(D).
 
     Time is a loop: the network sees its own state, and it is no gated sum that a scan could take at once.
     """
@@ -28,6 +28,7 @@ class Memory(Mixer):
         super().__init__()
         self.config = config
         self.state_shapes = [(config.num_memory_tokens, config.hidden_size)]
+        self.token_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)  # as long as the memory's tokens
         self.updater = make_updater(config)
         self.out_proj = nn.Linear(config.memory_size, config.hidden_size, bias=config.use_bias)
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -43,7 +44,7 @@ class Memory(Mixer):
             init.normal_(self.updater.places)
 
     def update(self, memory: Tensor, x: Tensor) -> Tensor:
-        """m_t: (N, K, D) in float32 and x_t (N, D) to (N, K, D) in float32."""
+        """m_t: (N, K, D) in float32 and x_t (N, D), normalised, to (N, K, D) in float32."""
         new = self.updater(memory.to(x.dtype), x)
         return F.rms_norm(new.to(memory.dtype), new.shape[-1:])
 
@@ -66,7 +67,7 @@ class Memory(Mixer):
         else:
             memory = state[0]
         memories = []
-        for t, x_t in enumerate(x.unbind(1)):
+        for t, x_t in enumerate(self.token_norm(x).unbind(1)):
             new = self.update(memory, x_t)
             memory = new if mask is None else torch.where(mask[:, t, None, None], new, memory)
             memories.append(memory)

@@ -1,5 +1,7 @@
 """Training a recurrent network on the memories that it comes to by itself."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ class DMTLosses(Losses):
     readout's error stops at the memory it reads.
     """
 
-    def __init__(self, student: torch.nn.Module, teacher: SMTTeacher, args: DMTConfig):
+    def __init__(self, student: Any, teacher: SMTTeacher, args: DMTConfig):
         super().__init__(student, args)
         self.label = lambda x, positions: teacher_memories(student, teacher, x, positions, args.context_size)
 

@@ -1,4 +1,4 @@
-"""The terms of the SMT loss, in float32 whatever the networks compute in. N sequences, K memory tokens of D channels."""
+"""The terms of the SMT loss, in float32 whatever the networks compute in. N sequences, K memory tokens, D channels."""
 
 import math
 

@@ -31,7 +31,9 @@ class Losses(nn.Module):
     `forward` takes x, y and lengths (see `windows`) and a generator, and returns the terms; `loss` among them.
     """
 
-    def __init__(self, student: nn.Module, args: Any):
+    student: Any
+
+    def __init__(self, student: Any, args: Any):
         super().__init__()
         self.student = student
         self.args = args
@@ -45,6 +47,8 @@ class MemoryTrainer(NonFiniteGuard):
     """
 
     args: Any
+    model: Any
+    state: Any
     config_class: type[MemoryTrainingConfig]
 
     def __init__(self, model=None, args=None, teacher: SMTTeacher | str | Path | None = None, **kwargs):
@@ -180,8 +184,9 @@ class MemoryTrainer(NonFiniteGuard):
         self._measured = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         measured = gather_object(self._measured)
-        for name in {name for _, terms in measured for name in terms}:
+        metrics: dict[str, float] = output.metrics or {}
+        for name in sorted({name for _, terms in measured for name in terms}):
             weighted = [(rows, float(terms[name])) for rows, terms in measured if name in terms]
             total = sum(rows for rows, _ in weighted)
-            output.metrics[f"{metric_key_prefix}_{name}"] = sum(rows * value for rows, value in weighted) / total
+            metrics[f"{metric_key_prefix}_{name}"] = sum(rows * value for rows, value in weighted) / total
         return output

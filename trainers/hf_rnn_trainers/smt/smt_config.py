@@ -38,7 +38,7 @@ class SMTConfig(MemoryTrainingConfig):
         for name in ("future_size", "positions_per_sequence"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not (0 <= self.first_share and 0 <= self.labelled_share and self.first_share + self.labelled_share <= 1):
+        if min(self.first_share, self.labelled_share) < 0 or self.first_share + self.labelled_share > 1:
             raise ValueError(
                 "first_share, labelled_share: expected shares in [0, 1] that sum to at most 1, got "
                 f"{self.first_share} and {self.labelled_share}"

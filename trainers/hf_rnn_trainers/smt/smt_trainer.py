@@ -1,5 +1,7 @@
 """Training a recurrent network in parallel over time, one step at a time from memories that a teacher makes."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ class SMTLosses(Losses):
     whatever T is.
     """
 
-    def __init__(self, student: torch.nn.Module, teacher: SMTTeacher, args: SMTConfig):
+    def __init__(self, student: Any, teacher: SMTTeacher, args: SMTConfig):
         super().__init__(student, args)
         self.teacher = teacher
 

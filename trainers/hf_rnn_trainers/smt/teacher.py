@@ -98,7 +98,7 @@ class SMTTeacher(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             init.normal_(module.weight, std=self.config.initial_std)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
         elif module is self and not self.config.all_positions:
             init.normal_(self.registers, std=self.config.initial_std)

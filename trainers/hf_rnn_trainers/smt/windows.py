@@ -31,7 +31,7 @@ def sequences(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None =
         )
     if attention_mask is not None:
         real = attention_mask.bool()
-        order = real.logical_not().long().argsort(1, stable=True)
+        order = real.logical_not().long().argsort(dim=1, stable=True)
         input_ids, labels = input_ids.gather(1, order), labels.masked_fill(~real, -100).gather(1, order)
         lengths = (real.sum(1) - 1).clamp(min=0)
     else:
