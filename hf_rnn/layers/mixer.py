@@ -26,9 +26,10 @@ class Mixer(nn.Module, ABC):
         """Initialise what `PreTrainedModel._init_weights` does not know; leaves loaded weights alone."""
 
     def initial_states(self, batch_size: int) -> tuple[Tensor, ...]:
-        """The state before the first token, (B, ...) float32 each."""
-        device = next(self.parameters()).device
-        return tuple(torch.zeros(batch_size, *shape, device=device) for shape in self.state_shapes)
+        """The state before the first token, (B, ...) float32 (float64 in a float64 model) each."""
+        weight = next(self.parameters())
+        options = dict(dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+        return tuple(torch.zeros(batch_size, *shape, **options) for shape in self.state_shapes)  # type: ignore
 
     def read(self, state: tuple[Tensor, ...]) -> Tensor:
         """The output that `forward` gave with this state, (B, T, ...) each: (B, T, D). For `MemoryProtocol`."""
@@ -92,7 +93,8 @@ class RecurrentMixer(Mixer):
     def initial_states(self, batch_size: int) -> tuple[Tensor, ...]:
         if self.initial_state is None:
             return super().initial_states(batch_size)
-        return tuple(s.float().expand(batch_size, -1) for s in self.initial_state)
+        dtype = torch.promote_types(self.initial_state.dtype, torch.float32)
+        return tuple(s.to(dtype).expand(batch_size, -1) for s in self.initial_state)
 
     def read(self, state: tuple[Tensor, ...]) -> Tensor:
         return self.out_proj(state[0].to(self.in_proj.weight.dtype))

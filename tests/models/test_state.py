@@ -20,6 +20,8 @@ VARIANTS = {
     "linear candidate": dict(use_g=False),
     "no learned state": dict(learned_initial_state=False),
     "neurips": dict(block_layout="neurips"),
+    "mlp": dict(updater="mlp"),
+    "gru": dict(updater="gru", num_memory_tokens=3),
     "mixture": dict(block_layout="neurips", slstm_at=[0], use_bias=True),
 }
 

@@ -25,7 +25,8 @@ class DMTLosses(Losses):
 
     def forward(self, x: Tensor, y: Tensor, lengths: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         args, (rows, time) = self.args, x.shape
-        start = int(torch.randint(min(args.label_every, time), (), generator=generator))
+        latest = min(args.label_every, max(1, int(lengths.min())))  # so that every row has a label
+        start = int(torch.randint(latest, (), generator=generator))
         positions = torch.arange(start, time, args.label_every, device=x.device)
         real = positions < lengths[:, None]
         labels = self.label(x, positions)[real]

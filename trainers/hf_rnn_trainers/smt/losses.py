@@ -22,12 +22,14 @@ def dynamics_loss(predicted: Tensor, memory: Tensor) -> Tensor:
 def uniformity_loss(tokens: Tensor, sample: int = 512, generator: torch.Generator | None = None) -> Tensor:
     """log mean exp(-2 |a - b|^2) over pairs of `sample` directions of (..., D) (Wang and Isola, arXiv 2005.10242).
 
-    0 where all point one way; -4 where two are independent in many dimensions. As a logarithm of a sum of
+    0 where all point one way, or there is one alone; -4 where two are independent in many dimensions. As a logarithm of a sum of
     exponentials, so that nothing underflows.
     """
     directions = F.normalize(tokens.float().flatten(0, -2), dim=-1)
     if len(directions) > sample:
         chosen = torch.randperm(len(directions), generator=generator)[:sample]
         directions = directions[chosen.to(directions.device)]
+    if len(directions) < 2:
+        return directions.sum() * 0
     exponents = -2 * torch.pdist(directions).square()
-    return exponents.logsumexp(0) - math.log(max(len(exponents), 1))
+    return exponents.logsumexp(0) - math.log(len(exponents))

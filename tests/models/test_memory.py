@@ -1,0 +1,141 @@
+"""MemoryRNN, and the protocol of memories: what the models hold is what the protocol says they hold."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_rnn
+
+TOKENS = dict(vocab_size=31, hidden_size=16, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+BARE = dict(conv_kernel=0, residual=False, feed_forward_factor=0)
+MODELS = {
+    "transformer": ("MemoryRNN", dict(updater="transformer")),
+    "mlp, two memories": ("MemoryRNN", dict(updater="mlp", num_hidden_layers=2)),
+    "gru": ("MemoryRNN", dict(updater="gru", num_memory_tokens=3)),
+    "LSTM": ("LSTM", dict(conv_kernel=0, num_hidden_layers=2)),
+    "bare LSTM": ("LSTM", dict(num_hidden_layers=2, **BARE)),
+    "GRU": ("GRU", dict(conv_kernel=0, expansion_factor=2)),
+    "sLSTM": ("XLSTM", dict(block_layout="neurips", slstm_at="all", num_hidden_layers=2)),
+}
+
+
+def make(name: str):
+    stem, settings = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(hf_rnn, f"{stem}Config")(**TOKENS, initializer_range=0.3, **settings)
+    model = getattr(hf_rnn, f"{stem}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "initial_state" in parameter_name or "bias" in parameter_name:
+                parameter.normal_()
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_protocol_is_the_forward_pass(name):
+    """Step by step from `initial_memory`: the same logits as `forward`, and gradients of every parameter."""
+    model, ids = make(name), torch.randint(0, 31, (3, 9))
+    expected = model(ids).logits
+    memory, logits = model.initial_memory(3), []
+    assert memory.shape == (3, *model.memory_shape)
+    for token in ids.unbind(1):
+        before = memory.clone()
+        memory, old = model.update_memory(memory, token), memory
+        assert torch.equal(old, before)  # not written to
+        logits.append(model.read_memory(memory, token))
+    torch.testing.assert_close(torch.stack(logits, 1), expected)
+    weight = torch.randn_like(expected)
+    parameters = list(model.parameters())
+    actual = torch.autograd.grad((torch.stack(logits, 1) * weight).sum(), parameters, materialize_grads=True)
+    wanted = torch.autograd.grad((expected * weight).sum(), parameters, materialize_grads=True)
+    for a, b in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_memory_can_be_held(name):
+    """What a teacher says, as `to_memory` turns it, is within what the recurrence can come to, and goes on from there."""
+    model = make(name)
+    tokens = torch.nn.functional.rms_norm(torch.randn(64, *model.memory_shape).double(), model.memory_shape[1:])
+    memory = model.to_memory(tokens)
+    for layer, states in zip(model.model.layers, model._split(memory), strict=True):
+        kind = type(layer.mixer).__name__
+        if kind == "Memory":
+            torch.testing.assert_close(states[0].square().mean(-1), torch.ones_like(states[0][..., 0]))
+        else:
+            assert states[0].abs().max() < 1
+        if kind == "SLSTM":
+            h, c, n, m, _ = states
+            assert (n >= 1).all() and (c.abs() <= n).all()
+    assert model.update_memory(memory, torch.zeros(64, dtype=torch.long)).isfinite().all()
+
+
+def test_memory_tokens_have_one_length_and_only_they_reach_the_output():
+    model, ids = make("transformer"), torch.randint(0, 31, (2, 5))
+    state = model(ids, use_cache=True).past_key_values
+    (memory,) = state[0]
+    torch.testing.assert_close(memory.square().mean(-1), torch.ones_like(memory[..., 0]))
+    logits = model.read_memory(memory, torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(logits, model(ids).logits[:, -1])
+
+
+def test_places_tell_memory_tokens_apart():
+    """From the empty memory, all tokens of which are equal."""
+    model = make("transformer")
+    memory = model.update_memory(model.initial_memory(1), torch.tensor([3]))
+    assert torch.pdist(memory[0]).min() > 0.1
+
+
+@pytest.mark.parametrize(
+    "stem, settings, message",
+    [
+        ("MinGRU", dict(conv_kernel=0), "MinGRU: nothing to gain"),
+        ("MinLSTM", {}, "nothing to gain"),
+        ("XLSTM", {}, "MLSTM: nothing to gain"),
+        ("XLSTM", dict(block_layout="neurips", slstm_at=[0], num_hidden_layers=2), "nothing to gain"),
+        ("LSTM", {}, "conv_kernel: expected 0"),
+    ],
+)
+def test_who_cannot_be_trained_by_memories(stem, settings, message):
+    model = getattr(hf_rnn, f"{stem}ForCausalLM")(getattr(hf_rnn, f"{stem}Config")(**TOKENS, **settings))
+    with pytest.raises(ValueError, match=message):
+        model.memory_shape  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(updater="lstm"), "updater: expected 'transformer', 'mlp' or 'gru'"),
+        (dict(num_memory_tokens=0), "num_memory_tokens: expected at least 1"),
+        (dict(hidden_size=30), "num_heads: expected a divisor"),
+        (dict(feed_forward_factor=0), "feed_forward_factor"),
+    ],
+)
+def test_config(settings, message):
+    with pytest.raises(Exception, match=message):
+        hf_rnn.MemoryRNNConfig(**settings)
+
+
+def test_gradients_fade_over_time_but_start_neither_vanished_nor_exploded():
+    """One step multiplies the gradient by about 0.9 in a new network."""
+    torch.manual_seed(0)
+    tokens = dict(TOKENS, hidden_size=64)
+    model = hf_rnn.MemoryRNNForCausalLM(hf_rnn.MemoryRNNConfig(**tokens, updater="mlp", num_memory_tokens=2))
+    memory, memories = model.initial_memory(8), []
+    for token in torch.randint(0, 31, (16, 8)):
+        memory = model.update_memory(memory, token)
+        memory.retain_grad()
+        memories.append(memory)
+    (memory * torch.randn_like(memory)).sum().backward()
+    ratio = float(memories[0].grad.norm() / memories[-1].grad.norm()) ** (1 / 15)
+    assert 0.7 < ratio < 1.1
+
+
+def test_bfloat16(tmp_path):
+    model = make("mlp, two memories").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(0, 31, (2, 7))
+    state = loaded(ids).past_key_values
+    assert state[0][0].dtype == torch.float32
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
