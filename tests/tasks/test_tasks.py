@@ -95,7 +95,7 @@ def test_labels(cls, length):
         assert len(ids) == len(labels) == length + 1
         expected = SOLVERS[cls](task, ids[:-1])
         assert {t - 1: y for t, y in enumerate(labels) if y != -100} == expected
-        assert 0 <= min(ids) and max(ids) < task.vocab_size
+        assert min(ids) >= 0 and max(ids) < task.vocab_size
 
 
 def test_last_only_parity():
@@ -171,7 +171,7 @@ def test_digits():
     train, test = tasks.digits("train", levels=4), tasks.digits("test", levels=4)
     assert (len(train), len(test)) == (1437, 360)
     row = test[0]["input_ids"]
-    assert row.shape == (65,) and row[0] == 4 and 0 <= int(row[1:].min()) and int(row[1:].max()) == 3
+    assert row.shape == (65,) and row[0] == 4 and int(row[1:].min()) >= 0 and int(row[1:].max()) == 3
     assert torch.equal(test[0]["input_ids"], tasks.digits("test", levels=4)[0]["input_ids"])
     assert tasks.to_image(row, 4).shape == (8, 8) and tasks.to_image(row[1:], 4).max() == 1
 
