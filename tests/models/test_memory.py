@@ -54,7 +54,7 @@ def test_protocol_is_the_forward_pass(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_memory_can_be_held(name):
-    """What a teacher says, as `to_memory` turns it, is within what the recurrence can come to, and goes on from there."""
+    """What a teacher says is, as `to_memory` turns it, what the recurrence can come to and go on from."""
     model = make(name)
     tokens = torch.nn.functional.rms_norm(torch.randn(64, *model.memory_shape).double(), model.memory_shape[1:])
     memory = model.to_memory(tokens)
@@ -65,7 +65,7 @@ def test_every_memory_can_be_held(name):
         else:
             assert states[0].abs().max() < 1
         if kind == "SLSTM":
-            h, c, n, m, _ = states
+            _, c, n, _, _ = states
             assert (n >= 1).all() and (c.abs() <= n).all()
     assert model.update_memory(memory, torch.zeros(64, dtype=torch.long)).isfinite().all()
 

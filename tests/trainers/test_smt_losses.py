@@ -54,11 +54,8 @@ def test_dynamics_loss():
 def test_uniformity_loss(dtype, tolerance):
     tokens = torch.randn(13, 3, 16, dtype=torch.float64).to(dtype)
     unit = [v / np.linalg.norm(v) for v in tokens.double().reshape(-1, 16).numpy()]
-    pairs = [
-        math.exp(-2 * sum((p - q) ** 2 for p, q in zip(a, b, strict=True)))
-        for i, a in enumerate(unit)
-        for b in unit[:i]
-    ]
+    distances = [sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) for i, a in enumerate(unit) for b in unit[:i]]
+    pairs = [math.exp(-2 * distance) for distance in distances]
     expected = math.log(sum(pairs) / len(pairs))
     assert float(uniformity_loss(tokens)) == pytest.approx(expected, abs=tolerance)
     assert float(uniformity_loss(7 * tokens)) == pytest.approx(expected, abs=tolerance)  # of directions, not lengths
