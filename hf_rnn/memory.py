@@ -12,8 +12,8 @@ from hf_rnn.cache import RecurrentCache
 class MemoryProtocol:
     """What `SMTTrainer` and `DMTTrainer` ask of a causal language model, and what those of this package answer.
 
-    A memory is (N, K, D) in float32 (float64 in a float64 model): every state tensor of every layer, whatever it is called there, as rows of D
-    channels. Models outside the package can be trained if they have these five.
+    A memory is (N, K, D) in float32 (float64 in a float64 model): every state tensor of every layer, whatever it is
+    called there, as rows of D channels. Models outside the package can be trained if they have these five.
     """
 
     model: Any

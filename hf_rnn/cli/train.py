@@ -21,23 +21,33 @@ from transformers import (
     set_seed,
 )
 
-from hf_rnn import RecurrentTrainer, ZOConfig, ZOTrainer, byte_tokenizer
+from hf_rnn import DMTConfig, DMTTrainer, RecurrentTrainer, SMTConfig, SMTTrainer, ZOConfig, ZOTrainer, byte_tokenizer
 from hf_rnn.cli.data import blocks, read_documents, tokenize
 from hf_rnn.cli.plot import plot_losses
 from hf_rnn.evaluation import bits_per_byte
 from hf_rnn.hub.model_card import write_model_card
 
-ARCHITECTURES = ["gru", "lstm", "mingru", "minlstm", "xlstm"]
+ARCHITECTURES = ["gru", "lstm", "memory", "mingru", "minlstm", "xlstm"]
 
 
 @dataclass
 class ModelArguments:
     trainer: str = field(
-        default="backpropagation", metadata={"help": "backpropagation, or zo: zero-order, with a ZOConfig's options"}
+        default="backpropagation",
+        metadata={
+            "help": "backpropagation; zo: zero-order, with a ZOConfig's options; smt, dmt: by a teacher's memories, "
+            "with an SMTConfig's or a DMTConfig's"
+        },
     )
-    model: str = field(
-        default="mingru",
-        metadata={"help": f"an architecture ({', '.join(ARCHITECTURES)}) to train from scratch, or a checkpoint"},
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": f"an architecture ({', '.join(ARCHITECTURES)}) to train from scratch, or a checkpoint; default: "
+            "mingru, with smt memory, with dmt the checkpoint that has the teacher"
+        },
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "dmt (smt: to go on with): the folder that an smt run saved, or its teacher's"}
     )
     config: str = field(
         default="",
@@ -48,6 +58,16 @@ class ModelArguments:
     tokenizer: str | None = field(
         default=None, metadata={"help": "a tokenizer's folder or name; default: the checkpoint's own, or bytes"}
     )
+
+    def __post_init__(self):
+        if self.teacher is not None and self.trainer not in ("smt", "dmt"):
+            raise ValueError(f"teacher: only smt and dmt have one, got --trainer {self.trainer}")
+        if self.model is None:
+            self.model = {"smt": "memory", "dmt": self.teacher}.get(self.trainer, "mingru")
+        if self.trainer == "dmt":
+            if self.model is None:
+                raise ValueError("teacher: expected the folder that `hf-rnn train --trainer smt` saved")
+            self.teacher = self.teacher or self.model
 
 
 @dataclass
@@ -99,11 +119,45 @@ class ZOTrainArguments(ZOConfig):
     use_cache: bool = True
 
 
-TRAINERS = {"backpropagation": (RecurrentTrainer, TrainArguments), "zo": (ZOTrainer, ZOTrainArguments)}
+@dataclass
+class SMTTrainArguments(SMTConfig):
+    """An SMTConfig, with defaults for training a small recurrent model from scratch."""
+
+    output_dir: str | None = field(default="runs/model", metadata={"help": "folder for the checkpoint"})
+    per_device_train_batch_size: int = 16
+    num_train_epochs: float = 10.0
+    learning_rate: float = 1e-3
+    logging_steps: float = 10
+    save_total_limit: int | None = 2
+    report_to: str = "none"
+    use_cache: bool = True
+
+
+@dataclass
+class DMTTrainArguments(DMTConfig):
+    """A DMTConfig, with defaults for a small model that an smt run trained."""
+
+    output_dir: str | None = field(default="runs/model", metadata={"help": "folder for the checkpoint"})
+    per_device_train_batch_size: int = 16
+    num_train_epochs: float = 1.0
+    learning_rate: float = 3e-4
+    logging_steps: float = 10
+    save_total_limit: int | None = 2
+    report_to: str = "none"
+    use_cache: bool = True
+
+
+TRAINERS: dict[str, tuple[Any, Any]] = {
+    "backpropagation": (RecurrentTrainer, TrainArguments),
+    "zo": (ZOTrainer, ZOTrainArguments),
+    "smt": (SMTTrainer, SMTTrainArguments),
+    "dmt": (DMTTrainer, DMTTrainArguments),
+}
 
 
 def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A pretrained checkpoint, or a new model whose vocabulary is the tokenizer's."""
+    assert arguments.model is not None
     if Path(arguments.model).is_dir() or "/" in arguments.model:
         if arguments.config:
             raise ValueError(f"config: the checkpoint {arguments.model} has its own settings")
@@ -141,7 +195,7 @@ def parse(value: str) -> Any:
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     if arguments.tokenizer is not None:
         return AutoTokenizer.from_pretrained(arguments.tokenizer)
-    if Path(arguments.model).is_dir() or "/" in arguments.model:
+    if Path(str(arguments.model)).is_dir() or "/" in str(arguments.model):
         return AutoTokenizer.from_pretrained(arguments.model)
     return byte_tokenizer()
 
@@ -153,8 +207,12 @@ def train(
     data: DataArguments,
     arguments: TrainingArguments,
     callbacks: list | None = None,
+    **options: Any,
 ) -> dict[str, float]:
     """Train, evaluate and save: checkpoint, tokenizer, model card and a picture of the losses in `output_dir`.
+
+    Args:
+        options: the trainer's own, such as a `teacher`.
 
     Returns:
         The held-out `bits_per_byte` and the trainer's own metrics.
@@ -163,7 +221,7 @@ def train(
     stream = tokenize(documents, tokenizer)
     cut = len(stream) - int(len(stream) * data.held_out)
     held_out = torch.from_numpy(stream[cut:])
-    trainer_class: Any = ZOTrainer if isinstance(arguments, ZOConfig) else RecurrentTrainer
+    trainer_class = next((t for t, a in TRAINERS.values() if isinstance(arguments, a)), RecurrentTrainer)
     trainer = trainer_class(
         model=model,
         args=arguments,
@@ -172,6 +230,7 @@ def train(
         data_collator=default_data_collator,
         processing_class=tokenizer,
         callbacks=callbacks,
+        **options,
     )
     resume = arguments.resume_from_checkpoint
     metrics = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume).metrics
@@ -206,7 +265,8 @@ def main(argv: list[str]) -> None:
     model = build_model(model_arguments, tokenizer)
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters")
     documents = read_documents(data.data, data.split, data.text_column)
-    metrics = train(model, tokenizer, documents, data, arguments)
+    options = {"teacher": model_arguments.teacher} if trainer in ("smt", "dmt") else {}
+    metrics = train(model, tokenizer, documents, data, arguments, **options)
     if "bits_per_byte" in metrics:
         print(f"held-out bits per byte: {metrics['bits_per_byte']:.3f}")
     print(f"saved {arguments.output_dir}; try: hf-rnn generate {arguments.output_dir} --prompt 'The '")

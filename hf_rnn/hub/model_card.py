@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from hf_rnn_trainers import ZOConfig
+from hf_rnn_trainers import DMTConfig, SMTConfig, ZOConfig
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
@@ -56,6 +56,10 @@ def write_model_card(
 
 def _method(arguments: TrainingArguments) -> str:
     """How gradients were come by."""
+    if isinstance(arguments, SMTConfig):
+        return "Supervised Memory Training (one step at a time, from the memories of a transformer, in `teacher`)"
+    if isinstance(arguments, DMTConfig):
+        return "DAgger Memory Training (its own rollouts, pulled back to the memories of a transformer, in `teacher`)"
     if not isinstance(arguments, ZOConfig):
         return "backpropagation through time"
     return (

@@ -48,6 +48,28 @@ def test_train_leaves_a_whole_checkpoint(checkpoint):
     assert result.stdout.startswith("The "), result.stderr
 
 
+def test_smt_then_dmt(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ["train", "--data", str(tmp_path / "text.txt"), "--use_cpu", "--block_size", "32", "--max_steps", "3"]
+    small = ["--config", "hidden_size=16,num_memory_tokens=2,updater=mlp", "--output_dir", str(tmp_path / "smt")]
+    assert main([*arguments, *small, "--trainer", "smt", "--teacher_encoder_layers", "1"]) == 0
+    names = {path.name for path in (tmp_path / "smt").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "teacher", "README.md", "loss.png"}
+    assert "Supervised Memory Training" in (tmp_path / "smt" / "README.md").read_text()
+    assert "hf_rnn_memory" in (tmp_path / "smt" / "config.json").read_text()
+    dmt = [*arguments, "--trainer", "dmt", "--output_dir", str(tmp_path / "dmt")]
+    assert main([*dmt, "--teacher", str(tmp_path / "smt")]) == 0
+    assert "DAgger Memory Training" in (tmp_path / "dmt" / "README.md").read_text()
+    assert main(["generate", str(tmp_path / "dmt"), "--prompt", "the", "--max_new_tokens", "5"]) == 0
+    assert "the" in capsys.readouterr().out
+    assert main(dmt) == 1
+    assert "teacher: expected the folder that `hf-rnn train --trainer smt` saved" in capsys.readouterr().err
+    assert main([*arguments, "--teacher", str(tmp_path / "smt")]) == 1
+    assert "teacher: only smt and dmt have one" in capsys.readouterr().err
+    assert main([*arguments, "--trainer", "smt", "--model", "mingru", "--output_dir", str(tmp_path / "no")]) == 1
+    assert "MinGRU: nothing to gain from training by memories" in capsys.readouterr().err
+
+
 def test_zero_order(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     arguments = ["train", "--data", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
@@ -56,7 +78,7 @@ def test_zero_order(tmp_path, capsys):
     assert len((tmp_path / "out" / "zo_replay.jsonl").read_text().splitlines()) == 1 + 3
     assert "zero-order estimates (cd, 6 low_rank directions, epsilon 0.03" in (tmp_path / "out/README.md").read_text()
     assert main([*arguments, "--trainer", "x"]) == 1
-    assert "trainer: expected one of ['backpropagation', 'zo'], got 'x'" in capsys.readouterr().err
+    assert "trainer: expected one of ['backpropagation', 'zo', 'smt', 'dmt'], got 'x'" in capsys.readouterr().err
     assert main([*arguments, "--trainer", "zo", "--epsilon", "-1"]) == 1
     assert "epsilon: expected a number above 0" in capsys.readouterr().err
 
