@@ -130,8 +130,8 @@ def draw(results: dict, path) -> None:
 
 
 def main() -> None:
-    results: dict = {"retrieval": [retrieval(seed, (250, 100)) for seed in range(3)]}
-    results["text"] = [text(seed, (250, 100)) for seed in range(3)]
+    results: dict = {"retrieval": [retrieval(seed, (350, 100)) for seed in range(3)]}
+    results["text"] = [text(seed, (250, 200)) for seed in range(3)]
     draw(results, RESULTS / "memory_drift_cpu.png")
     save("memory_drift", results)
     save("memory_drift", results | {"gated": [gated(seed, 500) for seed in range(1)]})

@@ -142,11 +142,11 @@ def main() -> None:
     options = parser.parse_args()
     results: dict = {"text": [], "pixels": [], "truncated_to": CHUNK}
     for seed in range(options.seeds):
-        found, samples = pixels((800, 200), seed)
+        found, samples = pixels((400, 100), seed)
         results["pixels"].append(found)
         if seed == 0:
             draw(samples, RESULTS / "memory_language_cpu.png")
-        results["text"].append(text(options.data, (800, 200), seed))
+        results["text"].append(text(options.data, (400, 100), seed))
         save("memory_language", results)
 
 
