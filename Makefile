@@ -46,6 +46,11 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/zero_order_memory.py
 	$(BIN)/python benchmarks/zero_order_race.py
 	$(BIN)/python benchmarks/language_model.py
+	$(BIN)/python benchmarks/memory_scaling.py
+	$(BIN)/python benchmarks/memory_retrieval.py
+	$(BIN)/python benchmarks/memory_drift.py
+	$(BIN)/python benchmarks/memory_tasks.py
+	$(BIN)/python benchmarks/memory_language.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

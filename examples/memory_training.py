@@ -19,7 +19,7 @@ from hf_rnn.tasks import Retrieval, accuracy
 from hf_rnn_trainers.smt import drift, rollout
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--steps", type=int, default=500)
+parser.add_argument("--steps", type=int, default=300)
 steps = parser.parse_args().steps
 
 # The data: row i of a task is a function of (seed, i), so there is no end of it, and other seeds are unseen rows.
@@ -87,7 +87,7 @@ left, middle, right = figure.subplots(1, 3)
 for axes, points, title in ((left, memories, "after SMT"), (middle, after, "after DMT")):
     centred = points - points.mean(0)
     plane = centred @ torch.pca_lowrank(centred, q=4)[2][:, :2]
-    image = axes.scatter(*plane.T, c=needle, cmap="tab10", s=8)
+    image = axes.scatter(*plane.T, c=needle, cmap="Dark2", vmin=0.5, vmax=8.5, s=8)
     axes.set(title=f"memories {title}, by the needle", xlabel="first component", ylabel="second")
 figure.colorbar(image, ax=middle, label="needle")
 for name, curve in curves.items():

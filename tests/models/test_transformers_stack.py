@@ -179,10 +179,11 @@ def test_dropout(make_model, ids):
 
 def test_compile_without_graph_breaks(architecture, model, ids):
     torch._dynamo.reset()  # tests share transformers' wrappers, and so their limit of recompilations
+    ids = ids[:, :4] if architecture == "memoryrnn" else ids  # its loop over time is the graph's
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
     mask = torch.ones_like(ids)
-    mask[0, :5] = 0
+    mask[0, :3] = 0
     torch.testing.assert_close(
         compiled(ids, attention_mask=mask).logits[1:], model(ids, attention_mask=mask).logits[1:]
     )
@@ -213,13 +214,14 @@ def test_compiled_decoding_step(model, ids):
 
 def test_export(architecture, model, ids):
     unrolled = architecture == "memoryrnn"  # its loop over time is the graph's
+    ids = ids[:, :4] if unrolled else ids
     with torch.no_grad():
         dynamic = {"input_ids": {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("time", min=2)}}
         dynamic = {"input_ids": None} if unrolled else dynamic
         program = torch.export.export(
             model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=dynamic | {"use_cache": None}
         )
-        for shape in [(3, 17)] if unrolled else [(3, 17), (5, 40)]:
+        for shape in [(3, 4)] if unrolled else [(3, 17), (5, 40)]:
             x = torch.randint(0, 58, shape)
             torch.testing.assert_close(
                 program.module()(input_ids=x, use_cache=False).logits, model(x, use_cache=False).logits
