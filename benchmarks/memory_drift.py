@@ -57,27 +57,25 @@ def retrieval(seed: int, steps: tuple[int, int]) -> dict:
 
 
 def text(seed: int, steps: tuple[int, int], length: int = 64) -> dict:
-    """The same on characters, whose memory of long ago matters little: DMT on rows of the length that SMT had, and on
-    rows four times as long."""
+    """The same on characters, whose memory of long ago matters little. SMT is stopped in the midst, its learning rate
+    as high as ever; then as many steps of DMT, or for comparison more of SMT, with the rate going down."""
     stream = np.frombuffer("\n\n".join(topics.values()).encode(), dtype=np.uint8).astype(np.int32)
     cut = int(0.95 * len(stream))
-    short, longer = (blocks(stream[:cut], n + 1) for n in (length, FACTOR * length))
-    rows = list(blocks(stream[cut:], FACTOR * length + 1))[:64]
-    held_out = torch.stack([row["input_ids"] for row in rows])
-    settings = dict(seed=seed, per_device_train_batch_size=32, context_size=length)
+    rows = blocks(stream[:cut], length + 1)
+    held_out = torch.stack([row["input_ids"] for row in list(blocks(stream[cut:], FACTOR * length + 1))[:64]])
+    common = dict(seed=seed, per_device_train_batch_size=32, context_size=length)
     model = student(256, seed, tokens=4)
-    teacher = smt(model, short, steps[0], Clock(name=f"text, seed {seed}"), future_size=32, **settings)
+    constant = dict(lr_scheduler_type="constant_with_warmup", lr_scheduler_kwargs=None)
+    teacher = smt(model, rows, steps[0], Clock(name=f"text, seed {seed}"), future_size=32, **common, **constant)
     result: dict = {"seed": seed, "steps": steps}
-    start = copy.deepcopy(model)
-    for name, data, settings_of_rows in (
-        ("SMT", None, {}),
-        ("DMT", short, dict(label_every=1, per_device_train_batch_size=64)),
-        ("DMT on longer rows", longer, dict(label_every=8, per_device_train_batch_size=8)),
-    ):
-        if data is not None:
-            model = copy.deepcopy(start)
-            rate = dict(learning_rate=2e-3)
-            dmt(model, teacher, data, steps[1], Clock(), **settings | rate | settings_of_rows)
+    start, taught = model, teacher
+    for name in ("SMT", "DMT", "more SMT"):
+        model, teacher = copy.deepcopy(start), copy.deepcopy(taught)
+        down = dict(seed=seed + 1, warmup_steps=0, learning_rate=2e-3)
+        if name == "DMT":
+            dmt(model, teacher, rows, steps[1], Clock(), **common | down)
+        elif name == "more SMT":
+            smt(model, rows, steps[1], Clock(), teacher, future_size=32, **common | down)
         with torch.no_grad():
             logits = model(held_out).logits[:, :-1]
         right = (logits.argmax(-1) == held_out[:, 1:]).float().mean(0)
@@ -125,7 +123,7 @@ def draw(results: dict, path) -> None:
     axes = figure.subplots(1, 2)
     for ax, task, length in zip(axes, ("retrieval", "text"), (LENGTH, 64), strict=True):
         runs = results[task]
-        for name, color in (("SMT", "C3"), ("DMT", "C0"), ("DMT on longer rows", "C2")):
+        for name, color in (("SMT", "C3"), ("DMT", "C0"), ("more SMT", "C2")):
             for run in runs:
                 if name in run:
                     curve = run[name]["curve"]
