@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_rnn
+from hf_rnn_kernels import Perturbed
 
 TOKENS = dict(vocab_size=31, hidden_size=16, pad_token_id=None, bos_token_id=None, eos_token_id=None)
 BARE = dict(conv_kernel=0, residual=False, feed_forward_factor=0)
@@ -139,3 +140,23 @@ def test_bfloat16(tmp_path):
     state = loaded(ids).past_key_values
     assert state[0][0].dtype == torch.float32
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["transformer", "mlp, two memories", "gru"])
+def test_many_perturbed_copies_at_once(name):
+    """As `ZOTrainer` evaluates them: every parameter, of every updater, each copy as if alone."""
+    model, members, ids, new = make(name), 3, torch.randint(0, 31, (2, 7)), {}
+    for parameter_name, p in model.named_parameters():
+        if p.dim() > 1:
+            left = 0.1 * torch.randn(members, p.shape[0], 1, dtype=p.dtype)
+            new[parameter_name] = Perturbed.of_low_rank(p, left, torch.randn(members, p.shape[1], 1, dtype=p.dtype), 2)
+        else:
+            offset = 0.1 * torch.randn(members, *p.shape, dtype=p.dtype)
+            new[parameter_name] = Perturbed.of_offset(p, lambda offset=offset: offset, members, 2)
+    with torch.no_grad():
+        actual = torch.func.functional_call(model, new, (ids.repeat(members, 1),)).logits
+        for m in range(members):
+            copy = {parameter_name: p.copies()[m] for parameter_name, p in new.items()}
+            torch.testing.assert_close(
+                actual[2 * m : 2 * m + 2], torch.func.functional_call(model, copy, (ids,)).logits
+            )

@@ -49,8 +49,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("network", ["model", "teacher"])
 def test_processes_agree(method, network, runs):
     one, first, second = (
-        load_file(runs / world / f"{method}-{network}-{rank}")
-        for world, rank in (("1", 0), ("2", 0), ("2", 1))
+        load_file(runs / world / f"{method}-{network}-{rank}") for world, rank in (("1", 0), ("2", 0), ("2", 1))
     )
     for name in one:
         assert torch.equal(first[name], second[name]), name

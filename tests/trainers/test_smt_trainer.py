@@ -259,6 +259,9 @@ OTHERS = SMTTeacher.for_student(make_model(num_memory_tokens=3))
         (lambda f: SMTTrainer(make_model(), DMTConfig(str(f), use_cpu=True)), TypeError, "args: expected a SMTConfig"),
         (lambda f: DMTTrainer(make_model(), DMTConfig(str(f), use_cpu=True)), ValueError, "teacher: expected the one"),
         (lambda f: make_trainer(f, label_smoothing_factor=0.1), ValueError, "label_smoothing_factor"),
+        (lambda f: make_trainer(f, gradient_checkpointing=True), ValueError, "gradient_checkpointing"),
+        (lambda f: SMTTrainer(None, SMTConfig(str(f), use_cpu=True), model_init=make_model), ValueError, "model_init"),
+        (lambda f: make_trainer(f, all_positions=True, context_size=7).train(), ValueError, "context_size: .* 8 tokens"),
     ],
 )  # fmt: skip
 def test_refusals(make, error, message, tmp_path):
@@ -273,3 +276,25 @@ def test_packed_rows_are_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="position_ids: memories are of one sequence a row"):
         make_trainer(tmp_path, data=data).train()
+
+
+def test_twice_with_the_best_kept(tmp_path):
+    """A second `train` goes on with both networks; the best checkpoint brings its own teacher."""
+    settings = dict(
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, metric_for_best_model="loss"
+    )
+    trainer = make_trainer(tmp_path, load_best_model_at_end=True, **settings)
+    for _ in range(2):
+        before = [p.clone() for p in trainer.losses.parameters()]
+        trainer.train()
+        assert not all(torch.equal(p, q) for p, q in zip(trainer.losses.parameters(), before, strict=True))
+        best = trainer.state.best_model_checkpoint
+        assert same(trainer.model, AutoModelForCausalLM.from_pretrained(best))
+        assert same(trainer.teacher, load_teacher(best))
+
+
+def test_predict_and_streamed_rows(tmp_path):
+    trainer = make_trainer(tmp_path, data=dataclasses.replace(TASK, size=64).to_iterable().with_format("torch"))
+    trainer.train()
+    output = trainer.predict(trainer.eval_dataset)
+    assert output.predictions.shape == (10, 9, 5) and output.metrics["test_drift"] > 0

@@ -39,5 +39,7 @@ class MemoryTrainingConfig(TrainingArguments):
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor: this loss has none; leave it 0")
+        if self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing: the student is trained by single steps; leave it off")
         if self.deepspeed is not None or self.fsdp:
             raise ValueError("deepspeed, fsdp: two networks train together; use plain processes")

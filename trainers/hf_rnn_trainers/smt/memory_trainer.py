@@ -59,6 +59,8 @@ class MemoryTrainer(NonFiniteGuard):
                 f"model: expected a causal language model with memory_shape, initial_memory, update_memory, "
                 f"read_memory and to_memory (see hf_rnn.MemoryProtocol), got {type(model).__name__}"
             )
+        if kwargs.get("model_init") is not None:
+            raise ValueError("model_init: the teacher fits one student; pass a model")
         super().__init__(model, args, **kwargs)
         if self.compute_loss_func is not None:
             raise ValueError("compute_loss_func: this trainer has its own loss; leave it out")

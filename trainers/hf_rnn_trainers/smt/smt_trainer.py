@@ -29,6 +29,11 @@ class SMTLosses(Losses):
         t = sample_positions(batch, args.positions_per_sequence, args.first_share, args.labelled_share, generator)
         rows, t = torch.arange(len(x), device=x.device).repeat_interleave(t.shape[1]), t.flatten()
         if self.teacher.config.all_positions:
+            if self.training and x.shape[1] > args.context_size:
+                raise ValueError(
+                    f"context_size: with all_positions the teacher remembers a whole row; expected at least its "
+                    f"{x.shape[1]} tokens, got {args.context_size}"
+                )
             memories = self.student.to_memory(self.teacher.encode_all(x).flatten(0, 1)).unflatten(0, x.shape)
             decoded = memories[rows, t]
             rows_all, t_all = (torch.arange(x.shape[1], device=x.device) < lengths[:, None]).nonzero().unbind(1)
