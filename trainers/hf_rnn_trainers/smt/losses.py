@@ -22,8 +22,8 @@ def dynamics_loss(predicted: Tensor, memory: Tensor) -> Tensor:
 def uniformity_loss(tokens: Tensor, sample: int = 512, generator: torch.Generator | None = None) -> Tensor:
     """log mean exp(-2 |a - b|^2) over pairs of `sample` directions of (..., D) (Wang and Isola, arXiv 2005.10242).
 
-    0 where all point one way, or there is one alone; -4 where two are independent in many dimensions. As a logarithm of a sum of
-    exponentials, so that nothing underflows.
+    0 where all point one way, or there is one alone; -4 where two are independent in many dimensions. As a logarithm of
+    a sum of exponentials, so that nothing underflows.
     """
     directions = F.normalize(tokens.float().flatten(0, -2), dim=-1)
     if len(directions) > sample:
