@@ -5,8 +5,9 @@ python benchmarks/memory_retrieval.py            # about 40 minutes on one core
 
 import argparse
 import dataclasses
+import json
 
-from driver import save
+from driver import RESULTS, save
 from memory_training import Clock, bptt, dmt, score, smt, student
 
 from hf_rnn.tasks import Retrieval, Stack
@@ -35,41 +36,51 @@ def compare(task, seed: int, updater: str, steps: tuple[int, int], name: str) ->
     return row
 
 
-def far(seed: int, lengths: list[int]) -> list[dict]:
-    """On from T = 32 to longer rows, each with a share of the batch: the same student and teacher go on learning."""
-    rows = []
-    model = student(Retrieval().vocab_size, seed)
-    teacher, total = None, 0.0
-    for length in lengths:
-        task, clock = Retrieval(length=length, seed=seed + length), Clock(name=f"T = {length}")
-        batch = max(2, min(64, 4096 // length))
-        steps = (500, 100) if length == lengths[0] else (150, 60)
-        options = dict(per_device_train_batch_size=batch, seed=seed)
-        teacher = smt(model, task, steps[0], clock, teacher, **options, **LATE)
-        before = score(model, task, rows=256, batch=64)
-        dmt(model, teacher, dataclasses.replace(task, seed=task.seed + 1000), steps[1], clock, **options)
-        total += clock.seconds
-        row = dict(T=length, seed=seed, batch=batch, steps=sum(steps), seconds_so_far=total, smt=before)
-        row["smt_dmt"] = score(model, task, rows=256, batch=64)
-        print(row, flush=True)
-        rows.append(row)
-    return rows
+def longer(seed: int) -> dict:
+    """Trained at T = 32, then for a while at 64: how far beyond does it go? BPTT with the same rows beside it."""
+    rows = [Retrieval(length=length, seed=seed) for length in (32, 64)]
+    stages, beyond = ((500, 100), (150, 60)), (32, 64, 128, 256, 512, 1024)
+    model, teacher, clock, result = student(rows[0].vocab_size, seed), None, Clock(), {"seed": seed}
+
+    def reach(model) -> dict[str, float]:
+        tasks = [dataclasses.replace(rows[0], length=length) for length in beyond]
+        return {str(task.length): score(model, task, rows=256) for task in tasks}
+
+    for task, (first, second) in zip(rows, stages, strict=True):
+        teacher = smt(model, task, first, clock, teacher, seed=seed, **LATE)
+        dmt(model, teacher, dataclasses.replace(task, seed=seed + 1000), second, clock, seed=seed)
+        result[f"SMT+DMT to {task.length}"] = reach(model)
+        result[f"SMT+DMT to {task.length}, seconds"] = clock.seconds
+        print(
+            seed, f"SMT+DMT to {task.length}", result[f"SMT+DMT to {task.length}"], f"{clock.seconds:.0f} s", flush=True
+        )
+    model, clock = student(rows[0].vocab_size, seed), Clock()
+    for task, steps in zip(rows, stages, strict=True):
+        bptt(model, task, sum(steps), clock, seed=seed)
+    result |= {"BPTT to 64": reach(model), "BPTT to 64, seconds": clock.seconds, "steps": stages}
+    print(seed, "BPTT to 64", result["BPTT to 64"], f"{clock.seconds:.0f} s", flush=True)
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    rows = []
-    for seed in range(options.seeds):
-        rows.append(compare(Retrieval(length=32, seed=seed), seed, "mlp", STEPS[32], "retrieval"))
-        save("memory_retrieval", {"same steps": rows})
-    rows.append(compare(Retrieval(length=64), 0, "mlp", STEPS[64], "retrieval"))
-    rows.append(compare(Retrieval(length=32), 0, "gru", STEPS[32], "retrieval, gated"))
-    rows.append(compare(Stack(length=32), 0, "mlp", STEPS[32], "stack"))
-    save("memory_retrieval", {"same steps": rows})
-    longer = far(0, [32, 64, 128, 256, 512, 1024])
-    save("memory_retrieval", {"same steps": rows, "longer and longer": longer})
+    parser.add_argument("--parts", nargs="*", default=["same steps", "longer"])
+    options, path = parser.parse_args(), RESULTS / "memory_retrieval_cpu.json"
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    if "same steps" in options.parts:
+        rows = results["same steps"] = []
+        for seed in range(options.seeds):
+            rows.append(compare(Retrieval(length=32, seed=seed), seed, "mlp", STEPS[32], "retrieval"))
+        rows.append(compare(Retrieval(length=64), 0, "mlp", STEPS[64], "retrieval"))
+        rows.append(compare(Retrieval(length=32), 0, "gru", STEPS[32], "retrieval, gated"))
+        rows.append(compare(Stack(length=32), 0, "mlp", STEPS[32], "stack"))
+        save("memory_retrieval", results)
+    if "longer" in options.parts:
+        results["longer"] = []
+        for seed in range(options.seeds):
+            results["longer"].append(longer(seed))
+            save("memory_retrieval", results)
 
 
 if __name__ == "__main__":
