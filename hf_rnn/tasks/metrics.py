@@ -6,19 +6,19 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 
-def accuracy(predictions, labels) -> dict[str, float]:
+def accuracy(predictions: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> dict[str, float]:
     """Share of labels that are right, and of rows all of whose labels are.
 
     Args:
-        predictions: logits (N, T, V) or token ids (N, T); position t predicts labels[:, t + 1].
+        predictions: logits (N, T, V) or token ids (N, T); position t predicts labels[:, t + 1]. Of any dtype and device.
         labels: (N, T), -100 where there is nothing to predict.
 
     Returns:
         `accuracy` and `exact_match`.
     """
-    predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.ndim == 3:
         predictions = predictions.argmax(-1)
+    predictions, labels = _to_numpy(predictions), _to_numpy(labels)
     if predictions.shape != labels.shape or labels.ndim != 2:
         raise ValueError(
             f"predictions, labels: expected (N, T, V) or (N, T) and (N, T), got {predictions.shape} and {labels.shape}"
@@ -31,6 +31,10 @@ def accuracy(predictions, labels) -> dict[str, float]:
         raise ValueError("labels: expected some that are not -100")
     some = labelled.any(1)
     return {"accuracy": float(right[labelled].mean()), "exact_match": float(right.all(1)[some].mean())}
+
+
+def _to_numpy(x: Tensor | np.ndarray) -> np.ndarray:
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -4,10 +4,16 @@ A sequence begins with a token of its own, number `levels`, and holds side * sid
 (1 + side * side).
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
-def digits(split: str = "train", levels: int = 8, seed: int = 0):
+def digits(split: str = "train", levels: int = 8, seed: int = 0) -> "Dataset":
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, which come with it: a `datasets.Dataset`.
 
     Args:
@@ -24,28 +30,35 @@ def digits(split: str = "train", levels: int = 8, seed: int = 0):
         raise ImportError("digits: needs scikit-learn, pip install 'hf-rnn[tasks]'") from error
     if split not in ("train", "test"):
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
+    _check_levels(levels, 17)
     images = load_digits().images / 16
     order = np.random.default_rng(seed).permutation(len(images))
     chosen = order[::5] if split == "test" else np.delete(order, np.s_[::5])
     return _sequences(images[chosen], levels)
 
 
-def image_sequences(name: str, split: str = "train", side: int = 28, levels: int = 8, column: str = "image"):
+def image_sequences(
+    name: str, split: str = "train", side: int = 28, levels: int = 8, column: str = "image"
+) -> "Dataset":
     """Any image data set, such as "ylecun/mnist" or a folder of images: a `datasets.Dataset` of grey sequences.
 
     Args:
         name: on the Hub, a folder that `datasets` saved, or a folder of image files.
         split: which of its splits.
         side: images are scaled to side x side pixels.
-        levels: grey levels.
+        levels: grey levels, 2 to 256.
         column: where the images are.
 
     Raises:
-        ValueError: there is no such split or column.
+        ValueError: there is no such split or column; side or levels out of range.
     """
     from pathlib import Path
 
     import datasets
+
+    if side < 1:
+        raise ValueError(f"side: expected at least 1, got {side}")
+    _check_levels(levels, 256)
 
     if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
         data = datasets.load_from_disk(name)
@@ -63,18 +76,21 @@ def image_sequences(name: str, split: str = "train", side: int = 28, levels: int
     return _sequences(np.stack(images), levels)
 
 
-def _sequences(images: np.ndarray, levels: int):
+def _check_levels(levels: int, most: int) -> None:
+    if not 2 <= levels <= most:
+        raise ValueError(f"levels: expected 2 to {most}, got {levels}")
+
+
+def _sequences(images: np.ndarray, levels: int) -> "Dataset":
     """(N, side, side) in [0, 1]."""
     from datasets import Dataset
 
-    if not 2 <= levels <= 256:
-        raise ValueError(f"levels: expected 2 to 256, got {levels}")
     pixels = np.minimum((images * levels).astype(np.int64), levels - 1).reshape(len(images), -1)
     rows = np.concatenate([np.full((len(images), 1), levels), pixels], 1)
     return Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
 
 
-def to_image(input_ids, levels: int) -> np.ndarray:
+def to_image(input_ids: Tensor | np.ndarray, levels: int) -> np.ndarray:
     """A sequence with or without its first token, (..., 1 + side * side), to grey values in [0, 1], (..., side, side).
 
     Raises:
