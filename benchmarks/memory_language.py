@@ -5,6 +5,8 @@ python benchmarks/memory_language.py [--data my.txt]      # default: the documen
 """
 
 import argparse
+import copy
+import json
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -79,22 +81,25 @@ def compare(
         return mean_loss(model, held_out)
 
     result, models = {}, {}
+    settings = dict(learning_rate=RATE, seed=seed) | SETTINGS | windows
     model, clock = new(), Clock(name=f"{name} SMT")
-    settings = dict(learning_rate=RATE, seed=seed) | SETTINGS
-    teacher = smt(model, data, steps[0] + steps[1], clock, **settings, **windows)
-    result["SMT"] = {"steps": dict(loss=evaluate(model), steps=clock.steps, seconds=clock.seconds)}
-    model, clock = new(), Clock(name=f"{name} SMT")
-    teacher = smt(model, data, steps[0], clock, **settings, **windows)
-    window = {key: value for key, value in windows.items() if key == "context_size"}
-    tuned = dict(learning_rate=RATE / 2, lr_scheduler_type="cosine", lr_scheduler_kwargs=None)
-    dmt(model, teacher, data, steps[1], clock, **settings | tuned | window)
-    result["SMT+DMT"] = {"steps": dict(loss=evaluate(model), steps=clock.steps, seconds=clock.seconds)}
-    models["SMT+DMT"] = model
-    print(f"  {name}", {key: value["steps"] for key, value in result.items()}, flush=True)
+    teacher = smt(model, data, steps[0], clock, **settings)
+    start, spent = copy.deepcopy((model, teacher)), clock.seconds
+    for method in ("SMT", "SMT+DMT"):
+        (model, teacher), clock = copy.deepcopy(start), Clock()
+        if method == "SMT":
+            smt(model, data, steps[1], clock, teacher, **settings | dict(warmup_steps=0))
+        else:
+            window = {key: value for key, value in windows.items() if key == "context_size"}
+            down = dict(learning_rate=RATE / 2, lr_scheduler_type="cosine")
+            dmt(model, teacher, data, steps[1], clock, **SETTINGS | dict(seed=seed) | window | down)
+        found = dict(loss=evaluate(model), steps=sum(steps), seconds=spent + clock.seconds)
+        result[method], models[method] = {"steps": found}, model
+        print(f"  {name} {method}", found, flush=True)
     for method, trainer_class in (("BPTT", None), ("truncated BPTT", TruncatedTrainer)):
         model = new()
-        probe = Probe(evaluate, sum(steps), clock.seconds)
-        bptt(model, data, 10**6, probe, trainer_class, **settings)
+        probe = Probe(evaluate, sum(steps), spent + clock.seconds)
+        bptt(model, data, 10**6, probe, trainer_class, **SETTINGS | dict(learning_rate=RATE, seed=seed))
         result[method], models[method] = probe.found, model
         print(f"  {name} {method}", probe.found, flush=True)
     return result, models
@@ -104,8 +109,8 @@ def text(path: str | None, steps: tuple[int, int], seed: int) -> dict:
     document = "\n\n".join(topics.values()) if path is None else "\n".join(read_documents(path))
     stream = np.frombuffer(document.encode(), dtype=np.uint8).astype(np.int32)
     cut = int(0.95 * len(stream))
-    data, held_out = blocks(stream[:cut], 129), blocks(stream[cut:], 129)
-    windows = dict(context_size=128, future_size=32)
+    data, held_out = blocks(stream[:cut], 65), blocks(stream[cut:], 65)
+    windows = dict(context_size=64, future_size=32)
     result, models = compare(f"text, seed {seed}", 259, data, list(held_out)[:128], steps, seed, **windows)
     tail = torch.from_numpy(stream[cut : cut + 8192])
     for name, model in models.items():
@@ -139,15 +144,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="a text file or data set")
     parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    results: dict = {"text": [], "pixels": [], "truncated_to": CHUNK}
-    for seed in range(options.seeds):
-        found, samples = pixels((400, 100), seed)
-        results["pixels"].append(found)
-        if seed == 0:
-            draw(samples, RESULTS / "memory_language_cpu.png")
-        results["text"].append(text(options.data, (400, 100), seed))
-        save("memory_language", results)
+    parser.add_argument("--steps", type=int, nargs=2, default=(400, 100), help="of SMT and of DMT")
+    parser.add_argument("--parts", nargs="*", default=["text", "pixels"])
+    options, path = parser.parse_args(), RESULTS / "memory_language_cpu.json"
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    results["truncated_to"] = CHUNK
+    for part in options.parts:
+        results[part] = []
+        for seed in range(options.seeds):
+            if part == "text":
+                results[part].append(text(options.data, tuple(options.steps), seed))
+            else:
+                found, samples = pixels(tuple(options.steps), seed)
+                results[part].append(found)
+                if seed == 0:
+                    draw(samples, RESULTS / "memory_language_cpu.png")
+            save("memory_language", results)
 
 
 if __name__ == "__main__":

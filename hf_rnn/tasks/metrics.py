@@ -10,7 +10,7 @@ def accuracy(predictions: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> d
     """Share of labels that are right, and of rows all of whose labels are.
 
     Args:
-        predictions: logits (N, T, V) or token ids (N, T); position t predicts labels[:, t + 1]. Of any dtype and device.
+        predictions: logits (N, T, V) or token ids (N, T); position t predicts labels[:, t + 1].
         labels: (N, T), -100 where there is nothing to predict.
 
     Returns:
@@ -38,8 +38,11 @@ def _to_numpy(x: Tensor | np.ndarray) -> np.ndarray:
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`accuracy` for transformers' Trainer."""
-    return accuracy(prediction.predictions, prediction.label_ids)
+    """`accuracy` for transformers' Trainer, of logits or of what `preprocess_logits_for_metrics` keeps."""
+    predictions, labels = prediction.predictions, prediction.label_ids
+    if isinstance(predictions, tuple):  # a model's further outputs
+        predictions = predictions[0]
+    return accuracy(predictions, np.asarray(labels))
 
 
 def preprocess_logits_for_metrics(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
 """Every label against a solver that sees input_ids alone; rows are a function of (seed, index)."""
 
 import dataclasses
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image
-from transformers import EvalPrediction
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from hf_rnn import tasks
+from hf_rnn import MinGRUConfig, MinGRUForCausalLM, tasks
 
 
 def retrieval(task, x):
@@ -109,8 +111,9 @@ def test_rows_are_a_function_of_seed_and_index(cls):
     assert all(torch.equal(task[i]["input_ids"], again[i]["input_ids"]) for i in some)
     assert not all(torch.equal(task[i]["input_ids"], other[i]["input_ids"]) for i in some)
     assert torch.equal(task[-1]["input_ids"], task[len(task) - 1]["input_ids"])
-    with pytest.raises(IndexError, match="one of"):
-        task[len(task)]
+    for beyond in (len(task), -len(task) - 1):
+        with pytest.raises(IndexError, match="one of"):
+            task[beyond]
 
 
 def test_rows_cost_nothing_before_they_are_asked_for(cls):
@@ -126,6 +129,13 @@ def test_as_datasets(cls):
     assert len(rows) == 7 and rows[6]["labels"] == task[6]["labels"].tolist()
 
 
+def test_shuffled_over_processes(cls):
+    task = cls(length=8, size=6)
+    batches = list(DataLoader(task, batch_size=3, shuffle=True, num_workers=2 if cls is tasks.Parity else 0))
+    rows = sorted(row.tolist() for batch in batches for row in batch["input_ids"])
+    assert rows == sorted(task[i]["input_ids"].tolist() for i in range(6))
+
+
 def test_vocabulary_does_not_depend_on_length(cls):
     assert cls(length=16).vocab_size == cls(length=64).vocab_size
 
@@ -136,6 +146,21 @@ def test_answers_are_balanced():
     assert counts.sum() == 4000 and abs(counts / 4000 - 1 / 8).max() < 0.03
 
 
+def share_right(task, guess):
+    right = []
+    for i in range(500):
+        row = task[i]
+        x, labels = row["input_ids"].tolist(), row["labels"].tolist()
+        right += [guess(x[: t + 1]) == label for t, label in enumerate(labels[1:]) if label != -100]
+    return np.mean(right)
+
+
+def test_simple_rules():
+    """What a docstring says that can be had without what the task is about."""
+    assert 0.67 < share_right(tasks.Stack(), lambda x: next(token for token in x[::-1] if token)) < 0.77
+    assert 0.23 < share_right(tasks.ModularArithmetic(), lambda x: 0) < 0.29
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -143,9 +168,14 @@ def test_answers_are_balanced():
         (lambda: tasks.Stack(depth=0), "depth"),
         (lambda: tasks.Parity(seed=-1), "seed"),
         (lambda: tasks.KeysValues(keys=1.5), "keys"),
+        (lambda: tasks.Retrieval(length=True), "length"),
+        (lambda: tasks.Parity(last_only="no"), "last_only: expected True or False"),
         (lambda: tasks.SelectiveCopying(length=7), "length: expected at least 8"),
         (lambda: tasks.digits("valid"), "split: expected 'train' or 'test'"),
-        (lambda: tasks.digits(levels=1), "levels"),
+        (lambda: tasks.digits(levels=1), "levels: expected 2 to 17, got 1"),
+        (lambda: tasks.digits(levels=18), "levels: expected 2 to 17, got 18"),
+        (lambda: tasks.image_sequences("nowhere", levels=257), "levels: expected 2 to 256, got 257"),
+        (lambda: tasks.image_sequences("nowhere", side=0), "side: expected at least 1, got 0"),
         (lambda: tasks.to_image(np.zeros((2, 7)), 4), "input_ids: expected the pixels of a square"),
         (lambda: tasks.accuracy(np.zeros((2, 3)), np.zeros((2, 4))), "predictions, labels: expected"),
         (lambda: tasks.accuracy(np.zeros((2, 3)), np.full((2, 3), -100)), "labels: expected some"),
@@ -165,6 +195,29 @@ def test_accuracy():
     assert tasks.accuracy(logits, labels) == expected
     kept = tasks.preprocess_logits_for_metrics(logits, labels)
     assert tasks.compute_metrics(EvalPrediction(kept.numpy(), labels.numpy())) == expected
+    assert tasks.compute_metrics(EvalPrediction((logits.numpy(), np.zeros(3)), labels.numpy())) == expected
+    for x in (logits.bfloat16(), logits.requires_grad_(), logits.detach().numpy()):  # a model's own output, too
+        assert tasks.accuracy(x, labels) == expected
+
+
+@pytest.mark.parametrize("preprocess", [None, tasks.preprocess_logits_for_metrics])
+def test_metrics_of_the_trainer(tmp_path, preprocess):
+    """Rows of two lengths, one a batch, so that Trainer pads both predictions and labels."""
+    rows = [tasks.Parity(length=length, seed=1)[i] for i in range(4) for length in (6, 9)]
+    torch.manual_seed(0)
+    model = MinGRUForCausalLM(MinGRUConfig(vocab_size=2, hidden_size=8, num_hidden_layers=1))
+    args = TrainingArguments(str(tmp_path), per_device_eval_batch_size=1, report_to=[], use_cpu=True)
+    trainer = Trainer(
+        model, args, compute_metrics=tasks.compute_metrics, preprocess_logits_for_metrics=preprocess, eval_dataset=rows
+    )
+    found = trainer.evaluate()
+    right = []
+    for row in rows:
+        with torch.no_grad():
+            said = model.eval()(row["input_ids"][None]).logits[0].argmax(-1).tolist()
+        right.append([a == b for a, b in zip(said[:-1], row["labels"].tolist()[1:], strict=True)])
+    assert found["eval_accuracy"] == pytest.approx(np.mean(np.concatenate(right)))
+    assert found["eval_exact_match"] == np.mean([all(r) for r in right])
 
 
 def test_digits():
@@ -174,6 +227,12 @@ def test_digits():
     assert row.shape == (65,) and row[0] == 4 and int(row[1:].min()) >= 0 and int(row[1:].max()) == 3
     assert torch.equal(test[0]["input_ids"], tasks.digits("test", levels=4)[0]["input_ids"])
     assert tasks.to_image(row, 4).shape == (8, 8) and tasks.to_image(row[1:], 4).max() == 1
+
+
+def test_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'hf-rnn\[tasks\]'"):
+        tasks.digits()
 
 
 def test_images_of_a_folder(tmp_path):
