@@ -110,7 +110,7 @@ def text(path: str | None, steps: tuple[int, int], seed: int) -> dict:
     stream = np.frombuffer(document.encode(), dtype=np.uint8).astype(np.int32)
     cut = int(0.95 * len(stream))
     data, held_out = blocks(stream[:cut], 65), blocks(stream[cut:], 65)
-    windows = dict(context_size=64, future_size=32)
+    windows = dict(context_size=64, future_size=32, positions_per_sequence=8)
     result, models = compare(f"text, seed {seed}", 259, data, list(held_out)[:128], steps, seed, **windows)
     tail = torch.from_numpy(stream[cut : cut + 8192])
     for name, model in models.items():
