@@ -63,7 +63,11 @@ class ModelArguments:
         if self.teacher is not None and self.trainer not in ("smt", "dmt"):
             raise ValueError(f"teacher: only smt and dmt have one, got --trainer {self.trainer}")
         if self.model is None:
-            self.model = {"smt": "memory", "dmt": self.teacher}.get(self.trainer, "mingru")
+            # Beside a teacher lies its student: in the folder given, or in the one that this is the `teacher` of
+            student = self.teacher if self.teacher is None or (Path(self.teacher) / "teacher").is_dir() else None
+            if student is None and self.teacher is not None:
+                student = str(Path(self.teacher).parent)
+            self.model = {"smt": student or "memory", "dmt": student}.get(self.trainer, "mingru")
         if self.trainer == "dmt":
             if self.model is None:
                 raise ValueError("teacher: expected the folder that `hf-rnn train --trainer smt` saved")

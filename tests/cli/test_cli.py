@@ -59,6 +59,8 @@ def test_smt_then_dmt(tmp_path, capsys):
     assert "hf_rnn_memory" in (tmp_path / "smt" / "config.json").read_text()
     dmt = [*arguments, "--trainer", "dmt", "--output_dir", str(tmp_path / "dmt")]
     assert main([*dmt, "--teacher", str(tmp_path / "smt")]) == 0
+    assert main([*dmt, "--teacher", str(tmp_path / "smt" / "teacher")]) == 0
+    assert main([*arguments, "--trainer", "smt", "--teacher", str(tmp_path / "smt"), *small[2:]]) == 0
     assert "DAgger Memory Training" in (tmp_path / "dmt" / "README.md").read_text()
     assert main(["generate", str(tmp_path / "dmt"), "--prompt", "the", "--max_new_tokens", "5"]) == 0
     assert "the" in capsys.readouterr().out

@@ -247,12 +247,14 @@ def test_dmt_written_out(detach):
     batch = Sequences(*torch.randint(0, VOCABULARY, (2, 2, 8)), torch.full((2,), 8))
     settings = dict(label_every=3, context_size=4, detach_rollout=detach, coef_dynamics=5.0)
     terms = losses_of(student, teacher, batch, DMTLosses, DMTConfig, **settings)
-    start = int(torch.randint(3, (), generator=torch.Generator().manual_seed(0)))
+    first = (3 * torch.rand(2, generator=torch.Generator().manual_seed(0))).long().tolist()
+    at = [(row, t) for row in range(2) for t in range(first[row], 8, 3)]
     own, labels = rollout(student, batch.x), []
-    for t in range(start, 8, 3):
-        context = batch.x[:, max(0, t - 3) : t + 1]
-        labels.append(teacher.encode(context, torch.ones_like(context, dtype=torch.bool)))
-    error = (own[:, start::3] - torch.stack(labels, 1)).detach().double().square().mean()
+    for row, t in at:
+        context = batch.x[row : row + 1, max(0, t - 3) : t + 1]
+        labels.append(teacher.encode(context, torch.ones_like(context, dtype=torch.bool))[0])
+    rows, times = torch.tensor(at).unbind(1)
+    error = (own[rows, times] - torch.stack(labels)).detach().double().square().mean()
     assert float(terms["dynamics"]) == pytest.approx(float(error), rel=1e-4)
     logits = torch.stack([student.read_memory(own[:, t], batch.x[:, t]) for t in range(8)], 1)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.y.flatten())
@@ -261,8 +263,8 @@ def test_dmt_written_out(detach):
     # the gradient: of single steps from the rollout's memories, or through all of it
     before = torch.cat([student.initial_memory(2)[:, None], own[:, :-1]], 1)
     before = before.detach() if detach else before
-    again = [student.update_memory(before[:, t], batch.x[:, t]) for t in range(start, 8, 3)]
-    wanted = 5 * (torch.stack(again, 1) - torch.stack(labels, 1).detach()).square().mean()
+    again = student.update_memory(before[rows, times], batch.x[rows, times])
+    wanted = 5 * (again - torch.stack(labels).detach()).square().mean()
     weight = student.model.layers[0].mixer.updater.in_proj.weight
     (actual,) = torch.autograd.grad(terms["loss"], weight)
     torch.testing.assert_close(actual, torch.autograd.grad(wanted, weight)[0], rtol=1e-3, atol=1e-6)
@@ -294,3 +296,28 @@ def test_drift_and_rank():
 def test_teacher_config(settings, message):
     with pytest.raises(Exception, match=message):
         SMTTeacherConfig(**settings)
+
+
+def test_dmt_labels_every_step_of_long_rows_in_turn():
+    """However short another row of the batch is."""
+    student, seen = make_student(), set()
+    losses = DMTLosses(
+        student, make_teacher(student), DMTConfig("unused", use_cpu=True, report_to="none", label_every=4)
+    )
+    losses.label = lambda x, rows, t: seen.update(t[rows == 0].tolist()) or student.initial_memory(len(t))
+    x, lengths = torch.zeros(2, 12, dtype=torch.long), torch.tensor([12, 1])
+    for seed in range(40):
+        losses(x, x, lengths, torch.Generator().manual_seed(seed))
+    assert seen == set(range(12))
+
+
+@pytest.mark.parametrize("all_positions", [False, True])
+def test_terms_without_targets_are_not_zero(all_positions):
+    student = make_student()
+    batch = Sequences(*torch.randint(0, VOCABULARY, (2, 2, 8)), torch.tensor([8, 0]))
+    batch.y[:] = -100
+    terms = losses_of(student, make_teacher(student, all_positions=all_positions), batch)
+    assert terms["decoder_first"].isnan() and terms["readout"].isnan() and terms["loss"].isfinite()
+    nothing = Sequences(batch.x, batch.y, torch.tensor([0, 0]))
+    terms = losses_of(student, make_teacher(student), nothing, DMTLosses, DMTConfig)
+    assert terms["dynamics"] == 0 and terms["loss"] == 0

@@ -121,7 +121,7 @@ def test_smt_then_dmt_learns_to_retrieve(tmp_path):
 
 
 def test_eval_loss_is_the_rollouts(tmp_path):
-    trainer = make_trainer(tmp_path, per_device_eval_batch_size=4)
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=4, labelled_share=0.5)
     metrics = trainer.evaluate()
     rows = [trainer.eval_dataset[i] for i in range(10)]
     ids, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
@@ -136,7 +136,7 @@ def test_eval_loss_is_the_rollouts(tmp_path):
 
 
 def test_terms_are_logged(tmp_path):
-    trainer = make_trainer(tmp_path)
+    trainer = make_trainer(tmp_path, labelled_share=1.0)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 3 and all({"decoder", "decoder_first", "dynamics", "uniformity"} <= set(e) for e in logged)
@@ -199,12 +199,12 @@ def test_every_student(cls, make, tmp_path):
 
 
 def test_bfloat16(tmp_path):
-    trainer = make_trainer(tmp_path, bf16=True)
+    trainer = make_trainer(tmp_path, bf16=True, labelled_share=1.0)
     seen = []
     trainer.losses.register_forward_hook(lambda module, inputs, terms: seen.extend(terms.values()))
     trainer.train()
     assert all(term.dtype == torch.float32 and term.isfinite() for term in seen)
-    exact = make_trainer(tmp_path)
+    exact = make_trainer(tmp_path, labelled_share=1.0)
     exact.train()
     a, b = ([e["dynamics"] for e in t.state.log_history if "dynamics" in e] for t in (trainer, exact))
     assert a == pytest.approx(b, rel=0.1)
@@ -298,3 +298,43 @@ def test_predict_and_streamed_rows(tmp_path):
     trainer.train()
     output = trainer.predict(trainer.eval_dataset)
     assert output.predictions.shape == (10, 9, 5) and output.metrics["test_drift"] > 0
+
+
+def test_rare_labels_and_padding_in_what_is_reported(tmp_path):
+    """Terms are means over batches that have targets; the drift does not see padding."""
+    rows = torch.randint(0, 4, (8, 9))
+    mask = torch.ones_like(rows)
+    mask[:, 5:] = 0
+    found = []
+    for pad in (0, 4):
+        ids = rows.masked_fill(mask == 0, pad)
+        labels = torch.full_like(rows, -100)
+        labels[:4, 4] = ids[:4, 4]  # the second half has none
+        data = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+        data = Dataset.from_dict({name: x.tolist() for name, x in data.items()}).with_format("torch")
+        trainer = make_trainer(tmp_path, per_device_eval_batch_size=4, labelled_share=1.0, label_every=1)
+        found.append(trainer.evaluate(data))
+    assert found[0]["eval_drift"] == pytest.approx(found[1]["eval_drift"])
+    assert found[0]["eval_drift_last"] == pytest.approx(found[1]["eval_drift_last"])
+    assert found[0]["eval_decoder_first"] > 0.5 and found[0]["eval_readout"] > 0.5  # near ln 5, not halved by zeros
+
+
+def test_a_frozen_teacher_learns_again(tmp_path):
+    first = make_trainer(tmp_path)
+    make_trainer(tmp_path, DMTTrainer, teacher=first.teacher)
+    again = make_trainer(tmp_path, teacher=first.teacher)
+    before = [p.clone() for p in again.teacher.parameters()]
+    again.train()
+    assert not any(torch.equal(p, q) for p, q in zip(again.teacher.parameters(), before, strict=True))
+
+
+def test_an_optimizer_of_the_student_alone_is_refused(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters())
+    args = SMTConfig(**DEFAULTS | dict(output_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="optimizers: expected an optimizer of the teacher's parameters"):
+        SMTTrainer(model, args, train_dataset=TASK, optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match="teacher: found none in"):
+        make_trainer(tmp_path, teacher=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="teacher_hidden_size, teacher_heads: expected"):
+        make_trainer(tmp_path, teacher_hidden_size=10)

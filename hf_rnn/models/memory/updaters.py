@@ -18,12 +18,12 @@ class Attention(nn.Module):
     def __init__(self, config: MemoryRNNConfig):
         super().__init__()
         size = config.hidden_size
-        self.num_heads = config.num_heads
+        self.heads = (config.num_heads, size // config.num_heads)
         self.in_proj = nn.Linear(size, 3 * size, bias=config.use_bias)
         self.out_proj = nn.Linear(size, size, bias=config.use_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.in_proj(x).unflatten(-1, (3, self.num_heads, -1)).squeeze(1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.in_proj(x).unflatten(-1, (3, *self.heads)).squeeze(1).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(y.transpose(1, 2).flatten(2)[:, None])
 

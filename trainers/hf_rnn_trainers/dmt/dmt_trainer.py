@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from hf_rnn_trainers.dmt.dmt_config import DMTConfig
-from hf_rnn_trainers.smt.losses import dynamics_loss, prediction_loss
+from hf_rnn_trainers.smt.losses import dynamics_loss, known, prediction_loss
 from hf_rnn_trainers.smt.memory_trainer import Losses, MemoryTrainer
-from hf_rnn_trainers.smt.rollouts import rollout, teacher_memories
+from hf_rnn_trainers.smt.rollouts import labels, rollout
 from hf_rnn_trainers.smt.teacher import SMTTeacher
 
 
@@ -21,27 +21,29 @@ class DMTLosses(Losses):
 
     def __init__(self, student: Any, teacher: SMTTeacher, args: DMTConfig):
         super().__init__(student, args)
-        self.label = lambda x, positions: teacher_memories(student, teacher, x, positions, args.context_size)
+        self.label = lambda x, rows, t: labels(student, teacher, x, rows, t, args.context_size)
 
     def forward(self, x: Tensor, y: Tensor, lengths: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         args, (rows, time) = self.args, x.shape
-        latest = min(args.label_every, max(1, int(lengths.min())))  # so that every row has a label
-        start = int(torch.randint(latest, (), generator=generator))
-        positions = torch.arange(start, time, args.label_every, device=x.device)
-        real = positions < lengths[:, None]
-        labels = self.label(x, positions)[real]
+        position = torch.arange(time, device=x.device)
+        real = position < lengths[:, None]
+        first = torch.rand(rows, generator=generator).to(x.device) * lengths.clamp(min=1, max=args.label_every)
+        row, t = (real & (position % args.label_every == first.long()[:, None])).nonzero().unbind(1)
+        taught = self.label(x, row, t)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not args.detach_rollout):
             memories = rollout(self.student, x)
         if args.detach_rollout:
-            before = torch.cat([self.student.initial_memory(rows)[:, None], memories[:, :-1]], 1)[:, positions]
-            predicted = self.student.update_memory(before[real], x[:, positions][real])
+            before = torch.cat([self.student.initial_memory(rows)[:, None], memories[:, :-1]], 1)
+            predicted = self.student.update_memory(before[row, t], x[row, t])
         else:
-            predicted = memories[:, positions][real]
-        dynamics = dynamics_loss(predicted, labels)
-        read = (y != -100) & (torch.arange(time, device=x.device) < lengths[:, None])
+            predicted = memories[row, t]
+        dynamics = dynamics_loss(predicted, taught)
+        read = (y != -100) & real
         readout = prediction_loss(self.student.read_memory(memories.detach()[read], x[read]), y[read])
         return dict(
-            loss=args.coef_dynamics * dynamics + args.coef_readout * readout, dynamics=dynamics, readout=readout
+            loss=args.coef_dynamics * dynamics + args.coef_readout * readout,
+            dynamics=dynamics,
+            readout=known(readout, y[read]),
         )
 
 

@@ -14,8 +14,15 @@ def prediction_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return losses / (targets != -100).sum().clamp(min=1)
 
 
+def known(loss: Tensor, targets: Tensor) -> Tensor:
+    """The loss to be logged: NaN where there is nothing to predict, which is left out of means."""
+    return torch.where((targets != -100).any(), loss, float("nan"))
+
+
 def dynamics_loss(predicted: Tensor, memory: Tensor) -> Tensor:
-    """Mean square over all channels of (N, K, D): 2 between independent memories on their spheres."""
+    """Mean square over all channels of (N, K, D): 2 between independent memories on their spheres; 0 where N is."""
+    if predicted.numel() == 0:
+        return predicted.sum().float()
     return F.mse_loss(predicted.float(), memory.float())
 
 

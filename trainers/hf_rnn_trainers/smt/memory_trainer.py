@@ -11,7 +11,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_rnn_trainers.reliability import NonFiniteGuard
 from hf_rnn_trainers.smt.memory_config import MemoryTrainingConfig
-from hf_rnn_trainers.smt.rollouts import drift
+from hf_rnn_trainers.smt.rollouts import errors
 from hf_rnn_trainers.smt.teacher import SMTTeacher
 from hf_rnn_trainers.smt.windows import Sequences, sequences
 
@@ -22,7 +22,10 @@ MEASURED = 64  # rows on which an evaluation measures the drift
 def load_teacher(path: str | Path) -> SMTTeacher:
     """From its folder, or from the `teacher` folder of a student's."""
     inside = Path(path) / TEACHER
-    return SMTTeacher.from_pretrained(inside if inside.is_dir() else path)
+    try:
+        return SMTTeacher.from_pretrained(inside if inside.is_dir() else path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"teacher: found none in {path} ({error})") from error
 
 
 class Losses(nn.Module):
@@ -71,9 +74,13 @@ class MemoryTrainer(NonFiniteGuard):
         self.teacher.check_fits(self.model)
         self.teacher.to(self.args.device)
         self.losses = self.make_losses()
+        if self.optimizer is not None:
+            given = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            if any(p.requires_grad and id(p) not in given for p in self.teacher.parameters()):
+                raise ValueError("optimizers: expected an optimizer of the teacher's parameters as well as the model's")
         self.model_accepts_loss_kwargs = False  # the loss is a mean, divided by the accumulation steps
         self._draws = (-1, 0)  # the step, and batches of it so far
-        self._terms: list[dict[str, Tensor]] = []  # since the last log
+        self._terms: dict[str, Tensor] = {}  # sum and number of each since the last log
         self._measured: list[tuple[int, dict[str, Tensor]]] = []  # rows and terms of the evaluation going on
 
     def new_teacher(self) -> SMTTeacher:
@@ -109,7 +116,11 @@ class MemoryTrainer(NonFiniteGuard):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs)
         terms = model(*self._sequences(inputs), self._generator())
-        self._terms.append({name: value.detach() for name, value in terms.items() if name != "loss"})
+        for name, value in terms.items():
+            known = value.detach().isfinite()  # a term without targets is NaN
+            pair = torch.stack([value.detach().nan_to_num(), known.to(value.dtype)])
+            if name != "loss":
+                self._terms[name] = pair + self._terms.get(name, 0)
         return (terms["loss"], terms) if return_outputs else terms["loss"]
 
     def _sequences(self, inputs: dict[str, Any]) -> Sequences:
@@ -130,9 +141,9 @@ class MemoryTrainer(NonFiniteGuard):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with the mean of each term of the loss since the last time."""
         if "loss" in logs and self._terms:
-            means = {name: torch.stack([terms[name] for terms in self._terms]).mean() for name in self._terms[0]}
-            logs = logs | {name: self.accelerator.reduce(value, "mean").item() for name, value in means.items()}
-            self._terms = []
+            pairs = {name: self.accelerator.reduce(pair, "sum").tolist() for name, pair in self._terms.items()}
+            logs = logs | {name: total / count for name, (total, count) in pairs.items() if count}
+            self._terms = {}
         super().log(logs, start_time)
 
     # Checkpoints: the student where Trainer puts it, the teacher in a folder beside it
@@ -159,9 +170,10 @@ class MemoryTrainer(NonFiniteGuard):
     # Evaluation: the student's own rollout, and what the teacher says of it
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if inputs.get("labels") is not None:
-            self._measure(self._sequences(self._prepare_inputs(inputs)))
+        with self.accelerator.autocast():
+            result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            if inputs.get("labels") is not None:
+                self._measure(self._sequences(self._prepare_inputs(inputs)))
         return result
 
     @torch.no_grad()
@@ -169,18 +181,21 @@ class MemoryTrainer(NonFiniteGuard):
         """The loss terms on this batch, and in the first the drift over the rollout."""
         self.losses.eval()
         with self.compute_loss_context_manager():
-            terms = self.losses(*batch, torch.Generator().manual_seed(self.args.seed))
+            terms = self.losses(*batch, torch.Generator().manual_seed(self.args.seed + len(self._measured)))
             if not self._measured:
                 terms |= self._drift(batch)
         del terms["loss"]
-        self._measured.append((len(batch.x), {name: value.detach().cpu() for name, value in terms.items()}))
+        known = {name: value.detach().cpu() for name, value in terms.items() if value.isfinite()}
+        self._measured.append((len(batch.x), known))
 
     def _drift(self, batch: Sequences) -> dict[str, Tensor]:
-        x = batch.x[:MEASURED]
+        x, lengths = batch.x[:MEASURED], batch.lengths[:MEASURED]
         every, last = self.args.label_every, x.shape[1] - 1
         positions = torch.tensor(sorted({*range(every - 1, last, every), last}), device=x.device)
-        curve = drift(self.model, self.teacher, x, positions, self.args.context_size)
-        return {"drift": curve.mean(), "drift_last": curve[-1]}
+        error = errors(self.model, self.teacher, x, positions, self.args.context_size)
+        real = positions < lengths[:, None]
+        at_end = (real.sum(1, keepdim=True) - 1).clamp(min=0)
+        return {"drift": error[real].mean(), "drift_last": error.gather(1, at_end)[real.any(1)].mean()}
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._measured = []

@@ -21,26 +21,33 @@ def rollout(student: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def teacher_memories(student: Any, teacher: SMTTeacher, x: Tensor, positions: Tensor, size: int) -> Tensor:
-    """The teacher's memories of the last `size` tokens at positions (P,): (B, T) to (B, P, K, D)."""
+def labels(student: Any, teacher: SMTTeacher, x: Tensor, rows: Tensor, t: Tensor, size: int) -> Tensor:
+    """The teacher's memories of the last `size` tokens at (rows, t), (N,) each: (B, T) to (N, K, D)."""
+    if len(rows) == 0:
+        return student.initial_memory(0)
     if teacher.config.all_positions and x.shape[1] <= size:
-        memories = teacher.encode_all(x)[:, positions]
-        return student.to_memory(memories.flatten(0, 1)).view_as(memories)
-    rows = torch.arange(len(x), device=x.device).repeat_interleave(len(positions))
-    at = positions.repeat(len(x))
+        return student.to_memory(teacher.encode_all(x)[rows, t])
     step = max(1, CONTEXT_TOKENS // min(size, x.shape[1]))
-    pieces = [
-        student.to_memory(teacher.encode(*contexts(x, r, t, size)))
-        for r, t in zip(rows.split(step), at.split(step), strict=True)
-    ]
-    return torch.cat(pieces).unflatten(0, (len(x), -1))
+    pairs = zip(rows.split(step), t.split(step), strict=True)
+    return torch.cat([student.to_memory(teacher.encode(*contexts(x, r, at, size))) for r, at in pairs])
+
+
+def teacher_memories(student: Any, teacher: SMTTeacher, x: Tensor, positions: Tensor, size: int) -> Tensor:
+    """The same at positions (P,) of every row: (B, T) to (B, P, K, D)."""
+    rows = torch.arange(len(x), device=x.device).repeat_interleave(len(positions))
+    return labels(student, teacher, x, rows, positions.repeat(len(x)), size).unflatten(0, (len(x), -1))
 
 
 @torch.no_grad()
-def drift(student: Any, teacher: SMTTeacher, x: Tensor, positions: Tensor, size: int) -> Tensor:
-    """MSE between the student's memories and the teacher's at positions (P,), over rows and channels: (P,)."""
+def errors(student: Any, teacher: SMTTeacher, x: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Mean square over channels between the student's memories and the teacher's at positions (P,): (B, P)."""
     own = rollout(student, x)[:, positions]
-    return (own.float() - teacher_memories(student, teacher, x, positions, size)).square().mean((0, 2, 3))
+    return (own.float() - teacher_memories(student, teacher, x, positions, size)).square().mean((2, 3))
+
+
+def drift(student: Any, teacher: SMTTeacher, x: Tensor, positions: Tensor, size: int) -> Tensor:
+    """`errors`, the mean over rows: (P,)."""
+    return errors(student, teacher, x, positions, size).mean(0)
 
 
 def effective_rank(memories: Tensor) -> float:

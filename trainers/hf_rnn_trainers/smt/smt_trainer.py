@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_rnn_trainers.smt.losses import dynamics_loss, prediction_loss, uniformity_loss
+from hf_rnn_trainers.smt.losses import dynamics_loss, known, prediction_loss, uniformity_loss
 from hf_rnn_trainers.smt.memory_trainer import Losses, MemoryTrainer
 from hf_rnn_trainers.smt.smt_config import SMTConfig
 from hf_rnn_trainers.smt.teacher import SMTTeacher
@@ -53,14 +53,15 @@ class SMTLosses(Losses):
         uniformity = uniformity_loss(after, generator=generator)
         readout = prediction_loss(self.student.read_memory(after.detach(), token), target)
         decoder = prediction_loss(logits, targets)
+        first = prediction_loss(logits[:, 0], targets[:, 0])
         loss = args.coef_decoder * decoder + args.coef_dynamics * dynamics + args.coef_uniformity * uniformity
         return dict(
             loss=loss + args.coef_readout * readout,
-            decoder=decoder,
-            decoder_first=prediction_loss(logits[:, 0], targets[:, 0]),
+            decoder=known(decoder, targets),
+            decoder_first=known(first, targets[:, 0]),
             dynamics=dynamics,
             uniformity=uniformity,
-            readout=readout,
+            readout=known(readout, target),
         )
 
 
@@ -96,4 +97,5 @@ class SMTTrainer(MemoryTrainer):
         )
 
     def make_losses(self) -> SMTLosses:
+        self.teacher.requires_grad_(True)  # DMT may have frozen it
         return SMTLosses(self.model, self.teacher, self.args)

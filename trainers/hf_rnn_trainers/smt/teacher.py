@@ -135,6 +135,12 @@ class SMTTeacher(PreTrainedModel):
     def for_student(cls, student: Any, **settings: Any) -> "SMTTeacher":
         """A new teacher whose memories are the student's; its width, too, unless told otherwise."""
         tokens, size = student.memory_shape
+        width, heads = settings.get("hidden_size", size), settings.get("num_heads", 4)
+        if heads < 1 or width % (2 * heads):
+            raise ValueError(
+                f"teacher_hidden_size, teacher_heads: expected a width of a multiple of twice the heads, got {width} "
+                f"(a memory token's unless told otherwise) and {heads}"
+            )
         fitting = dict(vocab_size=student.config.vocab_size, num_memory_tokens=tokens, memory_size=size)
         return cls(SMTTeacherConfig(**dict(hidden_size=size) | settings | fitting))
 
