@@ -115,7 +115,7 @@ def test_going_on_from_a_checkpoint_with_a_dataset(checkpoint, tmp_path, capsys)
         (["train", "--data", "SHORT", "--config", "hidden_size"], "expected name=value"),
         (
             ["train", "--data", "SHORT", "--model", "mingpt"],
-            "expected one of ['gru', 'lstm', 'mingru', 'minlstm', 'xlstm']",
+            "expected one of ['gru', 'lstm', 'memory', 'mingru', 'minlstm', 'xlstm']",
         ),
         (["train", "--data", "SHORT", "--block_size", "0"], "block_size: expected at least 2"),
         (["train", "--data", "SHORT", "--held_out", "1.0"], "held_out: expected a share"),
