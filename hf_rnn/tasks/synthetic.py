@@ -122,7 +122,10 @@ class Retrieval(SyntheticTask):
 
 @dataclass(frozen=True)
 class StringCopy(SyntheticTask):
-    """A string, 0, and then the string backwards, each symbol to be said before it is shown."""
+    """A string, 0, and then the string backwards, each symbol to be said before it is shown.
+
+    The commonest symbol of the string is right about 0.4 of the time at a length of 24, 0.33 at 96.
+    """
 
     symbols: int = 4
 
@@ -179,7 +182,7 @@ class KeysValues(SyntheticTask):
     """Pairs of a key and a value, no key twice, then keys in another order, each to be answered with its value.
 
     Tokens: 0, values, keys. A third of the row for each of keys, values and questions, up to `keys` pairs: in longer
-    rows zeros stand between pairs and questions.
+    rows zeros stand between pairs and questions. The commonest value of a row is right about a third of the time.
     """
 
     keys: int = 8
@@ -260,7 +263,7 @@ class Parity(SyntheticTask):
 @dataclass(frozen=True)
 class SelectiveCopying(SyntheticTask):
     """Symbols among blanks (0), to be said in order at the end, where `copied` askers (symbols + 1) stand (Gu and Dao,
-    arXiv 2312.00752)."""
+    arXiv 2312.00752). The commonest symbol of a row is right about 0.4 of the time."""
 
     symbols: int = 8
     copied: int = 4

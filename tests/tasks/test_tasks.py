@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from statistics import mode
 
 import numpy as np
 import pytest
@@ -156,6 +157,10 @@ def test_simple_rules():
     """What a docstring says that can be had without what the task is about."""
     assert 0.67 < share_right(tasks.Stack(), lambda x: next(token for token in x[::-1] if token)) < 0.77
     assert 0.23 < share_right(tasks.ModularArithmetic(), lambda x: 0) < 0.29
+    assert 0.37 < share_right(tasks.StringCopy(length=24), lambda x: mode(x[: x.index(0)])) < 0.43
+    assert 0.30 < share_right(tasks.StringCopy(length=96), lambda x: mode(x[: x.index(0)])) < 0.36
+    assert 0.29 < share_right(tasks.KeysValues(), lambda x: mode([token for token in x if 0 < token <= 8])) < 0.37
+    assert 0.36 < share_right(tasks.SelectiveCopying(), lambda x: mode([token for token in x if 0 < token <= 8])) < 0.46
 
 
 @pytest.mark.parametrize(
