@@ -28,6 +28,8 @@ for name, cls in (("smt", SMTTrainer), ("dmt", DMTTrainer)):
     assert {"eval_loss", "eval_drift", "eval_dynamics"} <= set(metrics)
     for part in ("model", "teacher"):
         save_file(dict(getattr(trainer, part).named_parameters()), f"{folder}/{name}-{part}-{rank}")
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # its threads do not survive the interpreter's end
 """
 
 
