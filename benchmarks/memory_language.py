@@ -120,7 +120,7 @@ def text(path: str | None, steps: tuple[int, int], seed: int) -> dict:
 
 def pixels(steps: tuple[int, int], seed: int) -> tuple[dict, dict]:
     data, held_out = digits("train", LEVELS), list(digits("test", LEVELS))
-    result, models = compare(f"pixels, seed {seed}", LEVELS + 1, data, held_out, steps, seed)
+    result, models = compare(f"pixels, seed {seed}", LEVELS + 1, data, held_out, steps, seed, positions_per_sequence=8)
     torch.manual_seed(seed)
     samples = {"digits": torch.stack([row["input_ids"] for row in held_out[:10]])}
     for name, model in models.items():
