@@ -3,11 +3,17 @@
 python examples/fine_tune_on_a_reward.py
 """
 
+import argparse
+
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import hf_rnn
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--steps", type=int, default=30, help="of fine-tuning")
+steps = parser.parse_args().steps
 
 # A checkpoint to begin with: it has learned to write digits, all of them equally often.
 torch.manual_seed(0)
@@ -40,7 +46,7 @@ arguments = hf_rnn.ZOConfig(
     num_directions=16,
     epsilon=0.03,
     learning_rate=0.02,
-    max_steps=30,
+    max_steps=steps,
     logging_steps=5,
     per_device_train_batch_size=32,
     report_to="none",

@@ -20,18 +20,25 @@ _ARCHITECTURES = {
 _MODULES = {
     "RecurrentCache": "hf_rnn.cache",
     "RecurrentConfig": "hf_rnn.configuration_recurrent",
+    "CorruptPayloadError": "hf_rnn_kernels.coding",
     "byte_tokenizer": "hf_rnn.tokenization.byte_tokenizer",
+    "compress": "hf_rnn.compression.checkpoint",
     "gru_scan": "hf_rnn_kernels",
     "linear_scan": "hf_rnn_kernels",
     "lstm_scan": "hf_rnn_kernels",
     "min_gru_scan": "hf_rnn_kernels",
     "min_lstm_scan": "hf_rnn_kernels",
     "mlstm_scan": "hf_rnn_kernels",
+    "prune": "hf_rnn.compression.prune",
+    "save_compressed": "hf_rnn.compression.checkpoint",
     "slstm_scan": "hf_rnn_kernels",
     "DMTConfig": "hf_rnn_trainers",
     "DMTTrainer": "hf_rnn_trainers",
     "MemoryProtocol": "hf_rnn.memory",
     "NonFiniteLossError": "hf_rnn_trainers",
+    "RateCallback": "hf_rnn_trainers",
+    "RateConstrainedConfig": "hf_rnn_trainers",
+    "RateConstrainedTrainer": "hf_rnn_trainers",
     "RecurrentTrainer": "hf_rnn_trainers",
     "SMTConfig": "hf_rnn_trainers",
     "SMTTeacher": "hf_rnn_trainers",
@@ -66,6 +73,8 @@ def _register() -> None:
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    import hf_rnn.compression.quantizer  # registers the reader of compressed checkpoints
+
     for stem in _ARCHITECTURES:
         config = __getattr__(f"{stem}Config")
         AutoConfig.register(config.model_type, config)
@@ -78,6 +87,8 @@ _register()
 
 if TYPE_CHECKING:
     from hf_rnn.cache import RecurrentCache
+    from hf_rnn.compression.checkpoint import compress, save_compressed
+    from hf_rnn.compression.prune import prune
     from hf_rnn.configuration_recurrent import RecurrentConfig
     from hf_rnn.memory import MemoryProtocol
     from hf_rnn.models.gru.configuration_gru import GRUConfig
@@ -102,10 +113,14 @@ if TYPE_CHECKING:
     from hf_rnn.models.xlstm.modeling_xlstm import XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMModel
     from hf_rnn.tokenization.byte_tokenizer import byte_tokenizer
     from hf_rnn_kernels import gru_scan, linear_scan, lstm_scan, min_gru_scan, min_lstm_scan
+    from hf_rnn_kernels.coding import CorruptPayloadError
     from hf_rnn_trainers import (
         DMTConfig,
         DMTTrainer,
         NonFiniteLossError,
+        RateCallback,
+        RateConstrainedConfig,
+        RateConstrainedTrainer,
         RecurrentTrainer,
         SMTConfig,
         SMTTeacher,

@@ -23,7 +23,7 @@ def test_python_blocks_run(block, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_run(path, tmp_path):
-    few = ["--steps", "20"] if path.name == "memory_training.py" else []
+    few = ["--steps", "5"] if '"--steps"' in path.read_text() else []
     result = subprocess.run(
         [sys.executable, str(path), *few], cwd=tmp_path, capture_output=True, text=True, timeout=250
     )

@@ -6,6 +6,8 @@ COMMANDS = {
     "train": "train a model on your text and save a checkpoint",
     "generate": "continue a prompt, streamed to the terminal",
     "eval": "bits per byte of a checkpoint on a text",
+    "compress": "quantise a checkpoint and code it in few bits; it loads like any other",
+    "inspect": "a table of a checkpoint's tensors: shape, nu, bits, zeros",
     "convert": "an xLSTM checkpoint from or to transformers' own xlstm, or the xlstm package's",
 }
 
@@ -30,6 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         from hf_rnn.cli.generate import main as command
     elif argv[0] == "eval":
         from hf_rnn.cli.evaluate import main as command
+    elif argv[0] == "compress":
+        from hf_rnn.cli.compress import main as command
+    elif argv[0] == "inspect":
+        from hf_rnn.cli.inspect import main as command
     else:
         from hf_rnn.cli.convert import main as command
     try:

@@ -21,7 +21,18 @@ from transformers import (
     set_seed,
 )
 
-from hf_rnn import DMTConfig, DMTTrainer, RecurrentTrainer, SMTConfig, SMTTrainer, ZOConfig, ZOTrainer, byte_tokenizer
+from hf_rnn import (
+    DMTConfig,
+    DMTTrainer,
+    RateConstrainedConfig,
+    RateConstrainedTrainer,
+    RecurrentTrainer,
+    SMTConfig,
+    SMTTrainer,
+    ZOConfig,
+    ZOTrainer,
+    byte_tokenizer,
+)
 from hf_rnn.cli.data import blocks, read_documents, tokenize
 from hf_rnn.cli.plot import plot_losses
 from hf_rnn.evaluation import bits_per_byte
@@ -36,7 +47,8 @@ class ModelArguments:
         default="backpropagation",
         metadata={
             "help": "backpropagation; zo: zero-order, with a ZOConfig's options; smt, dmt: by a teacher's memories, "
-            "with an SMTConfig's or a DMTConfig's"
+            "with an SMTConfig's or a DMTConfig's; rate: backpropagation to weights of few bits, with a "
+            "RateConstrainedConfig's"
         },
     )
     model: str | None = field(
@@ -109,6 +121,11 @@ class TrainArguments(TrainingArguments):
 
 
 @dataclass
+class RateTrainArguments(TrainArguments, RateConstrainedConfig):
+    """A RateConstrainedConfig, with defaults for training a small recurrent model from scratch."""
+
+
+@dataclass
 class ZOTrainArguments(ZOConfig):
     """A ZOConfig, with defaults for training a small recurrent model from scratch."""
 
@@ -156,6 +173,7 @@ TRAINERS: dict[str, tuple[Any, Any]] = {
     "zo": (ZOTrainer, ZOTrainArguments),
     "smt": (SMTTrainer, SMTTrainArguments),
     "dmt": (DMTTrainer, DMTTrainArguments),
+    "rate": (RateConstrainedTrainer, RateTrainArguments),
 }
 
 
@@ -225,7 +243,7 @@ def train(
     stream = tokenize(documents, tokenizer)
     cut = len(stream) - int(len(stream) * data.held_out)
     held_out = torch.from_numpy(stream[cut:])
-    trainer_class = next((t for t, a in TRAINERS.values() if isinstance(arguments, a)), RecurrentTrainer)
+    trainer_class = next((t for t, a in reversed(TRAINERS.values()) if isinstance(arguments, a)), RecurrentTrainer)
     trainer = trainer_class(
         model=model,
         args=arguments,

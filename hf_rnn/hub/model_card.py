@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from hf_rnn_trainers import DMTConfig, SMTConfig, ZOConfig
+from hf_rnn_trainers import DMTConfig, RateConstrainedConfig, SMTConfig, ZOConfig
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
@@ -60,6 +60,8 @@ def _method(arguments: TrainingArguments) -> str:
         return "Supervised Memory Training (one step at a time, from the memories of a transformer, in `teacher`)"
     if isinstance(arguments, DMTConfig):
         return "DAgger Memory Training (its own rollouts, pulled back to the memories of a transformer, in `teacher`)"
+    if isinstance(arguments, RateConstrainedConfig):
+        return "backpropagation through time with a rate term (weights pulled towards what costs few bits; `rate.png`)"
     if not isinstance(arguments, ZOConfig):
         return "backpropagation through time"
     return (

@@ -43,8 +43,8 @@ def test_little_is_kept_and_what_is_in_use_now_comes_first():
     assert len({t.data_ptr() for t in tensors}) == 3
     del tensors
     assert kept() <= arrays._KEPT
-    for n in range(40):
-        arrays.empty(2**23 + n * 2**19)
+    for n in range(12):
+        arrays.empty(2**23 + n * 2**21)
         assert kept() <= arrays._KEPT
     address = arrays.empty(2**24 + 7).data_ptr()
     assert arrays.empty(2**24 + 7).data_ptr() == address

@@ -154,7 +154,7 @@ class TestInterpreted:
         limits = (2e-6, 1e-5) if dtype == torch.float32 else (2e-2, 2e-2)
         check(errors(run_backend, inputs, make_states(1, inputs[0], inputs[2]), eps=0.1), *limits)
 
-    @pytest.mark.parametrize("eps", [1e-6, 0.1])
+    @pytest.mark.parametrize("eps", [1e-6, pytest.param(0.1, marks=[pytest.mark.slow])])
     @pytest.mark.parametrize("low, high", [(-15.0, 15.0), (-15.0, -14.0), (30.0, 30.0), (10.0, 12.0)])
     def test_extreme_gates(self, low, high, eps):
         """Input gates from e^-15 to e^15, forget gates that keep nothing, everything, and all between."""

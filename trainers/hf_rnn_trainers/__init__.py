@@ -1,6 +1,7 @@
 """Training methods for recurrent networks, as subclasses of transformers' Trainer."""
 
 from hf_rnn_trainers.dmt import DMTConfig, DMTTrainer
+from hf_rnn_trainers.rate import RateCallback, RateConstrainedConfig, RateConstrainedTrainer
 from hf_rnn_trainers.reliability import NonFiniteLossError, RecurrentTrainer
 from hf_rnn_trainers.smt import SMTConfig, SMTTeacher, SMTTeacherConfig, SMTTrainer
 from hf_rnn_trainers.zo import ZOConfig, ZOTrainer
@@ -9,6 +10,9 @@ __all__ = [
     "DMTConfig",
     "DMTTrainer",
     "NonFiniteLossError",
+    "RateCallback",
+    "RateConstrainedConfig",
+    "RateConstrainedTrainer",
     "RecurrentTrainer",
     "SMTConfig",
     "SMTTeacher",

@@ -1,0 +1,92 @@
+"""How transformers reads coded weights: its quantizer extension point, registered by `import hf_rnn`."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+METHOD = "hf_rnn_coded"
+SUFFIX = ".coded"  # of a coded tensor's name in a checkpoint
+
+
+@register_quantization_config(METHOD)
+class CodedConfig(QuantizationConfigMixin):
+    """`quantization_config` of a checkpoint whose matrices are coded payloads, `NAME.coded` for each `NAME`.
+
+    Args:
+        package: what reads it, for people who look into the file.
+    """
+
+    def __init__(self, package: str = "hf-rnn", quant_method: str = METHOD, **kwargs: Any):
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.package = package
+
+
+class _Decode(ConversionOps):
+    """Coded to plain. Damage is noted, not raised: the loader would bury the message in a report of its own."""
+
+    def __init__(self) -> None:
+        self.damaged: list[str] = []
+
+    def __deepcopy__(self, memo: dict) -> "_Decode":
+        return self  # the loader copies operations for each tensor; the notes are of all
+
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", model=None, **kwargs) -> dict[str, Any]:
+        from hf_rnn_kernels.coding import CorruptPayloadError, decode_tensor
+
+        ((_, found),) = input_dict.items()
+        payload = found[0] if isinstance(found, list) else found
+        like = model.get_parameter_or_buffer(full_layer_name)
+        try:
+            weights = decode_tensor(payload, full_layer_name)
+        except CorruptPayloadError as error:
+            self.damaged.append(str(error))
+            weights = torch.zeros(like.shape)
+        return {full_layer_name: weights.to(like.dtype)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError("coded weights are written by save_compressed")
+
+
+@register_quantizer(METHOD)
+class CodedQuantizer(HfQuantizer):
+    """Decodes each tensor as it is loaded; what comes out is an ordinary model, as if its weights had been stored."""
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ValueError("quantization_config: weights are coded when saved, by `hf_rnn.save_compressed`")
+        self.state_dict: dict[str, Tensor] = {}  # what `save_compressed` writes
+        self._decode = _Decode()
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        return [WeightConverter(re.escape(SUFFIX) + "$", "", [self._decode], force_cpu=True)]
+
+    def update_weight_conversions(self, weight_conversions, model):
+        return weight_conversions + self.get_weight_conversions()
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self._decode.damaged:
+            from hf_rnn_kernels.coding import CorruptPayloadError
+
+            raise CorruptPayloadError("\n".join(self._decode.damaged))
+        model._weight_conversions = []  # type: ignore[assignment]  # saved again, it is stored plainly
+        self.remove_quantization_config(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return self.state_dict, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True

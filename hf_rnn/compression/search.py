@@ -1,0 +1,123 @@
+"""How coarse each tensor may be."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_rnn_kernels.coding import dequantize, entropy, quantize
+
+_FINEST, _LEVELS = 5, 6  # the search's steps: 2^-5 of a tensor's root mean square, and five coarser ones
+_BISECTIONS = 12
+
+
+def coded_parameters(model: PreTrainedModel, exclude: str) -> dict[str, Tensor]:
+    """The matrices of a model, tied ones once, by name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    pattern = re.compile(exclude)
+    found = {
+        name: p for name, p in model.named_parameters() if p.dim() > 1 and not (exclude and pattern.search(name))
+    }
+    if not found:
+        raise ValueError(f"exclude: {exclude!r} leaves no matrix to code")
+    return found
+
+
+def choose_exponents(
+    parameters: Mapping[str, Tensor],
+    step: float | Mapping[str, int] | None = None,
+    max_error: float | None = None,
+    evaluate: Callable[[], float] | None = None,
+    max_loss_increase: float = 0.005,
+    rate: float = 0.1,
+) -> dict[str, int]:
+    """The exponent of each tensor's step; `compress` says what the arguments mean."""
+    if isinstance(step, Mapping):
+        missing = sorted(set(parameters) - set(step))
+        if missing:
+            raise ValueError(f"step: expected an exponent for each tensor, none for {missing[:3]}")
+        return {name: int(step[name]) for name in parameters}
+    if step is not None:
+        exponent = math.log2(step) if step > 0 else math.nan
+        if not exponent == round(exponent):
+            raise ValueError(f"step: expected a power of two, such as 0.03125, got {step}")
+        return dict.fromkeys(parameters, round(exponent))
+    if evaluate is not None:
+        return _search(parameters, evaluate, max_loss_increase, rate)
+    bound = 0.05 if max_error is None else max_error
+    if not 0 < bound < 1:
+        raise ValueError(f"max_error: expected a share in (0, 1), got {bound}")
+    return {name: _coarsest(p, bound, rate) for name, p in parameters.items()}
+
+
+def root_mean_square(x: Tensor) -> float:
+    return float(x.detach().double().square().mean().sqrt()) if x.numel() else 0.0
+
+
+def _start(p: Tensor) -> int:
+    """The exponent next to a tensor's root mean square."""
+    return max(-100, round(math.log2(max(root_mean_square(p), 2.0**-100))))
+
+
+def _coarsest(p: Tensor, bound: float, rate: float) -> int:
+    size, exponent = root_mean_square(p), _start(p) + 2
+    while exponent > -126 and size > 0:
+        error = root_mean_square(dequantize(quantize(p, exponent, rate), exponent) - p.detach().float())
+        if error <= bound * size:
+            break
+        exponent -= 1
+    return exponent
+
+
+@torch.no_grad()
+def _search(
+    parameters: Mapping[str, Tensor], evaluate: Callable[[], float], max_loss_increase: float, rate: float
+) -> dict[str, int]:
+    """Each tensor alone is quantised with each step, and the loss measured. As if the increases added up, the steps
+    with the smallest sum of loss + multiplier * bits are taken; the multiplier, the largest for which the loss of all
+    together stays within the bound, is found by bisection."""
+    if not 0 < max_loss_increase < float("inf"):
+        raise ValueError(f"max_loss_increase: expected a share above 0, got {max_loss_increase}")
+    kept = {name: p.detach().clone() for name, p in parameters.items()}
+    start = evaluate()
+    if not math.isfinite(start):
+        raise ValueError(f"evaluate: expected a finite loss, got {start}")
+    bound = start * (1 + max_loss_increase)
+    choices: dict[str, list[tuple[int, float, float]]] = {}  # exponent, loss, bits
+    for name, p in tqdm(parameters.items(), desc="how coarse each tensor may be", leave=False):
+        first = _start(p) - _FINEST
+        choices[name] = []
+        for exponent in range(first, first + _LEVELS):
+            q = quantize(kept[name], exponent, rate)
+            p.copy_(dequantize(q, exponent, p.dtype))
+            choices[name].append((exponent, max(evaluate() - start, 0.0), entropy(q) * q.numel()))
+        p.copy_(kept[name])
+
+    def chosen(multiplier: float) -> dict[str, int]:
+        return {name: min(c, key=lambda item: item[1] + multiplier * item[2])[0] for name, c in choices.items()}
+
+    def loss(exponents: dict[str, int]) -> float:
+        for name, p in parameters.items():
+            p.copy_(dequantize(quantize(kept[name], exponents[name], rate), exponents[name], p.dtype))
+        found = evaluate()
+        for name, p in parameters.items():
+            p.copy_(kept[name])
+        return found
+
+    best = {name: c[0][0] for name, c in choices.items()}
+    low, high = -40.0, 0.0  # exponents of the multiplier
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        exponents = chosen(2.0**middle)
+        if loss(exponents) <= bound:
+            best, low = exponents, middle
+        else:
+            high = middle
+    return best

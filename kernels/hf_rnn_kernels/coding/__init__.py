@@ -1,0 +1,19 @@
+"""Weights in few bits: quantisation, the generalised Gaussian model of them, and two entropy coders."""
+
+from hf_rnn_kernels.coding.generalized_gaussian import GeneralizedGaussian
+from hf_rnn_kernels.coding.payload import CODERS, CorruptPayloadError, Header, decode_tensor, encode_tensor, read_header
+from hf_rnn_kernels.coding.quantization import dequantize, entropy, quantize, symbol_bits
+
+__all__ = [
+    "CODERS",
+    "CorruptPayloadError",
+    "GeneralizedGaussian",
+    "Header",
+    "decode_tensor",
+    "dequantize",
+    "encode_tensor",
+    "entropy",
+    "quantize",
+    "read_header",
+    "symbol_bits",
+]

@@ -1,0 +1,211 @@
+"""A quantised tensor as one U8 tensor that says everything about itself.
+
+Layout, little-endian: magic "HRNN", version, dtype, coder, dimensions (bytes each), exponent of the step (i16), Exp-Golomb
+order (u16), symbols a chunk (u32), bytes of the frequency table (u32), shape (u64 each), bytes of each chunk (u32
+each), CRC-32 of each chunk (u32 each), the table, CRC-32 of all before (u32); then the chunks.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_rnn_kernels import threads
+from hf_rnn_kernels.coding import ans, exp_golomb
+from hf_rnn_kernels.coding.quantization import MAX_SYMBOL
+
+CODERS = ("ans", "exp_golomb")
+CHUNK = 2**16  # symbols: what is decoded by one thread, and what a checksum covers
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAGIC, _VERSION, _HEAD = b"HRNN", 1, "<4sBBBBhHII"
+
+
+class CorruptPayloadError(ValueError):
+    """Coded weights are damaged; the message names the tensor, if its name is known, and the place."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a payload says of its tensor: `order` is Exp-Golomb's, 0 for ans; `table` the frequencies' bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    exponent: int
+    coder: str
+    order: int
+    chunk: int
+    sizes: tuple[int, ...]
+    checksums: tuple[int, ...]
+    table: bytes
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def counts(self) -> list[int]:
+        """Symbols in each chunk."""
+        return [min(self.chunk, self.numel - start) for start in range(0, self.numel, self.chunk)]
+
+    def to_bytes(self) -> bytes:
+        head = struct.pack(
+            _HEAD, _MAGIC, _VERSION, _DTYPES.index(self.dtype), CODERS.index(self.coder), len(self.shape),
+            self.exponent, self.order, self.chunk, len(self.table),
+        )  # fmt: skip
+        head += struct.pack(f"<{len(self.shape)}Q{2 * len(self.sizes)}I", *self.shape, *self.sizes, *self.checksums)
+        head += self.table
+        return head + struct.pack("<I", zlib.crc32(head))
+
+
+def encode_tensor(q: Tensor, exponent: int, dtype: torch.dtype = torch.float32, coder: str = "ans") -> Tensor:
+    """Symbols as a payload.
+
+    Args:
+        q: int32, any shape, from `quantize`.
+        exponent: of the step.
+        dtype: of the weights, q * 2^exponent.
+        coder: "ans" over the tensor's own frequencies, or Exp-Golomb where the frequencies would take more than they
+            save (a few weights, or nearly all different); "exp_golomb", with the best order, in any case.
+
+    Returns:
+        uint8, one dimension.
+    """
+    if coder not in CODERS:
+        raise ValueError(f"coder: expected one of {CODERS}, got {coder!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: expected one of {_DTYPES}, got {dtype}")
+    symbols = q.detach().cpu().contiguous().flatten().numpy()
+    low, high = (int(symbols.min()), int(symbols.max())) if symbols.size else (0, 0)
+    if max(high, -low) > MAX_SYMBOL:
+        raise ValueError(f"q: expected symbols within {MAX_SYMBOL} of zero, got {low} to {high}")
+    if not -126 <= exponent <= 127:
+        raise ValueError(f"exponent: expected a step from 2^-126 to 2^127, got 2^{exponent}")
+    table = _frequencies(symbols, low, high)
+    order, bits = exp_golomb.best_order(exp_golomb.zigzag(table.values), table.counts)
+    if coder == "ans" and _ans_bits(table) < bits:
+        order, stored = 0, table.to_bytes()
+        chunks = ans.encode(_split(_places(symbols, table, low, high)), table)
+    else:
+        coder, stored, chunks = "exp_golomb", b"", _encode_exp_golomb(symbols, order)
+    header = Header(
+        dtype, tuple(q.shape), exponent, coder, order, CHUNK,
+        tuple(map(len, chunks)), tuple(map(zlib.crc32, chunks)), stored,
+    )  # fmt: skip
+    return torch.frombuffer(bytearray(header.to_bytes() + b"".join(chunks)), dtype=torch.uint8)
+
+
+def read_header(payload: Tensor, name: str = "payload") -> tuple[Header, np.ndarray]:
+    """What a payload says of itself, and the bytes of its chunks.
+
+    Raises:
+        CorruptPayloadError: it is no payload, or its header is damaged or of a later version.
+    """
+    data = payload.detach().cpu().contiguous().numpy()
+    head = struct.calcsize(_HEAD)
+    if payload.dtype != torch.uint8 or payload.dim() != 1 or data.size < head or data[:4].tobytes() != _MAGIC:
+        raise CorruptPayloadError(f"{name}: expected coded weights, which begin with {_MAGIC!r}")
+    _, version, dtype, coder, dims, exponent, order, chunk, table = struct.unpack(_HEAD, data[:head].tobytes())
+    if version != _VERSION:
+        raise CorruptPayloadError(f"{name}: version {version} of the format; this package reads {_VERSION}, upgrade it")
+    damaged = CorruptPayloadError(f"{name}: the header is damaged; get the file again")
+    if chunk == 0 or data.size < head + 8 * dims:
+        raise damaged
+    shape = struct.unpack(f"<{dims}Q", data[head : head + 8 * dims].tobytes())
+    numel = 1
+    for size in shape:
+        numel *= size
+    count = -(-numel // chunk)
+    end = head + 8 * dims + 8 * count + table
+    if data.size < end + 4 or zlib.crc32(data[:end]) != struct.unpack("<I", data[end : end + 4].tobytes())[0]:
+        raise damaged
+    sizes = np.frombuffer(data[head + 8 * dims : end - table].tobytes(), "<u4")
+    header = Header(
+        _DTYPES[dtype], shape, exponent, CODERS[coder], order, chunk,
+        tuple(sizes[:count].tolist()), tuple(sizes[count:].tolist()), data[end - table : end].tobytes(),
+    )  # fmt: skip
+    if data.size != end + 4 + sum(header.sizes):
+        raise CorruptPayloadError(
+            f"{name}: expected {end + 4 + sum(header.sizes)} bytes, got {data.size}: the file was cut or joined"
+        )
+    return header, data[end + 4 :]
+
+
+def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
+    """The weights, bit for bit `dequantize(q, exponent, dtype)`.
+
+    Args:
+        payload: from `encode_tensor`.
+        name: what errors call it.
+
+    Raises:
+        CorruptPayloadError: a checksum differs: which chunk, and of which weights.
+    """
+    header, data = read_header(payload, name)
+    offsets = np.concatenate([[0], np.cumsum(header.sizes)]).astype(np.int64)
+    for i, checksum in enumerate(header.checksums):
+        if zlib.crc32(data[offsets[i] : offsets[i + 1]]) != checksum:
+            raise CorruptPayloadError(
+                f"{name}: chunk {i} of {len(header.sizes)}, weights {i * header.chunk} to "
+                f"{min((i + 1) * header.chunk, header.numel) - 1}, is damaged; get the file again"
+            )
+    table = ans.Table.from_bytes(header.table) if header.coder == "ans" else None
+    if threads.available() and not (table is not None and len(table.values) == 1):
+        from hf_rnn_kernels.coding import cpu
+
+        out, step, sizes = np.empty(header.numel, np.float32), 2.0**header.exponent, np.array(header.sizes, np.int64)
+        if table is not None:
+            cpu.decode_ans(data.copy(), sizes, table, header.chunk, step, out)
+        else:
+            cpu.decode_exp_golomb(data, sizes, header.order, header.chunk, step, out)
+        weights = torch.from_numpy(out)
+    else:
+        chunks = [data[a:b].tobytes() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        if table is not None:
+            q = ans.decode(chunks, header.counts, table)
+        else:
+            q = exp_golomb.unzigzag(exp_golomb.decode(chunks, header.counts, header.order))
+        weights = torch.from_numpy(q).float() * 2.0**header.exponent
+    return weights.to(header.dtype).reshape(header.shape)
+
+
+def _frequencies(symbols: np.ndarray, low: int, high: int) -> ans.Table:
+    if high - low >= max(2**16, symbols.size):  # few symbols, far apart
+        return ans.Table(*(x.astype(np.int64) for x in np.unique(symbols, return_counts=True)))
+    if threads.available():
+        from hf_rnn_kernels.coding import cpu
+
+        counts = cpu.histogram(symbols, low, high)
+    else:
+        counts = np.bincount(symbols.astype(np.int64) - low)
+    return ans.Table(np.flatnonzero(counts) + low, counts[counts > 0])
+
+
+def _ans_bits(table: ans.Table) -> float:
+    """What the coder would take, near enough, its table included."""
+    if not 0 < len(table.counts) <= ans.MAX_SYMBOLS:
+        return float("inf")
+    return 8 * len(table.to_bytes()) - float((table.counts * np.log2(table.counts / table.counts.sum())).sum())
+
+
+def _places(symbols: np.ndarray, table: ans.Table, low: int, high: int) -> np.ndarray:
+    """int32 place of each symbol in the table."""
+    if high - low >= max(2**16, symbols.size):
+        return np.searchsorted(table.values, symbols).astype(np.int32)
+    place = np.zeros(high - low + 1, np.int32)
+    place[table.values - low] = np.arange(len(table.values), dtype=np.int32)
+    return place[symbols - low] if symbols.size else symbols
+
+
+def _split(x: np.ndarray) -> list[np.ndarray]:
+    return [x[start : start + CHUNK] for start in range(0, x.size, CHUNK)]
+
+
+def _encode_exp_golomb(symbols: np.ndarray, order: int) -> list[bytes]:
+    if threads.available():
+        from hf_rnn_kernels.coding import cpu
+
+        return cpu.encode_exp_golomb(symbols, order, CHUNK)
+    return [exp_golomb.encode(exp_golomb.zigzag(part), order) for part in _split(symbols)]

@@ -1,0 +1,64 @@
+"""Weights as whole multiples of a step."""
+
+import math
+
+import torch
+from torch import Tensor
+
+MAX_SYMBOL = 2**24 - 1  # the last whole number that float32 holds with all its neighbours below
+
+
+def quantize(x: Tensor, exponent: int, rate: float = 0.0) -> Tensor:
+    """q = round(x / 2^exponent), or what costs fewer bits nearby.
+
+    Args:
+        x: weights, any shape, floating dtype.
+        exponent: of the step, a power of two, so that q * step is exact in float32.
+        rate: Lagrange multiplier, in squared steps a bit: of the nearest multiple and the next towards zero, the one
+            with the smaller (x / step - q)^2 + rate * bits(q) is taken, bits being the ideal code's over the tensor
+            when rounded. 0 rounds.
+
+    Returns:
+        int32, of x's shape.
+
+    Raises:
+        ValueError: a weight that is not finite, or 2^24 steps and more from zero.
+    """
+    ratio = x.detach().float() * 2.0**-exponent
+    limit = float(ratio.abs().max()) if ratio.numel() else 0.0
+    if not math.isfinite(limit):
+        raise ValueError("x: expected finite weights, got NaN or infinity")
+    if limit > MAX_SYMBOL:
+        raise ValueError(f"exponent: a weight is {limit:.3g} steps of 2^{exponent} from zero; expected below 2^24")
+    q = ratio.round().int()
+    if rate <= 0:
+        return q
+    bits, low = symbol_bits(q)
+    # An empty bin would cost more than any other: a code for one symbol among all
+    bits = torch.where(torch.isinf(bits), math.log2(max(q.numel(), 2)), bits).to(q.device)
+    towards_zero = q - q.sign()
+    cost = (ratio - q).square() + rate * bits[q - low]
+    cost_towards_zero = (ratio - towards_zero).square() + rate * bits[towards_zero - low]
+    return torch.where(cost_towards_zero < cost, towards_zero, q)
+
+
+def dequantize(q: Tensor, exponent: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """q * 2^exponent: exact in float32, rounded once to another dtype."""
+    return (q.float() * 2.0**exponent).to(dtype)
+
+
+def symbol_bits(q: Tensor) -> tuple[Tensor, int]:
+    """The ideal code's bits for each symbol from the smallest (or 0) to the largest (or 0), float64, and the smallest;
+    infinite for one that does not occur. A range over 2^24 is refused by `quantize`."""
+    low = min(int(q.min()), 0) if q.numel() else 0
+    counts = torch.bincount((q.flatten() - low).long(), minlength=1 - low).double()
+    return -torch.log2(counts / max(q.numel(), 1)), low
+
+
+def entropy(q: Tensor) -> float:
+    """Order-0 entropy of the symbols, bits each."""
+    if not q.numel():
+        return 0.0
+    bits, _ = symbol_bits(q)
+    p = torch.exp2(-bits)
+    return float(torch.where(p > 0, p * bits, torch.zeros(())).sum())

@@ -1,0 +1,216 @@
+"""The rate term as a callback, for any Trainer."""
+
+import math
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+from hf_rnn_kernels.coding import GeneralizedGaussian, dequantize, entropy, quantize
+from hf_rnn_trainers.rate.pictures import draw_rate
+from hf_rnn_trainers.rate.rate_config import RateSettings
+from hf_rnn_trainers.rate.rate_step import fit, local, moments, published_step, shrink, whole
+
+logger = logging.get_logger(__name__)
+_GAIN_BITS, _GAIN_LOSS = 0.15, 0.5  # of the logarithm of the multiplier, an estimate and an evaluation
+_PUBLISHED_LAMBDA = 2e3
+
+
+class RateCallback(TrainerCallback, ExportableState):
+    """Pulls weights towards what costs few bits after each optimizer step: `Trainer(..., callbacks=[RateCallback()])`.
+
+    Matrices that train are constrained, adapters of PEFT included; parameters of one dimension and those that
+    `rate_exclude` matches are not. Shapes are estimated over all shards of a tensor (FSDP 2), so that processes agree.
+    In the last share of the steps (`rate_finetune`) the term rests, and what is zero stays zero.
+
+    Logged: `rate_shape` (nu, mean over weights), `estimated_bits` (of the fitted density) and `coded_bits` (order-0
+    entropy of the quantised weights), both per constrained weight at `rate_step`, `zeros` (their share),
+    `rate_multiplier` (what the controller makes of 1), and `paper_lambda`: the published multiplier that would move
+    the average weight as far, the mean shrinkage a step times N / nu.
+
+    Args:
+        settings: fields of `RateSettings`.
+    """
+
+    def __init__(self, **settings: Any):
+        self.settings = RateSettings(**settings)
+        self.multiplier = 1.0
+        self.fits: list[list[float]] = []  # (nu, root mean square) of each constrained tensor
+        self.step_exponent: int | None = None
+        self.reference_loss = self.settings.reference_loss
+        self._parameters: dict[str, Tensor] = {}
+        self._zeros: list[Tensor] = []
+        self._kept: list[Tensor] = []
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        names = ("multiplier", "fits", "step_exponent", "reference_loss")
+        return {"args": asdict(self.settings), "attributes": {name: getattr(self, name) for name in names}}
+
+    @property
+    def step(self) -> float:
+        """The quantisation step that bits are reported at."""
+        if self.step_exponent is None:
+            raise ValueError("rate_step: known when training begins")
+        return 2.0**self.step_exponent
+
+    def constrain(self, model: torch.nn.Module) -> None:
+        """Choose the parameters.
+
+        Raises:
+            ValueError: there are none.
+        """
+        exclude = re.compile(self.settings.rate_exclude)
+        self._parameters = {
+            name: p
+            for name, p in model.named_parameters()
+            if p.requires_grad and p.dim() > 1 and not (self.settings.rate_exclude and exclude.search(name))
+        }
+        if not self._parameters:
+            raise ValueError(f"rate_exclude: {self.settings.rate_exclude!r} leaves no matrix that trains to constrain")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if state.global_step > 0 and isinstance(saved, dict):
+            for name, value in saved["attributes"].items():
+                setattr(self, name, value)
+        self.constrain(model)
+        if self.settings.rate_step is not None:
+            self.step_exponent = round(math.log2(self.settings.rate_step))
+        elif self.step_exponent is None:
+            total = moments(self._weights()).sum(0)
+            self.step_exponent = round(math.log2(max(float((total[1] / total[2]).sqrt()) / 8, 2.0**-100)))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.settings.quantization_aware and self._finetunes(state) and not self._kept:
+            assert self.step_exponent is not None
+            with torch.no_grad():
+                self._kept = [local(p).clone() for p in self._parameters.values()]
+                for p in self._parameters.values():
+                    here = local(p)
+                    here.copy_(dequantize(quantize(here, self.step_exponent), self.step_exponent, here.dtype))
+
+    def restore(self) -> None:
+        """Put back the weights that quantised ones stood in for."""
+        with torch.no_grad():
+            for p, kept in zip(self._parameters.values(), self._kept, strict=False):
+                local(p).copy_(kept)
+        self._kept = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.restore()
+        if self._finetunes(state):
+            self._zeros = [local(p) == 0 for p in self._parameters.values()]
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if getattr(optimizer, "step_was_skipped", False):
+            return
+        weights = self._weights()
+        if self._finetunes(state):
+            with torch.no_grad():
+                for w, zero in zip(weights, self._zeros, strict=True):
+                    local(w).masked_fill_(zero, 0)
+            self._zeros = []
+            return
+        every = 1 if self.settings.paper_preset else self.settings.rate_every
+        if not self.fits or state.global_step % every == 0:
+            scope = "global" if self.settings.paper_preset else self.settings.rate_scope
+            self.fits = [list(pair) for pair in fit(moments(weights), scope)]
+            if self.settings.target_bits is not None:
+                self._steer(_GAIN_BITS * max(-1.0, min(1.0, self.coded_bits() - self.settings.target_bits)))
+        parts = [local(w) for w in weights]
+        if self.settings.paper_preset:
+            total = sum(p.numel() for p in self._parameters.values())
+            published_step(parts, self.fits[0][0], _PUBLISHED_LAMBDA, total)
+        elif self.settings.rate_shrink > 0:
+            sizes = self._sizes(args, state, optimizer)
+            shrink(parts, [(nu, r) for nu, r in self.fits], sizes, self.settings.rate_epsilon)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self.settings.max_loss_increase is None or not metrics or "eval_loss" not in metrics:
+            return
+        if self.reference_loss is None:
+            self.reference_loss = metrics["eval_loss"]
+            return
+        room = self.settings.max_loss_increase - (metrics["eval_loss"] / self.reference_loss - 1)
+        self._steer(_GAIN_LOSS * max(-1.0, min(1.0, room / self.settings.max_loss_increase)))
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if logs is not None and "loss" in logs and "coded_bits" not in logs and self._parameters:
+            found = self.metrics()
+            logs.update(found)
+            if state.log_history:
+                state.log_history[-1].update(found)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        weights = {name: whole(p.detach()).float().cpu() for name, p in self._parameters.items()}
+        if state.is_world_process_zero:
+            draw_rate(state.log_history, weights, Path(args.output_dir) / "rate.png")
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged."""
+        sums = moments(self._weights())
+        share = sums[:, 2] / sums[:, 2].sum()
+        means = (sums[:, :2] / sums[:, 2:].clamp(min=1)).tolist()
+        densities = [GeneralizedGaussian.from_moments(*mean) for mean in means]
+        nonzero = sum(int(whole((p.detach() != 0).sum())) for p in self._parameters.values())
+        shape = float(sum(d.shape * s for d, s in zip(densities, share.tolist(), strict=True)))
+        bits = sum(d.bits(self.step) * s for d, s in zip(densities, share.tolist(), strict=True))
+        found = dict(
+            rate_shape=shape,
+            estimated_bits=float(bits),
+            coded_bits=self.coded_bits(),
+            zeros=1 - nonzero / float(sums[:, 2].sum()),
+            rate_multiplier=self.multiplier,
+        )
+        return found | {"paper_lambda": self._paper_lambda(sums)}
+
+    def coded_bits(self) -> float:
+        """Order-0 entropy of the quantised weights, bits each: what `save_compressed` at this step comes near to."""
+        assert self.step_exponent is not None
+        total = bits = 0.0
+        for p in self._parameters.values():
+            q = quantize(whole(p.detach()), self.step_exponent)
+            total += q.numel()
+            bits += q.numel() * entropy(q)
+        return bits / total
+
+    def _weights(self) -> list[Tensor]:
+        return [p.detach() for p in self._parameters.values()]
+
+    def _finetunes(self, state) -> bool:
+        return state.global_step >= round(state.max_steps * (1 - self.settings.rate_finetune))
+
+    def _steer(self, change: float) -> None:
+        """More of the rate term, or less; within a factor of a thousand."""
+        self.multiplier = min(1e3, max(1e-3, self.multiplier * math.exp(change)))
+
+    def _sizes(self, args, state, optimizer) -> list[float]:
+        """Learning rate times multiplier for each tensor."""
+        warmup = self.settings.rate_warmup * state.max_steps
+        scale = self.settings.rate_shrink * self.multiplier * min(1.0, (state.global_step + 1) / max(warmup, 1))
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        self._rates = [float(rates.get(id(p), 0.0)) for p in self._parameters.values()]
+        return [rate * scale for rate in self._rates]
+
+    def _paper_lambda(self, sums: Tensor) -> float:
+        """N times the mean shrinkage a step over nu, at a root mean square weight."""
+        rates = getattr(self, "_rates", [])
+        if self.settings.paper_preset or not rates:
+            return _PUBLISHED_LAMBDA if self.settings.paper_preset else 0.0
+        nu = torch.tensor([nu for nu, _ in self.fits], dtype=torch.float64)
+        slope = (1 + self.settings.rate_epsilon) ** (nu - 1)
+        return float((sums[:, 2] * torch.tensor(rates, dtype=torch.float64) * slope).sum()) * (
+            self.settings.rate_shrink * self.multiplier
+        )
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """The `RateSettings` among larger arguments."""
+    return {f.name: getattr(args, f.name) for f in fields(RateSettings)}

@@ -1,0 +1,42 @@
+"""Training under a constraint on the bits of the weights."""
+
+from typing import Any
+
+from hf_rnn_trainers.rate.rate_callback import RateCallback, settings_of
+from hf_rnn_trainers.rate.rate_config import RateConstrainedConfig
+from hf_rnn_trainers.reliability import NonFiniteGuard
+
+
+class RateConstrainedTrainer(NonFiniteGuard):
+    """transformers' Trainer, whose weights are pulled towards what costs few bits (`RateCallback` says how).
+
+    Minimises D + lambda R, the loss and the weights' bits under a generalised Gaussian (BackSlash, arXiv 2504.16968).
+    With `rate_shrink=0` it is the stock Trainer bit for bit. At the end of training `rate.png` in the output folder
+    shows bits and loss over the run and the weights' histograms beside the fitted densities.
+
+    Args:
+        args: a `RateConstrainedConfig`.
+        others: Trainer's; the model may be any of transformers', or one with adapters of PEFT.
+    """
+
+    def __init__(self, model: Any = None, args: RateConstrainedConfig | None = None, callbacks=None, **options: Any):
+        args = RateConstrainedConfig() if args is None else args
+        if not isinstance(args, RateConstrainedConfig):
+            raise ValueError(f"args: expected a RateConstrainedConfig, got a {type(args).__name__}")
+        self.rate = RateCallback(**settings_of(args))
+        # The first of all, so that quantised weights are put back before another callback may raise
+        super().__init__(model=model, args=args, callbacks=[self.rate, *(callbacks or [])], **options)
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise ValueError("fsdp: version 1 flattens tensors into one; set fsdp_config={'fsdp_version': 2}")
+
+    def training_step(self, *args, **kwargs):
+        try:
+            return super().training_step(*args, **kwargs)
+        except BaseException:
+            self.rate.restore()
+            raise
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = logs | self.rate.metrics()
+        super().log(logs, start_time)
