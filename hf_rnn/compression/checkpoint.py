@@ -1,6 +1,5 @@
 """Writing a model as quantised, entropy-coded tensors in ordinary safetensors shards."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +78,9 @@ def compress(
     return Compression(payloads, 8 * payload_bytes / max(coded, 1), payload_bytes + rest, sum(sizes.values()))
 
 
-def save_compressed(model: PreTrainedModel, folder: str | Path, max_shard_size: str = "5GB", **options: Any) -> Compression:
+def save_compressed(
+    model: PreTrainedModel, folder: str | Path, max_shard_size: str = "5GB", **options: Any
+) -> Compression:
     """`compress` a model and write a checkpoint that `from_pretrained` reads where `hf_rnn` is imported.
 
     The folder is `save_pretrained`'s, shards of model.safetensors with U8 tensors `NAME.coded` for coded weights; a

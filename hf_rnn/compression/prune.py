@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch.nn.utils import prune as torch_prune
 from transformers import PreTrainedModel
 

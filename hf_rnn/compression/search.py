@@ -22,7 +22,7 @@ def coded_parameters(model: PreTrainedModel, exclude: str) -> dict[str, Tensor]:
         ValueError: there are none.
     """
     pattern = re.compile(exclude)
-    found = {
+    found: dict[str, Tensor] = {
         name: p for name, p in model.named_parameters() if p.dim() > 1 and not (exclude and pattern.search(name))
     }
     if not found:
@@ -45,8 +45,8 @@ def choose_exponents(
             raise ValueError(f"step: expected an exponent for each tensor, none for {missing[:3]}")
         return {name: int(step[name]) for name in parameters}
     if step is not None:
-        exponent = math.log2(step) if step > 0 else math.nan
-        if not exponent == round(exponent):
+        exponent = math.log2(step) if step > 0 else 0.5
+        if exponent != round(exponent):
             raise ValueError(f"step: expected a power of two, such as 0.03125, got {step}")
         return dict.fromkeys(parameters, round(exponent))
     if evaluate is not None:

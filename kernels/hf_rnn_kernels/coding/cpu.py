@@ -4,6 +4,8 @@ Pointers and lengths are checked against the chunk's end at each read, so a dama
 crash; checksums tell.
 """
 
+from itertools import pairwise
+
 import numpy as np
 from numba import njit, prange
 
@@ -132,7 +134,7 @@ def encode_exp_golomb(q: np.ndarray, k: int, chunk: int) -> list[bytes]:
     offsets = np.concatenate([[0], sizes.cumsum()])
     out = np.empty(offsets[-1], np.uint8)
     run(_write, q, k, chunk, _BIT_LENGTHS, offsets, out)
-    return [out[a:b].tobytes() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [out[a:b].tobytes() for a, b in pairwise(offsets)]
 
 
 def decode_exp_golomb(data: np.ndarray, sizes: np.ndarray, k: int, chunk: int, step: float, out: np.ndarray) -> None:

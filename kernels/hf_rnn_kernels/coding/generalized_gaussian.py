@@ -33,9 +33,10 @@ class GeneralizedGaussian:
         if mean_abs == 0:
             return cls(MIN_SHAPE, torch.finfo(torch.float64).tiny)
         grid, ratios = _ratios()
-        at = torch.searchsorted(ratios, torch.tensor(mean_square / mean_abs**2, dtype=torch.float64)).clamp(1, len(grid) - 1)
+        ratio = torch.tensor(mean_square / mean_abs**2, dtype=torch.float64)
+        at = torch.searchsorted(ratios, ratio).clamp(1, len(grid) - 1)
         low, high = ratios[at - 1], ratios[at]
-        share = ((mean_square / mean_abs**2 - low) / (high - low)).clamp(0, 1)
+        share = ((ratio - low) / (high - low)).clamp(0, 1)
         nu = float(grid[at - 1] + share * (grid[at] - grid[at - 1]))
         return cls(nu, mean_abs * math.exp(math.lgamma(1 / nu) - math.lgamma(2 / nu)))
 
@@ -52,7 +53,9 @@ class GeneralizedGaussian:
 
     def upper_tail(self, x: Tensor) -> Tensor:
         """P(X > x) for x >= 0, without the cancellation of one minus a distribution function."""
-        return torch.special.gammaincc(torch.tensor(1 / self.shape).double(), (x.double() / self.scale) ** self.shape) / 2
+        return (
+            torch.special.gammaincc(torch.tensor(1 / self.shape).double(), (x.double() / self.scale) ** self.shape) / 2
+        )
 
     def bits(self, step: float) -> float:
         """Entropy in bits of x rounded to multiples of `step`: what an ideal coder needs a weight.

@@ -1,13 +1,14 @@
 """A quantised tensor as one U8 tensor that says everything about itself.
 
-Layout, little-endian: magic "HRNN", version, dtype, coder, dimensions (bytes each), exponent of the step (i16), Exp-Golomb
-order (u16), symbols a chunk (u32), bytes of the frequency table (u32), shape (u64 each), bytes of each chunk (u32
-each), CRC-32 of each chunk (u32 each), the table, CRC-32 of all before (u32); then the chunks.
+Layout, little-endian: magic "HRNN", version, dtype, coder, dimensions (bytes each), exponent of the step (i16),
+Exp-Golomb order (u16), symbols a chunk (u32), bytes of the frequency table (u32), shape (u64 each), bytes of each chunk
+(u32 each), CRC-32 of each chunk (u32 each), the table, CRC-32 of all before (u32); then the chunks.
 """
 
 import struct
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -119,7 +120,7 @@ def read_header(payload: Tensor, name: str = "payload") -> tuple[Header, np.ndar
         numel *= size
     count = -(-numel // chunk)
     end = head + 8 * dims + 8 * count + table
-    if data.size < end + 4 or zlib.crc32(data[:end]) != struct.unpack("<I", data[end : end + 4].tobytes())[0]:
+    if data.size < end + 4 or zlib.crc32(data[:end].data) != struct.unpack("<I", data[end : end + 4].tobytes())[0]:
         raise damaged
     sizes = np.frombuffer(data[head + 8 * dims : end - table].tobytes(), "<u4")
     header = Header(
@@ -146,7 +147,7 @@ def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
     header, data = read_header(payload, name)
     offsets = np.concatenate([[0], np.cumsum(header.sizes)]).astype(np.int64)
     for i, checksum in enumerate(header.checksums):
-        if zlib.crc32(data[offsets[i] : offsets[i + 1]]) != checksum:
+        if zlib.crc32(data[offsets[i] : offsets[i + 1]].data) != checksum:
             raise CorruptPayloadError(
                 f"{name}: chunk {i} of {len(header.sizes)}, weights {i * header.chunk} to "
                 f"{min((i + 1) * header.chunk, header.numel) - 1}, is damaged; get the file again"
@@ -162,7 +163,7 @@ def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
             cpu.decode_exp_golomb(data, sizes, header.order, header.chunk, step, out)
         weights = torch.from_numpy(out)
     else:
-        chunks = [data[a:b].tobytes() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        chunks = [data[a:b].tobytes() for a, b in pairwise(offsets)]
         if table is not None:
             q = ans.decode(chunks, header.counts, table)
         else:

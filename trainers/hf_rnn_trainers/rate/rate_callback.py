@@ -18,7 +18,8 @@ from hf_rnn_trainers.rate.rate_config import RateSettings
 from hf_rnn_trainers.rate.rate_step import fit, local, moments, published_step, shrink, whole
 
 logger = logging.get_logger(__name__)
-_GAIN_BITS, _GAIN_LOSS = 0.15, 0.5  # of the logarithm of the multiplier, an estimate and an evaluation
+_GAIN_BITS, _GAIN_LOSS = 0.2, 0.5  # of the logarithm of the multiplier, an estimate and an evaluation
+_AHEAD = 6  # estimates: bits follow the multiplier slowly, so it is steered by where they are going
 _PUBLISHED_LAMBDA = 2e3
 
 
@@ -42,6 +43,7 @@ class RateCallback(TrainerCallback, ExportableState):
         self.settings = RateSettings(**settings)
         self.multiplier = 1.0
         self.fits: list[list[float]] = []  # (nu, root mean square) of each constrained tensor
+        self.last_bits: float | None = None
         self.step_exponent: int | None = None
         self.reference_loss = self.settings.reference_loss
         self._parameters: dict[str, Tensor] = {}
@@ -50,7 +52,7 @@ class RateCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        names = ("multiplier", "fits", "step_exponent", "reference_loss")
+        names = ("multiplier", "fits", "last_bits", "step_exponent", "reference_loss")
         return {"args": asdict(self.settings), "attributes": {name: getattr(self, name) for name in names}}
 
     @property
@@ -123,7 +125,10 @@ class RateCallback(TrainerCallback, ExportableState):
             scope = "global" if self.settings.paper_preset else self.settings.rate_scope
             self.fits = [list(pair) for pair in fit(moments(weights), scope)]
             if self.settings.target_bits is not None:
-                self._steer(_GAIN_BITS * max(-1.0, min(1.0, self.coded_bits() - self.settings.target_bits)))
+                bits = self.coded_bits()
+                ahead = bits + _AHEAD * (bits - (bits if self.last_bits is None else self.last_bits))
+                self._steer(_GAIN_BITS * max(-1.0, min(1.0, ahead - self.settings.target_bits)))
+                self.last_bits = bits
         parts = [local(w) for w in weights]
         if self.settings.paper_preset:
             total = sum(p.numel() for p in self._parameters.values())

@@ -1,3 +1,4 @@
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -75,7 +76,7 @@ class RateSettings:
                 "rate_warmup, rate_finetune: expected shares in [0, 1] that sum to at most 1, got "
                 f"{self.rate_warmup} and {self.rate_finetune}"
             )
-        if self.rate_step is not None and not (self.rate_step > 0 and float(self.rate_step).hex().startswith("0x1.0000000000000p")):
+        if self.rate_step is not None and (self.rate_step <= 0 or math.frexp(self.rate_step)[0] != 0.5):
             raise ValueError(f"rate_step: expected a power of two, such as 0.03125, got {self.rate_step}")
         if self.target_bits is not None and self.max_loss_increase is not None:
             raise ValueError("target_bits, max_loss_increase: one of them steers the multiplier; give one")

@@ -41,7 +41,7 @@ def shrink(weights: list[Tensor], fits: list[tuple[float, float]], sizes: list[f
         fits: (nu, r) of each.
         sizes: learning rate times multiplier, of each.
     """
-    step = torch._foreach_abs(weights)
+    step = list(torch._foreach_abs(weights))
     torch._foreach_div_(step, [max(r, 1e-30) for _, r in fits])
     torch._foreach_add_(step, epsilon)
     torch._foreach_pow_(step, [nu - 1 for nu, _ in fits])

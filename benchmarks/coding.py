@@ -1,0 +1,221 @@
+"""Compressed checkpoints beside what others make of the same weights: bits, errors, and speeds on one core; and loading
+a model of 100M parameters, its seconds and its memory, against a plain checkpoint.
+
+python benchmarks/coding.py [--checkpoint FOLDER]     # peers: pip install 'hf-rnn[coding-peers]'
+
+nncodec has its own quantiser; its rows are compared at equal error. Without a checkpoint the weights are those of a GRU
+that this script trains on text for a minute.
+"""
+
+import argparse
+import json
+import lzma
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from driver import RESULTS, save
+from transformers import AutoModelForCausalLM
+
+from hf_rnn import save_compressed
+from hf_rnn_kernels.coding import decode_tensor, dequantize, encode_tensor, entropy, quantize
+
+LOAD = """
+import json, resource, sys, time
+import torch, hf_rnn
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(sys.argv[2])  # what is imported and compiled once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+checksum = float(sum(p.double().sum() for p in model.parameters()))
+seconds = time.perf_counter() - start
+print(json.dumps(dict(seconds=seconds, mib=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)))
+"""
+
+
+def speeds(millions: int = 16) -> dict:
+    """MB of float32 weights a second, best of three; Laplacian weights at about four bits."""
+    x = torch.distributions.Laplace(0.0, 0.1).sample((millions * 10**6,))
+    found: dict[str, Any] = {}
+    for coder in ("ans", "exp_golomb"):
+        rates: dict[str, list[float]] = {"encode": [], "decode": []}
+        for _ in range(4):
+            start = time.perf_counter()
+            payload = encode_tensor(quantize(x, -5), -5, coder=coder)
+            middle = time.perf_counter()
+            decode_tensor(payload)
+            end = time.perf_counter()
+            rates["encode"].append(4 * millions / (middle - start))
+            rates["decode"].append(4 * millions / (end - middle))
+        found[coder] = {name: max(values[1:]) for name, values in rates.items()}
+        found[coder]["bits"] = 8 * payload.numel() / x.numel()
+        print(f"{coder:12} {found[coder]}", flush=True)
+    return found
+
+
+def relative_error(decoded: list[torch.Tensor], weights: list[torch.Tensor]) -> float:
+    wrong = sum(float((a - b).double().square().sum()) for a, b in zip(decoded, weights, strict=True))
+    return (wrong / sum(float(b.double().square().sum()) for b in weights)) ** 0.5
+
+
+def sizes(weights: dict[str, torch.Tensor], exponent: int) -> list[dict]:
+    """Bits a weight of every way to store matrices quantised with one step; and of lossless peers on float32."""
+    values, total = list(weights.values()), sum(w.numel() for w in weights.values())
+    rows = []
+
+    def row(name: str, bits: float, error: float) -> None:
+        rows.append(dict(name=name, step=f"2^{exponent}", bits=bits, error=error))
+        print(f"  {name:34} {bits:6.3f} bits, error {error:.4f}", flush=True)
+
+    for rate in (0.0, 0.1, 0.3):
+        symbols = [quantize(w, exponent, rate) for w in values]
+        error = relative_error([dequantize(q, exponent) for q in symbols], values)
+        label = "rounded" if rate == 0 else f"rate {rate}"
+        row(f"order-0 entropy, {label}", sum(entropy(q) * q.numel() for q in symbols) / total, error)
+        for coder in ("ans", "exp_golomb"):
+            size = sum(encode_tensor(q, exponent, coder=coder).numel() for q in symbols)
+            row(f"{coder}, {label}", 8 * size / total, error)
+        if rate == 0:
+            wide = np.int8 if max(int(q.abs().max()) for q in symbols) < 128 else np.int16
+            raw = b"".join(q.numpy().astype(wide).tobytes() for q in symbols)
+            row("lzma -9 of the symbols", 8 * len(lzma.compress(raw, preset=9)) / total, error)
+            try:
+                import zstandard
+
+                row("zstd -19 of the symbols", 8 * len(zstandard.compress(raw, 19)) / total, error)
+            except ImportError:
+                print("  zstandard is not installed")
+    return rows
+
+
+def lossless(weights: dict[str, torch.Tensor]) -> list[dict]:
+    raw, rows = b"".join(w.numpy().tobytes() for w in weights.values()), []
+    count = len(raw) // 4
+    rows.append(dict(name="lzma -9, float32", bits=8 * len(lzma.compress(raw, preset=9)) / count))
+    try:
+        import zstandard
+
+        rows.append(dict(name="zstd -19, float32", bits=8 * len(zstandard.compress(raw, 19)) / count))
+    except ImportError:
+        pass
+    try:
+        import zipnn
+
+        # It overwrites what it is given
+        packed = zipnn.ZipNN(bytearray_dtype="float32").compress(bytearray(raw))
+        rows.append(dict(name="ZipNN, float32", bits=8 * len(packed) / count))
+    except ImportError:
+        print("  zipnn is not installed")
+    for found in rows:
+        print(f"  {found['name']:34} {found['bits']:6.3f} bits, lossless", flush=True)
+    return rows
+
+
+def deep_cabac(weights: dict[str, torch.Tensor], qps: tuple[int, ...] = (-38, -32, -28, -24, -20)) -> list[dict]:
+    """nncodec's bits and errors at its quantisation parameters."""
+    try:
+        import nncodec
+    except ImportError:
+        print("  nncodec is not installed")
+        return []
+    total, rows = sum(w.numel() for w in weights.values()), []
+    for qp in qps:
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/coded.nnc"
+            arrays = {name: w.numpy().copy() for name, w in weights.items()}
+            nncodec.encode(arrays, {"qp": qp, "bitstream_path": path, "return_bitstream": False, "verbose": False})
+            bits = 8 * Path(path).stat().st_size / total
+            decoded = nncodec.decode(path, {"verbose": False})
+        error = relative_error([torch.from_numpy(np.asarray(decoded[name])) for name in weights], list(weights.values()))
+        rows.append(dict(name="nncodec (DeepCABAC)", qp=qp, bits=bits, error=error))
+        print(f"  nncodec, qp {qp:4} {bits:6.3f} bits, error {error:.4f}", flush=True)
+    return rows
+
+
+def at_error(rows: list[dict], error: float) -> float | None:
+    """Bits at an error, between the two points around it on a line of log error."""
+    points = sorted((r["error"], r["bits"]) for r in rows)
+    for (e1, b1), (e2, b2) in zip(points, points[1:], strict=False):
+        if e1 <= error <= e2:
+            return b1 + (b2 - b1) * np.log(error / e1) / np.log(e2 / e1)
+    return None
+
+
+def loading(millions: int = 100) -> dict:
+    """Seconds and growth of memory of a plain and of a compressed load, in fresh processes, caches warm."""
+    from hf_rnn import GRUConfig, GRUForCausalLM
+
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    model = GRUForCausalLM(GRUConfig(vocab_size=32000, hidden_size=1024, num_hidden_layers=3, **tokens))
+    found: dict[str, Any] = {"parameters": model.num_parameters()}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/plain")
+        found["compression"] = str(save_compressed(model, f"{folder}/coded"))
+        small = GRUForCausalLM(GRUConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, **tokens))
+        save_compressed(small, f"{folder}/small")
+        for name in ("plain", "coded", "plain", "coded", "plain", "coded"):
+            command = [sys.executable, "-c", LOAD, f"{folder}/{name}", f"{folder}/small"]
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
+            measured = json.loads(result.stdout.splitlines()[-1])
+            print(f"  {name:6} {measured}", flush=True)
+            best = found.setdefault(name, measured)
+            found[name] = {key: min(value, best[key]) for key, value in measured.items()}
+    beyond = found["coded"]["seconds"] - found["plain"]["seconds"]
+    found["decoding_mb_per_second"] = 4e-6 * found["parameters"] / beyond
+    return found
+
+
+def trained() -> dict[str, torch.Tensor]:
+    import rate_constrained
+
+    model, _ = rate_constrained.train(0, 400, rate_constrained.read_text(), rate_shrink=0.0)
+    return {name: p.detach() for name, p in model.named_parameters() if p.dim() > 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", help="its matrices are coded")
+    parser.add_argument("--parts", nargs="*", default=["speeds", "sizes", "loading"])
+    options, path = parser.parse_args(), RESULTS / "coding_cpu.json"
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    if "speeds" in options.parts:
+        results["speeds"] = speeds()
+        save("coding", results)
+    if "sizes" in options.parts:
+        if options.checkpoint:
+            model = AutoModelForCausalLM.from_pretrained(options.checkpoint)
+            weights = {name: p.detach() for name, p in model.named_parameters() if p.dim() > 1}
+        else:
+            weights = trained()
+        results["weights"] = sum(w.numel() for w in weights.values())
+        results["lossless"] = lossless(weights)
+        results["sizes"] = [row for exponent in (-7, -6, -5, -4) for row in sizes(weights, exponent)]
+        results["deep_cabac"] = deep_cabac(weights)
+        results["at_equal_error"] = []
+        for row in results["deep_cabac"]:
+            best = {"deep_cabac": row["bits"], "error": row["error"]}
+            for coder in ("ans", "exp_golomb"):
+                for label in ("rounded", "rate 0.1", "rate 0.3"):
+                    same = [r for r in results["sizes"] if r["name"] == f"{coder}, {label}"]
+                    best[f"{coder}, {label}"] = at_error(same, row["error"])
+            results["at_equal_error"].append(best)
+            print(f"  at equal error: { {k: v if v is None else round(v, 3) for k, v in best.items()} }", flush=True)
+        save("coding", results)
+    if "loading" in options.parts:
+        results["loading"] = loading()
+        print(results["loading"])
+        save("coding", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Compressed checkpoints: written, read by from_pretrained, damaged; searches; pruning; the command line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from hf_rnn import CorruptPayloadError, compress, prune, save_compressed
+from hf_rnn.cli.main import main
+from hf_rnn.compression.search import choose_exponents, coded_parameters
+from hf_rnn_kernels.coding import dequantize, entropy, quantize
+
+
+def llama(**settings) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=61)
+    return LlamaForCausalLM(LlamaConfig(**sizes | settings)).eval()
+
+
+def assert_same(a, b) -> None:
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype, name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_there_and_back(make_model, architecture, tied, tmp_path):
+    model = make_model(tie_word_embeddings=tied)
+    plain = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result = save_compressed(model, tmp_path, step=2.0**-5)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same(model, loaded)
+    for name, p in loaded.named_parameters():
+        coded = p.dim() > 1 and "norm" not in name and "bias" not in name
+        expected = dequantize(quantize(plain[name], -5, 0.1), -5) if coded else plain[name]
+        assert torch.equal(p, expected), name
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert sum(n.endswith(".coded") for n in file.keys()) == len(result.payloads)  # noqa: SIM118
+
+
+def test_another_process_writes_the_same(model, ids, tmp_path):
+    save_compressed(model, tmp_path)
+    expected = model.generate(ids[:1], max_new_tokens=12, do_sample=False).tolist()
+    code = (
+        f"import json, torch, hf_rnn; from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        f"ids = model.generate(torch.tensor({ids[:1].tolist()}), max_new_tokens=12, do_sample=False)\n"
+        f"print(json.dumps(ids.tolist()))"
+    )
+    if type(model).__name__ != "GRUForCausalLM":
+        pytest.skip("one process is enough")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout.splitlines()[-1]) == expected
+
+
+class TestLoaded:
+    def test_is_an_ordinary_model(self, tmp_path):
+        """It trains in the stock Trainer, and saves plainly."""
+        model = llama()
+        save_compressed(model, tmp_path / "coded")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "coded")
+        assert not getattr(loaded, "is_quantized", False) and not hasattr(loaded, "hf_quantizer")
+        rows = [{"input_ids": torch.arange(9), "labels": torch.arange(9)}] * 4
+        args = TrainingArguments(str(tmp_path / "run"), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True)
+        Trainer(loaded, args, train_dataset=rows).train()
+        loaded.save_pretrained(tmp_path / "plain")
+        assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), loaded)
+
+    def test_shards(self, tmp_path):
+        model = llama()
+        save_compressed(model, tmp_path, max_shard_size="10KB")
+        assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_dtypes(self, dtype, tmp_path):
+        model = llama().to(dtype)
+        save_compressed(model, tmp_path / "a")
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=dtype), model)
+        wide = llama()
+        save_compressed(wide, tmp_path / "b")
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=dtype), wide.to(dtype))
+
+    def test_another_head(self, tmp_path):
+        model = llama()
+        save_compressed(model, tmp_path)
+        base = AutoModel.from_pretrained(tmp_path)
+        assert_same(base, model.model)
+
+    def test_any_flipped_bit_is_named(self, tmp_path):
+        save_compressed(llama(), tmp_path)
+        path = tmp_path / "model.safetensors"
+        whole = path.read_bytes()
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.endswith(".coded")]  # noqa: SIM118
+        header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+        for name in names:
+            start, end = header[name]["data_offsets"]
+            for at in (start, (start + end) // 2, end - 1):
+                damaged = bytearray(whole)
+                damaged[8 + int.from_bytes(whole[:8], "little") + at] ^= 16
+                path.write_bytes(damaged)
+                with pytest.raises(CorruptPayloadError, match=name.removesuffix(".coded")):
+                    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    def test_not_quantised_on_the_fly(self, tmp_path):
+        from hf_rnn.compression.quantizer import CodedConfig
+
+        llama().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="save_compressed"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=CodedConfig())
+
+
+class TestChoices:
+    def test_error_bound(self):
+        """The coarsest power of two within the bound."""
+        model = llama()
+        parameters = coded_parameters(model, "norm|bias")
+        exponents = choose_exponents(parameters, max_error=0.1, rate=0.0)
+        for name, p in parameters.items():
+            error = [
+                float((dequantize(quantize(p, e), e) - p).square().mean().sqrt() / p.square().mean().sqrt())
+                for e in (exponents[name], exponents[name] + 1)
+            ]
+            assert error[0] <= 0.1 < error[1]
+
+    def test_loss_bound(self):
+        """Held, and with fewer bits than one step for all tensors at a loss as good."""
+        model = llama(initializer_range=0.3)
+        x = torch.randint(61, (8, 33), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            y = model(x).logits.argmax(-1)
+
+            def loss() -> float:
+                return float(torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten()))
+
+            kept = {name: p.clone() for name, p in model.state_dict().items()}
+            start = loss()
+            found = compress(model, evaluate=loss, max_loss_increase=0.05)
+            assert loss() <= 1.05 * start
+            same = {}
+            for e in range(-12, 0):
+                model.load_state_dict(kept)
+                bits = compress(model, step=2.0**e).bits
+                if loss() <= 1.05 * start:
+                    same[e] = bits
+            assert found.bits <= min(same.values()) + 1e-9
+
+    def test_the_search_leaves_weights_alone(self):
+        model = llama()
+        kept = {name: p.clone() for name, p in model.state_dict().items()}
+        choose_exponents(coded_parameters(model, ""), evaluate=lambda: 1.0)
+        assert all(torch.equal(p, kept[name]) for name, p in model.state_dict().items())
+
+    def test_what_is_reported(self):
+        model = llama()
+        result = compress(model, step=2.0**-6, rate=0.0)
+        coded = coded_parameters(model, "norm|bias")
+        count = sum(p.numel() for p in coded.values())
+        ideal = sum(entropy(quantize(p, -6)) * p.numel() for p in coded.values()) / count
+        assert ideal < result.bits < ideal + 0.6  # headers and tables, of small tensors
+        assert result.float_bytes == 4 * model.num_parameters()
+        assert "bits a coded weight" in str(result)
+
+    @pytest.mark.parametrize(
+        "options, match",
+        [
+            (dict(step=0.3), "step: expected a power of two"),
+            (dict(step=-1.0), "step"),
+            (dict(step={}), "step: expected an exponent for each"),
+            (dict(max_error=0.0), "max_error"),
+            (dict(step=0.5, max_error=0.1), "step, max_error: .*give one"),
+            (dict(evaluate=lambda: float("nan")), "evaluate"),
+            (dict(evaluate=lambda: 1.0, max_loss_increase=0.0), "max_loss_increase"),
+            (dict(coder="zip"), "coder"),
+            (dict(exclude="."), "exclude"),
+        ],
+    )
+    def test_bad_input(self, options, match):
+        with pytest.raises(ValueError, match=match):
+            compress(llama(), **options)
+
+    def test_nan_is_refused(self):
+        model = llama()
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] = torch.nan
+        with pytest.raises(ValueError, match="NaN"):
+            compress(model)
+
+
+def test_prune():
+    model = llama()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    values = iter([2.0, 3.0])
+    found = prune(model, 0.6, evaluate=lambda: next(values))
+    assert found == {"before": 2.0, "after": 3.0, "zeros": pytest.approx(0.6, abs=1e-3)}
+    assert [name for name, _ in model.named_parameters()] == list(before)
+    magnitudes = torch.cat([before[name].abs().flatten() for name in coded_parameters(model, "norm|bias")])
+    threshold = magnitudes.quantile(0.6)
+    for name, p in coded_parameters(model, "norm|bias").items():
+        kept = before[name].abs() > threshold + 1e-6
+        assert torch.equal(p[kept], before[name][kept]) and not p[before[name].abs() < threshold - 1e-6].any()
+    with pytest.raises(ValueError, match="ratio"):
+        prune(model, 1.5)
+
+
+def test_command_line(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question. " * 60)
+    run = tmp_path / "run"
+    options = ["--config", "hidden_size=16,num_hidden_layers=1", "--block_size", "32", "--max_steps", "4"]
+    main(["train", "--trainer", "rate", "--model", "gru", "--data", str(text), "--output_dir", str(run), *options])
+    assert (run / "rate.png").exists() and "rate term" in (run / "README.md").read_text()
+    assert main(["compress", str(run), str(tmp_path / "coded"), "--data", str(text), "--tokens", "200"]) == 0
+    assert "bits a coded weight" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "coded")]) == 0
+    table = capsys.readouterr().out
+    assert "model.layers.0.mixer.recurrent_weight" in table and "2^-" in table and "ans" in table
+    assert main(["inspect", str(run)]) == 0
+    assert "float32" in capsys.readouterr().out
+    assert main(["generate", str(tmp_path / "coded"), "--prompt", "to be", "--max_new_tokens", "4"]) == 0
+    assert main(["compress", str(run), str(tmp_path / "coded")]) == 1
+    assert "not empty" in capsys.readouterr().err
+    assert main(["inspect", str(text.parent / "nothing")]) == 1
+    coded = tmp_path / "coded" / "model.safetensors"
+    data = bytearray(coded.read_bytes())
+    data[-3] ^= 1
+    coded.write_bytes(data)
+    assert main(["inspect", str(tmp_path / "coded")]) == 1
+    assert "damaged" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "coded"), "--prompt", "to be"]) == 1
+    assert os.listdir(tmp_path / "coded")

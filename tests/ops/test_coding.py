@@ -1,0 +1,221 @@
+"""Quantisation, the density of weights, and both coders, compiled and in numpy."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+from scipy import stats
+
+from hf_rnn_kernels import threads
+from hf_rnn_kernels.coding import (
+    CODERS,
+    CorruptPayloadError,
+    GeneralizedGaussian,
+    decode_tensor,
+    dequantize,
+    encode_tensor,
+    entropy,
+    quantize,
+    read_header,
+)
+from hf_rnn_kernels.coding.payload import CHUNK
+
+BOTH = pytest.mark.parametrize("coder", CODERS)
+
+
+def sample(nu: float, n: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.gamma(1 / nu, size=n) ** (1 / nu) * rng.choice([-1, 1], n) * scale)
+
+
+class TestGeneralizedGaussian:
+    @pytest.mark.parametrize(
+        "nu, tolerance", [(0.3, 0.03), (0.5, 0.03), (0.8, 0.03), (1.0, 0.03), (1.5, 0.03), (2.0, 0.06)]
+    )
+    def test_shape(self, nu, tolerance):
+        for seed in range(5):
+            found = GeneralizedGaussian.fit(sample(nu, 100_000, seed, 0.02))
+            assert found.shape == pytest.approx(nu, abs=0.03 if nu < 2 else 0.06)
+        assert found.scale == pytest.approx(0.02, rel=0.3 if nu < 0.5 else 0.1)
+
+    @pytest.mark.parametrize("nu", [0.3, 0.7, 1.0, 2.0, 3.0])
+    def test_against_scipy(self, nu):
+        ours, theirs = GeneralizedGaussian(nu, 0.7), stats.gennorm(nu, scale=0.7)
+        x = torch.linspace(0, 5, 50, dtype=torch.float64)
+        np.testing.assert_allclose(ours.log_density(-x), theirs.logpdf(-x.numpy()), rtol=1e-10)
+        np.testing.assert_allclose(ours.upper_tail(x), theirs.sf(x.numpy()), rtol=1e-6, atol=1e-300)
+
+    @pytest.mark.parametrize("nu", [0.4, 0.7, 1.0, 1.5, 2.0])
+    @pytest.mark.parametrize("bits", [1, 2, 3, 5, 8])
+    def test_rate_is_the_entropy_of_quantised_samples(self, nu, bits):
+        """Within 2%, at a step where it is about so many bits."""
+        x = sample(nu, 1_000_000)
+        density, low, high = GeneralizedGaussian(nu, 1.0), -12.0, 12.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if density.bits(2.0**middle) > bits else (low, middle)
+        step = 2.0**low
+        q = torch.round(x / step).long()
+        _, counts = torch.unique(q, return_counts=True)
+        p = counts.double() / len(x)
+        measured = float(-(p * p.log2()).sum()) + (len(counts) - 1) / (2 * len(x) * math.log(2))  # Miller and Madow
+        assert density.bits(step) == pytest.approx(measured, rel=0.02)
+
+    def test_fine_steps(self):
+        """Where all is in the tail's closed form: the differential entropy less the step's logarithm."""
+        for nu in (0.5, 1.0, 2.0):
+            expected = stats.gennorm(nu).entropy() / math.log(2) + 16
+            assert GeneralizedGaussian(nu, 1.0).bits(2.0**-16) == pytest.approx(expected, rel=1e-6)
+
+    def test_degenerate(self):
+        assert GeneralizedGaussian.from_moments(0.0, 0.0).bits(0.1) == pytest.approx(0.0, abs=1e-6)
+        assert GeneralizedGaussian.fit(torch.ones(9)).shape == 3.0
+        with pytest.raises(ValueError, match="finite"):
+            GeneralizedGaussian.from_moments(math.nan, 1.0)
+
+
+class TestQuantization:
+    def test_rounds(self):
+        x = torch.randn(1000)
+        assert torch.equal(quantize(x, -4), torch.round(x * 16).int())
+        assert (dequantize(quantize(x, -4), -4) - x).abs().max() <= 2**-5
+
+    def test_a_rate_saves_bits(self):
+        """And each symbol is the best of its two by the cost written out."""
+        x = torch.randn(20_000) * 0.2
+        rounded, chosen = quantize(x, -3), quantize(x, -3, 0.5)
+        assert entropy(chosen) < 0.95 * entropy(rounded)
+        counts = {int(v): int((rounded == v).sum()) for v in rounded.unique()}
+        for i in range(300):
+            r, q = float(x[i]) * 8, int(rounded[i])
+            costs = {c: (r - c) ** 2 + 0.5 * -math.log2(counts.get(c, 1) / len(x)) for c in (q, q - int(np.sign(q)))}
+            assert int(chosen[i]) == min(costs, key=costs.__getitem__)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_not_finite(self, bad):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            quantize(torch.tensor([1.0, bad]), -3)
+
+    def test_too_fine(self):
+        with pytest.raises(ValueError, match="exponent: .*2\\^24"):
+            quantize(torch.tensor([1.0]), -25)
+
+
+def adversarial():
+    generator = torch.Generator().manual_seed(0)
+    outlier = torch.zeros(5000, dtype=torch.int32)
+    outlier[77], outlier[78] = 2**24 - 1, -(2**24) + 1
+    yield "empty", torch.zeros(0, 3, dtype=torch.int32)
+    yield "no dimensions", torch.tensor(-7, dtype=torch.int32)
+    yield "one element", torch.tensor([[5]], dtype=torch.int32)
+    yield "all zero", torch.zeros(3, 5, dtype=torch.int32)
+    yield "all equal, chunks", torch.full((CHUNK + 1,), -3, dtype=torch.int32)
+    yield "one outlier", outlier
+    yield "all different", torch.randperm(40_000, generator=generator, dtype=torch.int32) - 20_000
+    yield "uniform, wide", torch.randint(-(2**24) + 1, 2**24, (999,), generator=generator, dtype=torch.int32)
+    yield "whole chunks", torch.randint(-2, 3, (2, CHUNK), generator=generator, dtype=torch.int32)
+    yield "transposed", torch.randint(-9, 10, (50, 70), generator=generator, dtype=torch.int32).T
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("q", [pytest.param(q, id=name) for name, q in adversarial()])
+def test_bit_exact(q, dtype, coder):
+    payload = encode_tensor(q, -9, dtype, coder)
+    decoded = decode_tensor(payload)
+    assert decoded.dtype == dtype and decoded.shape == q.shape
+    assert torch.equal(decoded, dequantize(q, -9, dtype))
+
+
+@BOTH
+@pytest.mark.parametrize("q", [pytest.param(q, id=name) for name, q in adversarial()])
+def test_numpy_and_compiled_agree(q, coder, monkeypatch):
+    payload = encode_tensor(q, 3, torch.float32, coder)
+    monkeypatch.setattr(threads, "available", lambda: False)
+    assert torch.equal(encode_tensor(q, 3, torch.float32, coder), payload)
+    assert torch.equal(decode_tensor(payload), dequantize(q, 3))
+
+
+WIDE = st.integers(-(2**24) + 1, 2**24 - 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    q=st_numpy.arrays(np.int32, st.integers(0, 300), elements=WIDE | st.integers(-3, 3)),
+    coder=st.sampled_from(CODERS),
+    exponent=st.integers(-60, 60),
+)
+def test_fuzzed(q, coder, exponent):
+    q = torch.from_numpy(q)
+    assert torch.equal(decode_tensor(encode_tensor(q, exponent, coder=coder)), dequantize(q, exponent))
+
+
+@pytest.mark.parametrize("nu, scale", [(0.5, 0.5), (1.0, 3.0), (2.0, 20.0), (0.4, 0.01)])
+def test_sizes(nu, scale):
+    """ANS within 1% of the order-0 entropy, its table and headers included; Exp-Golomb within half a bit."""
+    q = torch.round(sample(nu, 1_000_000, scale=scale)).int()
+    bits = entropy(q)
+    assert bits <= 8 * encode_tensor(q, 0).numel() / q.numel() <= 1.01 * bits + 1e-3
+    if bits > 1:  # below, a symbol's whole bit is more
+        assert 8 * encode_tensor(q, 0, coder="exp_golomb").numel() / q.numel() <= bits + 0.5
+
+
+@BOTH
+def test_any_flipped_bit_is_found(coder):
+    q = torch.randint(-4, 5, (CHUNK + 500,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    payload = encode_tensor(q, -3, coder=coder)
+    header, _ = read_header(payload)
+    at = [*range(payload.numel() - sum(header.sizes)), *random.Random(0).sample(range(payload.numel()), 60)]
+    for i in at:
+        damaged = payload.clone()
+        damaged[i] ^= 1 << (i % 8)
+        with pytest.raises(CorruptPayloadError, match="layers.3"):
+            decode_tensor(damaged, "layers.3")
+    second = payload.clone()
+    second[-1] ^= 1
+    with pytest.raises(CorruptPayloadError, match=f"chunk 1 of 2, weights {CHUNK} to {CHUNK + 499}"):
+        decode_tensor(second, "w")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 20, -1])
+def test_cut_files(keep):
+    payload = encode_tensor(torch.arange(1000, dtype=torch.int32), 0)
+    with pytest.raises(CorruptPayloadError):
+        decode_tensor(payload[:keep])
+
+
+def test_a_later_version():
+    payload = encode_tensor(torch.arange(10, dtype=torch.int32), 0)
+    payload[4] = 9
+    with pytest.raises(CorruptPayloadError, match="version 9"):
+        decode_tensor(payload)
+
+
+def test_streams_are_constriction_s():
+    """What the compiled decoder reads, the library reads too."""
+    from hf_rnn_kernels.coding import ans
+
+    q = torch.round(sample(1.0, 10_000, scale=3.0)).int()
+    header, data = read_header(encode_tensor(q, 0))
+    assert header.coder == "ans"
+    found = ans.decode([data.tobytes()], [10_000], ans.Table.from_bytes(header.table))
+    np.testing.assert_array_equal(found, q.numpy())
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (dict(coder="huffman"), "coder"),
+        (dict(dtype=torch.int8), "dtype"),
+        (dict(exponent=200), "exponent"),
+        (dict(q=torch.tensor([2**25], dtype=torch.int32)), "q: expected symbols"),
+    ],
+)
+def test_bad_input(change, match):
+    with pytest.raises(ValueError, match=match):
+        encode_tensor(**dict(q=torch.zeros(3, dtype=torch.int32), exponent=0) | change)

@@ -1,0 +1,337 @@
+"""Rate-constrained training: the step by itself, and through Trainer."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from hf_rnn import (
+    GRUConfig,
+    GRUForCausalLM,
+    NonFiniteLossError,
+    RateCallback,
+    RateConstrainedConfig,
+    RateConstrainedTrainer,
+)
+from hf_rnn_kernels.coding import GeneralizedGaussian
+from hf_rnn_trainers.rate import RateSettings
+from hf_rnn_trainers.rate.rate_step import fit, moments, published_step, shrink
+
+TOKENS = dict(vocab_size=17, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    if "logged" not in request.node.name:
+        monkeypatch.setattr("hf_rnn_trainers.rate.rate_callback.draw_rate", lambda *_: None)
+
+
+def make_model(seed: int = 0) -> GRUForCausalLM:
+    torch.manual_seed(seed)
+    return GRUForCausalLM(GRUConfig(hidden_size=16, num_hidden_layers=1, initializer_range=0.2, **TOKENS))
+
+
+def make_data(count: int = 64) -> Dataset:
+    rows = np.random.default_rng(0).integers(0, 17, (count, 9)).cumsum(1) % 17
+    return Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
+
+
+def arguments(folder, **settings) -> dict:
+    common = dict(output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=10)
+    return common | dict(save_strategy="no", max_steps=10, learning_rate=1e-2, per_device_train_batch_size=8) | settings
+
+
+def make_trainer(folder, model=None, callbacks=None, **settings) -> RateConstrainedTrainer:
+    args = RateConstrainedConfig(**arguments(folder, **settings))
+    data = make_data()
+    model = make_model() if model is None else model
+    return RateConstrainedTrainer(model, args, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_equal(a, b) -> None:
+    for (name, x), y in zip(weights(a).items(), weights(b).values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+class TestStep:
+    def test_equation(self):
+        """In float64, weight by weight; what is within its step of zero becomes exactly zero."""
+        w = torch.randn(300, dtype=torch.float64) * 0.1
+        nu, r, size, eps = 0.6, 0.1, 0.02, 0.05
+        expected = []
+        for x in w.tolist():
+            s = size * nu * (abs(x) / r + eps) ** (nu - 1)
+            expected.append(np.sign(x) * max(abs(x) - s, 0.0))
+        shrink([w], [(nu, r)], [size], eps)
+        torch.testing.assert_close(w, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-15)
+        assert (w == 0).sum() > 10
+
+    def test_published(self):
+        w = torch.randn(50, dtype=torch.float64)
+        expected = w - 3.0 * 0.7 / 1000 * w.sign() * (w.abs() + 1) ** (0.7 - 1)
+        published_step([w], 0.7, 3.0, 1000)
+        torch.testing.assert_close(w, expected)
+
+    def test_shapes_by_tensor_and_of_all(self):
+        a, b = torch.randn(100, 100), torch.distributions.Laplace(0.0, 0.1).sample((50, 200))
+        sums = moments([a, b])
+        one, other = fit(sums, "tensor")
+        assert one[0] == pytest.approx(2, abs=0.15) and other[0] == pytest.approx(1, abs=0.1)
+        assert one[1] == pytest.approx(float(a.square().mean().sqrt()))
+        every = fit(sums, "global")
+        assert every[0] == every[1]
+        assert every[0][0] == pytest.approx(GeneralizedGaussian.fit(torch.cat([a.flatten(), b.flatten()])).shape)
+
+
+class TestTrainer:
+    def test_without_a_multiplier_it_is_the_stock_trainer(self, tmp_path):
+        """Bit for bit, the last share included."""
+        ours, stock = make_model(), make_model()
+        make_trainer(tmp_path / "a", ours, rate_shrink=0.0).train()
+        Trainer(stock, TrainingArguments(**arguments(tmp_path / "b")), train_dataset=make_data()).train()
+        assert_equal(ours, stock)
+
+    def test_zeros_are_exact_and_stay(self, tmp_path):
+        found = []
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                found.append(
+                    {name: p == 0 for name, p in model.named_parameters() if p.dim() > 1 and "norm" not in name}
+                )
+
+        make_trainer(tmp_path, callbacks=[Watch()], rate_shrink=1.0, max_steps=20, rate_finetune=0.5).train()
+        at_the_turn = found[9]
+        assert 0.02 < np.mean([float(z.float().mean()) for z in at_the_turn.values()]) < 0.95
+        for later in found[10:]:
+            for name, zeros in at_the_turn.items():
+                assert later[name][zeros].all(), name
+
+    def test_more_rate_fewer_bits(self, tmp_path):
+        bits = []
+        for i, rate in enumerate((0.0, 0.3, 1.0)):
+            trainer = make_trainer(tmp_path / str(i), rate_shrink=rate, rate_step=2.0**-6, max_steps=20)
+            trainer.train()
+            bits.append(trainer.rate.coded_bits())
+        assert bits[0] > bits[1] + 0.2 > bits[2] + 0.4
+
+    def test_excluded(self, tmp_path):
+        """Vectors, and what the pattern names, move as they do without a rate."""
+        model = make_model()
+        trainer = make_trainer(tmp_path, model, rate_exclude="lm_head|norm", rate_shrink=5.0, max_steps=12)
+        trainer.train()
+        assert not (model.lm_head.weight == 0).any()
+        assert all(not (p == 0).any() for name, p in model.named_parameters() if name.endswith("bias") and p.dim() == 1)
+        assert (model.model.layers[0].mixer.recurrent_weight == 0).any()
+
+    def test_what_is_logged(self, tmp_path):
+        trainer = make_trainer(tmp_path, rate_shrink=0.5)
+        trainer.train()
+        entry = next(e for e in reversed(trainer.state.log_history) if "loss" in e)
+        names = {"rate_shape", "estimated_bits", "coded_bits", "zeros", "rate_multiplier", "paper_lambda"}
+        assert names <= set(entry)
+        assert entry["estimated_bits"] == pytest.approx(entry["coded_bits"], abs=0.7)
+        assert 0 < entry["zeros"] < 1 and entry["paper_lambda"] > 0
+        assert (tmp_path / "rate.png").stat().st_size > 10_000
+
+    @pytest.mark.parametrize("settings", [dict(target_bits=3.0), dict(quantization_aware=True, rate_finetune=0.4)])
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_resume_is_exact(self, settings, accumulate, tmp_path):
+        settings |= dict(rate_shrink=0.5, rate_every=3, rate_step=2.0**-5, gradient_accumulation_steps=accumulate)
+        settings |= dict(save_strategy="steps", save_steps=7, max_steps=12, per_device_train_batch_size=4)
+        whole = make_trainer(tmp_path / "a", **settings)
+        whole.train()
+        again = make_trainer(tmp_path / "b", make_model(3), **settings)
+        again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-7"))
+        assert_equal(whole.model, again.model)
+        assert whole.rate.multiplier == again.rate.multiplier
+
+    def test_bits_are_reached(self, tmp_path):
+        settings = dict(target_bits=2.5, rate_every=2, rate_step=2.0**-4, max_steps=150, rate_finetune=0.1)
+        trainer = make_trainer(tmp_path, logging_steps=10, lr_scheduler_type="constant", **settings)
+        trainer.train()
+        history = [e["coded_bits"] for e in trainer.state.log_history if e.get("step", 0) <= 135 and "coded_bits" in e]
+        assert history[0] > 3.0
+        assert history[-1] == pytest.approx(2.5, abs=0.25)
+
+    def test_a_bound_on_the_loss_steers(self, tmp_path):
+        """Too much of a rise, and the multiplier goes down; else up."""
+        for reference, direction in ((0.01, -1), (100.0, 1)):
+            settings = dict(max_loss_increase=0.01, reference_loss=reference, eval_strategy="steps", eval_steps=2)
+            trainer = make_trainer(tmp_path, **settings)
+            trainer.train()
+            assert direction * np.log(trainer.rate.multiplier) > 1
+
+    def test_the_first_evaluation_is_the_reference(self, tmp_path):
+        settings = dict(max_loss_increase=0.01, eval_on_start=True, eval_strategy="steps", eval_steps=5)
+        trainer = make_trainer(tmp_path, **settings)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert trainer.rate.reference_loss == pytest.approx(before)
+
+    def test_published_preset(self, tmp_path):
+        """Every step, by one shape of all weights; no zeros, and the multiplier is 2,000 / N, at any learning rate."""
+        model = make_model()
+        before = weights(model)
+        trainer = make_trainer(tmp_path, model, paper_preset=True, learning_rate=0.0, max_steps=1, rate_finetune=0.0)
+        trainer.train()
+        constrained = {name: before[name] for name in trainer.rate._parameters}
+        count = sum(w.numel() for w in constrained.values())
+        nu = GeneralizedGaussian.fit(torch.cat([w.flatten() for w in constrained.values()])).shape
+        for name, w in constrained.items():
+            expected = w - 2000 / count * nu * w.sign() * (w.abs() + 1) ** (nu - 1)
+            torch.testing.assert_close(weights(model)[name], expected)
+
+    def test_quantised_forward(self, tmp_path):
+        """In the last share the loss is that of quantised weights; between steps the weights are the real ones."""
+        model, seen = make_model(), []
+
+        def on_grid() -> bool:
+            return all((p * 8 == (p * 8).round()).all() for p in trainer.rate._parameters.values())
+
+        model.register_forward_pre_hook(lambda *_: seen.append(on_grid()))
+        settings = dict(quantization_aware=True, rate_step=2.0**-3, rate_finetune=0.5, gradient_accumulation_steps=2)
+        trainer = make_trainer(tmp_path, model, max_steps=6, per_device_train_batch_size=4, **settings)
+        trainer.train()
+        assert seen == [False] * 6 + [True] * 6
+        assert not on_grid()
+
+    def test_a_failing_step_leaves_the_real_weights(self, tmp_path):
+        model = make_model()
+        settings = dict(quantization_aware=True, rate_step=2.0**-3, rate_finetune=1.0, rate_warmup=0.0)
+        trainer = make_trainer(tmp_path, model, **settings)
+        before = weights(model)
+        trainer.compute_loss = lambda model, inputs, **kwargs: model(**inputs).loss * float("nan")
+        with pytest.raises(NonFiniteLossError):
+            trainer.train()
+        for name, p in weights(model).items():
+            assert torch.equal(p, before[name]), name
+
+    def test_adapters(self, tmp_path):
+        """Only what trains: the base stays as it is."""
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        base = LlamaForCausalLM(LlamaConfig(**sizes, **TOKENS))
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        before = weights(model)
+        trainer = make_trainer(tmp_path, model, rate_shrink=0.5)
+        trainer.train()
+        assert set(trainer.rate._parameters) == {name for name in before if "lora_" in name}
+        for name, p in weights(model).items():
+            assert ("lora_" in name) != torch.equal(p, before[name]), name
+
+
+def test_as_a_callback(tmp_path):
+    """In the stock Trainer: the same weights as the package's trainer."""
+    ours, theirs = make_model(), make_model()
+    make_trainer(tmp_path / "a", ours, rate_shrink=0.5).train()
+    stock = Trainer(
+        theirs,
+        TrainingArguments(**arguments(tmp_path / "b")),
+        train_dataset=make_data(),
+        callbacks=[RateCallback(rate_shrink=0.5)],
+    )
+    stock.train()
+    assert_equal(ours, theirs)
+    assert any("coded_bits" in entry for entry in stock.state.log_history)
+
+
+@pytest.mark.parametrize(
+    "settings, match",
+    [
+        (dict(rate_shrink=-1.0), "rate_shrink"),
+        (dict(rate_epsilon=0.0), "rate_epsilon"),
+        (dict(rate_scope="layer"), "rate_scope"),
+        (dict(rate_every=0), "rate_every"),
+        (dict(rate_warmup=0.7, rate_finetune=0.5), "rate_warmup, rate_finetune"),
+        (dict(rate_step=0.3), "rate_step.*power of two"),
+        (dict(rate_step=-0.5), "rate_step"),
+        (dict(target_bits=2.0, max_loss_increase=0.1), "give one"),
+        (dict(target_bits=0.0), "target_bits"),
+        (dict(target_bits=1.0, rate_shrink=0.0), "rate_shrink"),
+        (dict(quantization_aware=True, rate_finetune=0.0), "quantization_aware"),
+        (dict(rate_exclude="("), "rate_exclude"),
+    ],
+)
+def test_bad_settings(settings, match):
+    with pytest.raises(ValueError, match=match):
+        RateSettings(**settings)
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match="eval_strategy"):
+        RateConstrainedConfig(**arguments(tmp_path, max_loss_increase=0.1))
+    with pytest.raises(ValueError, match="reference_loss"):
+        RateConstrainedConfig(**arguments(tmp_path, max_loss_increase=0.1, eval_strategy="epoch"))
+    with pytest.raises(ValueError, match="args"):
+        RateConstrainedTrainer(make_model(), TrainingArguments(**arguments(tmp_path)))
+    with pytest.raises(ValueError, match="leaves no matrix"):
+        make_trainer(tmp_path, rate_exclude=".").train()
+
+
+SCRIPT = """
+import os, sys
+sys.path[:0] = [os.environ["TESTS"]]
+import torch
+from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
+from test_rate import make_model, make_trainer, moments, fit, shrink
+
+folder, world, rank = sys.argv[1], int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
+settings = dict(rate_shrink=0.5, target_bits=3.0, rate_every=2, rate_step=2.0**-5, ddp_backend="gloo")
+trainer = make_trainer(f"{folder}/run-{rank}", optim="sgd", per_device_train_batch_size=8 // world, **settings)
+trainer.args.train_sampling_strategy = "sequential"
+trainer.train()
+save_file({n: p.detach() for n, p in trainer.model.named_parameters()}, f"{folder}/ddp-{rank}")
+
+if world > 1:
+    whole, sharded = make_model(), make_model()
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
+    fully_shard(sharded, mesh=mesh)
+    both = []
+    for model in (whole, sharded):
+        from hf_rnn_trainers.rate.rate_step import local
+        ps = [p.detach() for p in model.parameters() if p.dim() > 1]
+        sums = moments(ps)
+        both.append(sums)
+        shrink([local(p) for p in ps], fit(sums, "tensor"), [0.05] * len(ps), 0.1)
+    assert torch.allclose(both[0], both[1], rtol=1e-12), (both)
+    for (name, a), b in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(b.full_tensor(), a)
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_processes_agree(tmp_path):
+    """Two processes end with the same weights, those of one with the same batch; sharded tensors are shrunk alike."""
+    from safetensors.torch import load_file
+
+    (tmp_path / "train.py").write_text(SCRIPT)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TESTS": os.path.dirname(__file__)}
+    for world in (1, 2):
+        (tmp_path / str(world)).mkdir()
+        launch = [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={world}",
+            "--standalone",
+            str(tmp_path / "train.py"),
+        ]
+        command = [sys.executable, *launch, str(tmp_path / str(world))]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+        assert result.returncode == 0, result.stderr[-3000:]
+    one, first, second = (load_file(tmp_path / world / f"ddp-{rank}") for world, rank in (("1", 0), ("2", 0), ("2", 1)))
+    for name in one:
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], one[name], rtol=1e-4, atol=1e-6)
