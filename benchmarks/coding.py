@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,9 @@ def deep_cabac(weights: dict[str, torch.Tensor], qps: tuple[int, ...] = (-38, -3
             nncodec.encode(arrays, {"qp": qp, "bitstream_path": path, "return_bitstream": False, "verbose": False})
             bits = 8 * Path(path).stat().st_size / total
             decoded = nncodec.decode(path, {"verbose": False})
-        error = relative_error([torch.from_numpy(np.asarray(decoded[name])) for name in weights], list(weights.values()))
+        error = relative_error(
+            [torch.from_numpy(np.asarray(decoded[name])) for name in weights], list(weights.values())
+        )
         rows.append(dict(name="nncodec (DeepCABAC)", qp=qp, bits=bits, error=error))
         print(f"  nncodec, qp {qp:4} {bits:6.3f} bits, error {error:.4f}", flush=True)
     return rows
@@ -145,7 +148,7 @@ def deep_cabac(weights: dict[str, torch.Tensor], qps: tuple[int, ...] = (-38, -3
 def at_error(rows: list[dict], error: float) -> float | None:
     """Bits at an error, between the two points around it on a line of log error."""
     points = sorted((r["error"], r["bits"]) for r in rows)
-    for (e1, b1), (e2, b2) in zip(points, points[1:], strict=False):
+    for (e1, b1), (e2, b2) in pairwise(points):
         if e1 <= error <= e2:
             return b1 + (b2 - b1) * np.log(error / e1) / np.log(e2 / e1)
     return None
