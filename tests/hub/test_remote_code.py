@@ -42,6 +42,7 @@ def test_with_the_package(model, tmp_path):
     assert files == {path.name for path in folder.iterdir() if path.is_file()}, "a second save adds or loses nothing"
 
 
+@pytest.mark.parametrize("architecture", ["gru"], indirect=True)
 def test_without_the_package(model, tmp_path):
     folder = tmp_path / "checkpoint"
     model.save_pretrained(folder)
@@ -57,6 +58,7 @@ def test_without_the_package(model, tmp_path):
     assert "hf_rnn. Run `pip install hf_rnn`" in result.stderr
 
 
+@pytest.mark.parametrize("architecture", ["gru"], indirect=True)
 def test_not_without_asking(model, tmp_path):
     """Nobody's code runs unless trust_remote_code says so; with the package imported nothing needs to."""
     folder = tmp_path / "checkpoint"
