@@ -29,8 +29,8 @@ from hf_rnn.cli.data import blocks
 
 TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinyshakespeare.txt"
 STEPS, ROW, TRAIN, HELD_OUT = 1500, 65, 300_000, 26_000
-RATES = {"normal": 0.0, "small": 0.01, "middle": 0.03, "large": 0.1}
-EXPONENTS, ROUNDINGS = (-2, -3, -4, -5, -6), (0.0, 0.1, 0.3)
+RATES = {"normal": 0.0, "small": 0.03, "middle": 0.1, "large": 0.3}  # all but the first also see the grid of 2^-5
+EXPONENTS, ROUNDINGS = (-3, -4, -5, -6), (0.0, 0.1, 0.3)
 RATIOS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
 TOKENS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
 
@@ -61,7 +61,8 @@ def fit(model: Any, data: Any, seed: int, steps: int, rate_shrink: float, **sett
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        args = RateConstrainedConfig(**common | settings, rate_shrink=rate_shrink)
+        grid = dict(quantization_aware=rate_shrink > 0, rate_step=2.0**-5)
+        args = RateConstrainedConfig(**common | grid | settings, rate_shrink=rate_shrink)
         trainer = RateConstrainedTrainer(model, args, train_dataset=data)
         trainer.train()
         return {key: v for key, v in trainer.state.log_history[-2].items() if isinstance(v, float)}

@@ -71,8 +71,10 @@ class TestStep:
         for x in w.tolist():
             s = size * nu * (abs(x) / r + eps) ** (nu - 1)
             expected.append(np.sign(x) * max(abs(x) - s, 0.0))
+        expected = torch.tensor(expected, dtype=torch.float64)
+        expected *= w.norm() / expected.norm()
         shrink([w], [(nu, r)], [size], eps)
-        torch.testing.assert_close(w, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-15)
+        torch.testing.assert_close(w, expected, rtol=0, atol=1e-15)
         assert (w == 0).sum() > 10
 
     def test_published(self):
@@ -118,11 +120,11 @@ class TestTrainer:
 
     def test_more_rate_fewer_bits(self, tmp_path):
         bits = []
-        for i, rate in enumerate((0.0, 0.3, 1.0)):
+        for i, rate in enumerate((0.0, 1.0, 5.0)):
             trainer = make_trainer(tmp_path / str(i), rate_shrink=rate, rate_step=2.0**-6, max_steps=20)
             trainer.train()
             bits.append(trainer.rate.coded_bits())
-        assert bits[0] > bits[1] + 0.2 > bits[2] + 0.4
+        assert bits[0] > bits[1] + 0.05 > bits[2] + 0.3
 
     def test_excluded(self, tmp_path):
         """Vectors, and what the pattern names, move as they do without a rate."""
@@ -156,12 +158,14 @@ class TestTrainer:
         assert whole.rate.multiplier == again.rate.multiplier
 
     def test_bits_are_reached(self, tmp_path):
-        settings = dict(target_bits=2.8, rate_every=2, rate_step=2.0**-4, max_steps=100, rate_finetune=0.1)
+        settings = dict(
+            target_bits=3.0, rate_every=2, rate_shrink=0.5, rate_step=2.0**-4, max_steps=100, rate_finetune=0.1
+        )
         trainer = make_trainer(tmp_path, logging_steps=10, lr_scheduler_type="constant", **settings)
         trainer.train()
         history = [e["coded_bits"] for e in trainer.state.log_history if e.get("step", 0) <= 90 and "coded_bits" in e]
-        assert history[0] > 3.0
-        assert history[-1] == pytest.approx(2.8, abs=0.25)
+        assert history[0] > 3.3
+        assert history[-1] == pytest.approx(3.0, abs=0.2)
 
     def test_a_bound_on_the_loss_steers(self, tmp_path):
         """Too much of a rise, and the multiplier goes down; else up."""
@@ -301,11 +305,10 @@ if world > 1:
     fully_shard(sharded, mesh=mesh)
     both = []
     for model in (whole, sharded):
-        from hf_rnn_trainers.rate.rate_step import local
         ps = [p.detach() for p in model.parameters() if p.dim() > 1]
         sums = moments(ps)
         both.append(sums)
-        shrink([local(p) for p in ps], fit(sums, "tensor"), [0.05] * len(ps), 0.1)
+        shrink(ps, fit(sums, "tensor"), [0.05] * len(ps), 0.1)
     assert torch.allclose(both[0], both[1], rtol=1e-12), (both)
     for (name, a), b in zip(whole.named_parameters(), sharded.parameters(), strict=True):
         torch.testing.assert_close(b.full_tensor(), a)

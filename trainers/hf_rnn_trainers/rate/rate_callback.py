@@ -129,13 +129,12 @@ class RateCallback(TrainerCallback, ExportableState):
                 ahead = bits + _AHEAD * (bits - (bits if self.last_bits is None else self.last_bits))
                 self._steer(_GAIN_BITS * max(-1.0, min(1.0, ahead - self.settings.target_bits)))
                 self.last_bits = bits
-        parts = [local(w) for w in weights]
         if self.settings.paper_preset:
             total = sum(p.numel() for p in self._parameters.values())
-            published_step(parts, self.fits[0][0], _PUBLISHED_LAMBDA, total)
+            published_step([local(w) for w in weights], self.fits[0][0], _PUBLISHED_LAMBDA, total)
         elif self.settings.rate_shrink > 0:
             sizes = self._sizes(args, state, optimizer)
-            shrink(parts, [(nu, r) for nu, r in self.fits], sizes, self.settings.rate_epsilon)
+            shrink(weights, [(nu, r) for nu, r in self.fits], sizes, self.settings.rate_epsilon)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self.settings.max_loss_increase is None or not metrics or "eval_loss" not in metrics:

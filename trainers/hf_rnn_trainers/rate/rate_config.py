@@ -11,9 +11,10 @@ SCOPES = ("tensor", "global")
 class RateSettings:
     """How weights are pulled towards what costs few bits.
 
-    After each optimizer step: w <- sign(w) max(|w| - s, 0), s = lr * rate_shrink * nu * (|w| / r + eps)^(nu - 1), where
-    nu is the shape of a generalised Gaussian with the weights' moments, r their root mean square and eps
-    `rate_epsilon`: the slope of the rate |w|^nu, proximal, so that zeros are exact, and decoupled from the gradient.
+    After each optimizer step: w <- c sign(w) max(|w| - s, 0), s = lr * rate_shrink * nu * (|w| / r + eps)^(nu - 1),
+    where nu is the shape of a generalised Gaussian with the weights' moments, r their root mean square and eps
+    `rate_epsilon`: the slope of the rate |w|^nu, proximal, so that zeros are exact, and decoupled from the gradient. c
+    keeps the tensor's norm, so that it is the shape of the density that saves bits and not its scale.
     """
 
     rate_shrink: float = field(

@@ -34,27 +34,29 @@ def fit(sums: Tensor, scope: str) -> list[tuple[float, float]]:
 
 @torch.no_grad()
 def shrink(weights: list[Tensor], fits: list[tuple[float, float]], sizes: list[float], epsilon: float) -> None:
-    """w <- sign(w) max(|w| - size * nu * (|w| / r + epsilon)^(nu - 1), 0), in place; eight passes over the weights.
+    """w <- c sign(w) max(|w| - size * nu * (|w| / r + epsilon)^(nu - 1), 0), in place.
+
+    c gives each tensor its norm back. Without it most of what is saved is scale, which norms and gains elsewhere make
+    up for: the same bits buy less precision (docs/log.md, 2026-11-26).
 
     Args:
-        weights: any shapes, of one device.
+        weights: any shapes, of one device; of a sharded tensor each process changes its part.
         fits: (nu, r) of each.
         sizes: learning rate times multiplier, of each.
     """
-    step = list(torch._foreach_abs(weights))
+    parts = [local(w) for w in weights]
+    step = list(torch._foreach_abs(parts))
     torch._foreach_div_(step, [max(r, 1e-30) for _, r in fits])
     torch._foreach_add_(step, epsilon)
     torch._foreach_pow_(step, [nu - 1 for nu, _ in fits])
     torch._foreach_mul_(step, [size * nu for size, (nu, _) in zip(sizes, fits, strict=True)])
-    _subtract_towards_zero(weights, step)
-
-
-def _subtract_towards_zero(weights: list[Tensor], step: list[Tensor]) -> None:
-    """w - clamp(w, -step, step): what is nearer to zero than its step becomes zero."""
+    before = [whole(torch.linalg.vector_norm(w)) for w in weights]
     lower = torch._foreach_neg(step)
-    torch._foreach_minimum_(step, weights)
+    torch._foreach_minimum_(step, parts)
     torch._foreach_maximum_(step, lower)
-    torch._foreach_sub_(weights, step)
+    torch._foreach_sub_(parts, step)  # what is nearer to zero than its step becomes zero
+    for w, part, norm in zip(weights, parts, before, strict=True):
+        part.mul_(norm / whole(torch.linalg.vector_norm(w)).clamp(min=1e-30))
 
 
 @torch.no_grad()
