@@ -158,10 +158,8 @@ class TestTrainer:
         assert whole.rate.multiplier == again.rate.multiplier
 
     def test_bits_are_reached(self, tmp_path):
-        settings = dict(
-            target_bits=3.0, rate_every=2, rate_shrink=0.5, rate_step=2.0**-4, max_steps=100, rate_finetune=0.1
-        )
-        trainer = make_trainer(tmp_path, logging_steps=10, lr_scheduler_type="constant", **settings)
+        settings = dict(target_bits=3.0, rate_every=2, rate_shrink=0.5, rate_step=2.0**-4, rate_finetune=0.1)
+        trainer = make_trainer(tmp_path, max_steps=100, lr_scheduler_type="constant", **settings)
         trainer.train()
         history = [e["coded_bits"] for e in trainer.state.log_history if e.get("step", 0) <= 90 and "coded_bits" in e]
         assert history[0] > 3.3
