@@ -51,6 +51,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/memory_drift.py
 	$(BIN)/python benchmarks/memory_tasks.py
 	$(BIN)/python benchmarks/memory_language.py
+	$(BIN)/python benchmarks/rate_constrained.py
+	$(BIN)/python benchmarks/coding.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -1,6 +1,6 @@
 """Retrieval with one late label: SMT then DMT beside backpropagation through time, same network, same steps.
 
-python benchmarks/memory_retrieval.py            # about 40 minutes on one core
+python benchmarks/memory_retrieval.py [--parts "same steps" longer] [--seeds 3]
 """
 
 import argparse

@@ -4,7 +4,7 @@ A needle is shown once, early, among distractors; 24 steps later the network is 
 time has to carry the one error back over all steps, and this network is not made for that. Supervised Memory Training
 never unrolls it: a transformer says what to remember, the network learns single steps.
 
-python examples/memory_training.py             # two minutes on a CPU; writes memory_training.png
+python examples/memory_training.py             # writes memory_training.png
 python examples/memory_training.py --steps 20  # to see that it runs
 """
 
