@@ -29,7 +29,7 @@ from hf_rnn.cli.data import blocks
 
 TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinyshakespeare.txt"
 STEPS, ROW, TRAIN, HELD_OUT = 1500, 65, 300_000, 26_000
-RATES = {"normal": 0.0, "small": 0.03, "middle": 0.1, "large": 0.3}  # all but the first also see the grid of 2^-5
+RATES = {"normal": 0.0, "small": 0.03, "middle": 0.08, "large": 0.2}
 EXPONENTS, ROUNDINGS = (-3, -4, -5, -6), (0.0, 0.1, 0.3)
 RATIOS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
 TOKENS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
@@ -53,7 +53,6 @@ def fit(model: Any, data: Any, seed: int, steps: int, rate_shrink: float, **sett
             lr_scheduler_kwargs=dict(min_lr_rate=0.05),
             warmup_steps=50,
             logging_steps=100,
-            rate_finetune=0.3,
             seed=seed,
             use_cpu=True,
             report_to="none",
@@ -61,8 +60,7 @@ def fit(model: Any, data: Any, seed: int, steps: int, rate_shrink: float, **sett
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        grid = dict(quantization_aware=rate_shrink > 0, rate_step=2.0**-5)
-        args = RateConstrainedConfig(**common | grid | settings, rate_shrink=rate_shrink)
+        args = RateConstrainedConfig(**common | settings, rate_shrink=rate_shrink)
         trainer = RateConstrainedTrainer(model, args, train_dataset=data)
         trainer.train()
         return {key: v for key, v in trainer.state.log_history[-2].items() if isinstance(v, float)}
