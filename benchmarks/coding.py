@@ -177,7 +177,7 @@ def loading(millions: int = 100) -> dict:
     found: dict[str, Any] = {"parameters": model.num_parameters()}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/plain")
-        found["compression"] = str(save_compressed(model, f"{folder}/coded"))
+        found["compression"] = str(save_compressed(model, f"{folder}/coded", step=2.0**-9))
         small = GRUForCausalLM(GRUConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, **tokens))
         save_compressed(small, f"{folder}/small")
         for name in ("plain", "coded", "plain", "coded", "plain", "coded"):
