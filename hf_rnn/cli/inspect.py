@@ -19,9 +19,11 @@ def describe(name: str, tensor: Tensor) -> tuple[str, int, int]:
     if name.endswith(SUFFIX):
         name = name.removesuffix(SUFFIX)
         header, _ = read_header(tensor, name)
-        stored, step = header.coder, f"2^{header.exponent}"
+        stored, step = (header.coder, f"2^{header.exponent}") if header.coder != "raw" else ("", "")
         tensor = decode_tensor(tensor, name)
     count = tensor.numel()
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ValueError(f"checkpoint: {name} has weights that are not finite")
     nu = f"{GeneralizedGaussian.fit(tensor).shape:.2f}" if count and tensor.is_floating_point() else "-"
     zeros = f"{float((tensor == 0).float().mean()):.1%}" if count else "-"
     shape = "x".join(map(str, tensor.shape))

@@ -1,7 +1,7 @@
 """Writing a model as quantised, entropy-coded tensors in ordinary safetensors shards."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_rnn.compression.quantizer import SUFFIX, CodedConfig, CodedQuantizer
 from hf_rnn.compression.search import choose_exponents, coded_parameters
-from hf_rnn_kernels.coding import dequantize, encode_tensor, quantize
+from hf_rnn_kernels.coding import CODERS, dequantize, encode_tensor, quantize, store_tensor
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Compression:
     they had before.
     """
 
-    payloads: dict[str, Tensor]
+    payloads: dict[str, Tensor] = field(repr=False)
     bits: float
     bytes: int
     float_bytes: int
@@ -63,19 +63,33 @@ def compress(
     given = [name for name, x in dict(step=step, max_error=max_error, evaluate=evaluate).items() if x is not None]
     if len(given) > 1:
         raise ValueError(f"{', '.join(given)}: each says how coarse to be; give one")
+    if coder not in CODERS:
+        raise ValueError(f"coder: expected one of {CODERS}, got {coder!r}")
+    if not 0 <= rate < float("inf"):
+        raise ValueError(f"rate: expected a finite number of at least 0, got {rate}")
     parameters = coded_parameters(model, exclude)
     exponents = choose_exponents(parameters, step, max_error, evaluate, max_loss_increase, rate)
-    payloads, coded = {}, 0
+    symbols = {
+        name: quantize(p, exponents[name], rate)
+        for name, p in tqdm(parameters.items(), desc="quantising weights", leave=False)
+    }
+    payloads = {}
     for name, p in tqdm(parameters.items(), desc="coding weights", leave=False):
-        q = quantize(p, exponents[name], rate)
+        q = symbols.pop(name)
         with torch.no_grad():
             p.copy_(dequantize(q, exponents[name], p.dtype))
         payloads[name] = encode_tensor(q, exponents[name], p.dtype, coder)
-        coded += p.numel()
-    sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
-    payload_bytes = sum(p.numel() for p in payloads.values())
+    count = sum(p.numel() for p in parameters.values())
+    sizes = {name: x.numel() * x.element_size() for name, x in _tensors(model).items()}
+    coded = sum(p.numel() for p in payloads.values())
     rest = sum(size for name, size in sizes.items() if name not in payloads)
-    return Compression(payloads, 8 * payload_bytes / max(coded, 1), payload_bytes + rest, sum(sizes.values()))
+    return Compression(payloads, 8 * coded / max(count, 1), coded + rest, sum(sizes.values()))
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a checkpoint has: parameters and buffers, tied ones once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {name: x for name, x in model.state_dict().items() if name not in tied}
 
 
 def save_compressed(
@@ -83,24 +97,29 @@ def save_compressed(
 ) -> Compression:
     """`compress` a model and write a checkpoint that `from_pretrained` reads where `hf_rnn` is imported.
 
-    The folder is `save_pretrained`'s, shards of model.safetensors with U8 tensors `NAME.coded` for coded weights; a
-    `quantization_config` in config.json names the reader. Loaded, the model has the quantised weights bit for bit and
-    is like any other: it trains, and saves plainly.
+    The folder is `save_pretrained`'s, shards of model.safetensors with a U8 tensor `NAME.coded` for each, coded or
+    stored as it is; `quantization_config` in config.json names the reader and all tensors. Loaded, the model has the
+    quantised weights bit for bit and is like any other: it trains, and saves plainly.
 
     Args:
         model: changed in place: afterwards its weights are the quantised ones.
         folder: where to.
         max_shard_size: of a file.
         options: of `compress`.
+
+    Raises:
+        ValueError: adapters, a folder with weights, or an option of `compress`; the model is then as it was.
     """
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("model: expected a PreTrainedModel without adapters; merge_and_unload() them first")
+    if any(Path(folder).glob("*.safetensors")):
+        raise ValueError(f"folder: {folder} holds weights already; choose a new one")
     result = compress(model, **options)
-    quantizer = CodedQuantizer(CodedConfig(), pre_quantized=True)
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    for name, tensor in model.state_dict().items():
-        if name in result.payloads:
-            quantizer.state_dict[name + SUFFIX] = result.payloads[name]
-        elif name not in tied:
-            quantizer.state_dict[name] = tensor
+    tensors = _tensors(model)
+    quantizer = CodedQuantizer(CodedConfig(list(tensors)), pre_quantized=True)
+    for name, x in tensors.items():
+        payload = result.payloads[name] if name in result.payloads else store_tensor(x)
+        quantizer.state_dict[name + SUFFIX] = payload
     model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config  # type: ignore
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from torch.nn.utils import prune as torch_prune
+import torch
 from transformers import PreTrainedModel
 
 from hf_rnn.compression.search import coded_parameters
@@ -26,12 +26,13 @@ def prune(
         raise ValueError(f"ratio: expected a share in [0, 1], got {ratio}")
     parameters = coded_parameters(model, exclude)
     found = {} if evaluate is None else {"before": float(evaluate())}
-    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in parameters]
-    torch_prune.global_unstructured(places, torch_prune.L1Unstructured, amount=float(ratio))
-    for module, name in places:
-        torch_prune.remove(module, name)
+    magnitudes = torch.cat([p.detach().abs().float().flatten() for p in parameters.values()])
+    count = round(ratio * len(magnitudes))
+    if count:
+        threshold = magnitudes.kthvalue(count).values
+        for p in parameters.values():
+            p.detach().masked_fill_(p.detach().abs() <= threshold, 0)
     if evaluate is not None:
         found["after"] = float(evaluate())
-    now = coded_parameters(model, exclude).values()
-    zeros = sum(int((p == 0).sum()) for p in now) / sum(p.numel() for p in now)
+    zeros = sum(int((p == 0).sum()) for p in parameters.values()) / len(magnitudes)
     return found | {"zeros": zeros}

@@ -20,11 +20,15 @@ class CodedConfig(QuantizationConfigMixin):
     """`quantization_config` of a checkpoint whose matrices are coded payloads, `NAME.coded` for each `NAME`.
 
     Args:
+        tensors: names of all that the checkpoint has; each has to arrive.
         package: what reads it, for people who look into the file.
     """
 
-    def __init__(self, package: str = "hf-rnn", quant_method: str = METHOD, **kwargs: Any):
+    def __init__(
+        self, tensors: list[str] | None = None, package: str = "hf-rnn", quant_method: str = METHOD, **kwargs: Any
+    ):
         self.quant_method = quant_method  # type: ignore[assignment]
+        self.tensors = tensors or []
         self.package = package
 
 
@@ -33,6 +37,7 @@ class _Decode(ConversionOps):
 
     def __init__(self) -> None:
         self.damaged: list[str] = []
+        self.arrived: set[str] = set()
 
     def __deepcopy__(self, memo: dict) -> "_Decode":
         return self  # the loader copies operations for each tensor; the notes are of all
@@ -43,12 +48,13 @@ class _Decode(ConversionOps):
         ((_, found),) = input_dict.items()
         payload = found[0] if isinstance(found, list) else found
         like = model.get_parameter_or_buffer(full_layer_name)
+        self.arrived.add(full_layer_name)
         try:
             weights = decode_tensor(payload, full_layer_name)
         except CorruptPayloadError as error:
             self.damaged.append(str(error))
             weights = torch.zeros(like.shape)
-        return {full_layer_name: weights.to(like.dtype)}
+        return {full_layer_name: weights.to(like.dtype) if weights.is_floating_point() else weights}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -73,6 +79,9 @@ class CodedQuantizer(HfQuantizer):
         return weight_conversions + self.get_weight_conversions()
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self._decode.damaged += [
+            f"{name}: missing, or its name is damaged; get the file again" for name in self._missing(model)
+        ]
         if self._decode.damaged:
             from hf_rnn_kernels.coding import CorruptPayloadError
 
@@ -80,6 +89,17 @@ class CodedQuantizer(HfQuantizer):
         model._weight_conversions = []  # type: ignore[assignment]  # saved again, it is stored plainly
         self.remove_quantization_config(model)
         return model
+
+    def _missing(self, model: PreTrainedModel) -> list[str]:
+        """What the checkpoint should have and this model wants, by its name with or without the backbone's prefix."""
+        wanted, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        missing = []
+        for name in self.quantization_config.tensors:  # type: ignore[attr-defined]
+            names = {name, name.removeprefix(prefix), prefix + name}
+            if names & wanted - tied and not names & self._decode.arrived:
+                missing.append(name)
+        return missing
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         return self.state_dict, {}

@@ -21,7 +21,10 @@ def coded_parameters(model: PreTrainedModel, exclude: str) -> dict[str, Tensor]:
     Raises:
         ValueError: there are none.
     """
-    pattern = re.compile(exclude)
+    try:
+        pattern = re.compile(exclude)
+    except re.error as error:
+        raise ValueError(f"exclude: {exclude!r} is no regular expression ({error})") from error
     found: dict[str, Tensor] = {
         name: p for name, p in model.named_parameters() if p.dim() > 1 and not (exclude and pattern.search(name))
     }
@@ -43,9 +46,11 @@ def choose_exponents(
         missing = sorted(set(parameters) - set(step))
         if missing:
             raise ValueError(f"step: expected an exponent for each tensor, none for {missing[:3]}")
-        return {name: int(step[name]) for name in parameters}
+        if not all(isinstance(step[name], int) for name in parameters):
+            raise ValueError("step: expected whole exponents, such as -5 for 2^-5, of each tensor")
+        return {name: step[name] for name in parameters}
     if step is not None:
-        exponent = math.log2(step) if step > 0 else 0.5
+        exponent = math.log2(step) if 0 < step < math.inf else 0.5
         if exponent != round(exponent):
             raise ValueError(f"step: expected a power of two, such as 0.03125, got {step}")
         return dict.fromkeys(parameters, round(exponent))
@@ -68,6 +73,8 @@ def _start(p: Tensor) -> int:
 
 def _coarsest(p: Tensor, bound: float, rate: float) -> int:
     size, exponent = root_mean_square(p), _start(p) + 2
+    if size * 2.0**-20 > bound * size:
+        raise ValueError(f"max_error: expected at least 1e-6, got {bound}")
     while exponent > -126 and size > 0:
         error = root_mean_square(dequantize(quantize(p, exponent, rate), exponent) - p.detach().float())
         if error <= bound * size:
@@ -87,31 +94,39 @@ def _search(
         raise ValueError(f"max_loss_increase: expected a share above 0, got {max_loss_increase}")
     kept = {name: p.detach().clone() for name, p in parameters.items()}
     start = evaluate()
-    if not math.isfinite(start):
-        raise ValueError(f"evaluate: expected a finite loss, got {start}")
+    if not 0 < start < math.inf:
+        raise ValueError(f"evaluate: expected a finite loss above 0, got {start}")
     bound = start * (1 + max_loss_increase)
+
+    def loss(exponents: Mapping[str, int]) -> float:
+        """With these tensors quantised and all others as they were."""
+        try:
+            for name, exponent in exponents.items():
+                p = parameters[name]
+                p.copy_(dequantize(quantize(kept[name], exponent, rate), exponent, p.dtype))
+            found = evaluate()
+            return found if math.isfinite(found) else math.inf
+        finally:
+            for name in exponents:
+                parameters[name].copy_(kept[name])
+
     choices: dict[str, list[tuple[int, float, float]]] = {}  # exponent, loss, bits
     for name, p in tqdm(parameters.items(), desc="how coarse each tensor may be", leave=False):
         first = _start(p) - _FINEST
         choices[name] = []
         for exponent in range(first, first + _LEVELS):
-            q = quantize(kept[name], exponent, rate)
-            p.copy_(dequantize(q, exponent, p.dtype))
-            choices[name].append((exponent, max(evaluate() - start, 0.0), entropy(q) * q.numel()))
-        p.copy_(kept[name])
+            q = quantize(p, exponent, rate)
+            choices[name].append((exponent, max(loss({name: exponent}) - start, 0.0), entropy(q) * q.numel()))
 
     def chosen(multiplier: float) -> dict[str, int]:
         return {name: min(c, key=lambda item: item[1] + multiplier * item[2])[0] for name, c in choices.items()}
 
-    def loss(exponents: dict[str, int]) -> float:
-        for name, p in parameters.items():
-            p.copy_(dequantize(quantize(kept[name], exponents[name], rate), exponents[name], p.dtype))
-        found = evaluate()
-        for name, p in parameters.items():
-            p.copy_(kept[name])
-        return found
-
     best = {name: c[0][0] for name, c in choices.items()}
+    if loss(best) > bound:
+        raise ValueError(
+            f"max_loss_increase: for {max_loss_increase:g} the finest steps tried, 2^-{_FINEST} of a tensor's root "
+            "mean square, are too coarse; allow more, or exclude the tensors that matter most"
+        )
     low, high = -40.0, 0.0  # exponents of the multiplier
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

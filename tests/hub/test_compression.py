@@ -8,12 +8,20 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
-from hf_rnn import CorruptPayloadError, compress, prune, save_compressed
+from hf_rnn import CorruptPayloadError, GRUConfig, GRUForSequenceClassification, compress, prune, save_compressed
 from hf_rnn.cli.main import main
 from hf_rnn.compression.search import choose_exponents, coded_parameters
-from hf_rnn_kernels.coding import dequantize, entropy, quantize
+from hf_rnn_kernels.coding import decode_tensor, dequantize, entropy, quantize
 
 
 def llama(**settings) -> LlamaForCausalLM:
@@ -41,7 +49,7 @@ def test_there_and_back(make_model, architecture, tied, tmp_path):
         expected = dequantize(quantize(plain[name], -5, 0.1), -5) if coded else plain[name]
         assert torch.equal(p, expected), name
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert sum(n.endswith(".coded") for n in file.keys()) == len(result.payloads)  # noqa: SIM118
+        assert all(n.endswith(".coded") for n in file.keys()) and len(result.payloads) < len(file.keys())  # noqa: SIM118
 
 
 @pytest.mark.parametrize("architecture", ["gru"], indirect=True)
@@ -95,20 +103,29 @@ class TestLoaded:
         assert_same(base, model.model)
 
     def test_any_flipped_bit_is_named(self, tmp_path):
+        """In coded tensors, in those stored as they are, and in the names of the file's header."""
         save_compressed(llama(), tmp_path)
         path = tmp_path / "model.safetensors"
         whole = path.read_bytes()
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if name.endswith(".coded")]  # noqa: SIM118
-        header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
-        for name in names:
-            start, end = header[name]["data_offsets"]
-            for at in (start, (start + end) // 2, end - 1):
+        body = 8 + int.from_bytes(whole[:8], "little")
+        header = json.loads(whole[8:body])
+        places = {name: sum(header[name]["data_offsets"]) // 2 + body for name in header if name != "__metadata__"}
+        for name, at in [*places.items()][::4]:
+            for where in (at, whole.index(name.encode()) + len(name) // 2):
                 damaged = bytearray(whole)
-                damaged[8 + int.from_bytes(whole[:8], "little") + at] ^= 16
+                damaged[where] ^= 1
                 path.write_bytes(damaged)
                 with pytest.raises(CorruptPayloadError, match=name.removesuffix(".coded")):
                     AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    def test_buffers_and_what_is_tied_by_hand(self, tmp_path):
+        model = llama()
+        model.register_buffer("seen", torch.arange(5))
+        model.register_buffer("flag", torch.tensor(True))
+        save_compressed(model, tmp_path)
+        with safe_open(tmp_path / "model.safetensors", "pt") as file:
+            assert torch.equal(decode_tensor(file.get_tensor("seen.coded")), torch.arange(5))
+            assert decode_tensor(file.get_tensor("flag.coded")).item() is True
 
     def test_not_quantised_on_the_fly(self, tmp_path):
         from hf_rnn.compression.quantizer import CodedConfig
@@ -181,18 +198,42 @@ class TestChoices:
             (dict(evaluate=lambda: 1.0, max_loss_increase=0.0), "max_loss_increase"),
             (dict(coder="zip"), "coder"),
             (dict(exclude="."), "exclude"),
+            (dict(exclude="("), "exclude.*regular"),
+            (dict(rate=-1.0), "rate"),
+            (dict(step=float("inf")), "step"),
+            (dict(max_error=1e-9), "max_error"),
+            (dict(evaluate=lambda: -1.0), "evaluate"),
         ],
     )
     def test_bad_input(self, options, match):
         with pytest.raises(ValueError, match=match):
             compress(llama(), **options)
 
-    def test_nan_is_refused(self):
+    def test_refused_models_are_as_before(self, tmp_path):
+        from peft import LoraConfig, get_peft_model
+
         model = llama()
+        kept = {name: p.clone() for name, p in model.state_dict().items()}
+        losses = iter([1.0, 1.0])
+        for options in (dict(coder="zip"), dict(evaluate=lambda: next(losses)), dict(step=2.0**-40)):
+            with pytest.raises((ValueError, StopIteration)):
+                compress(model, **options)
+            assert all(torch.equal(p, kept[name]) for name, p in model.state_dict().items()), options
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="folder: .*weights already"):
+            save_compressed(model, tmp_path)
         with torch.no_grad():
             model.lm_head.weight[0, 0] = torch.nan
         with pytest.raises(ValueError, match="NaN"):
             compress(model)
+        with pytest.raises(ValueError, match="adapters"):
+            save_compressed(get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / "peft")
+
+    def test_a_bound_that_cannot_be_held(self):
+        model = llama()
+        start = model.lm_head.weight.detach().clone()
+        with pytest.raises(ValueError, match="max_loss_increase"):
+            compress(model, evaluate=lambda: 1.0 + float((model.lm_head.weight - start).abs().sum() > 0))
 
 
 def test_prune():
@@ -236,4 +277,11 @@ def test_command_line(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "coded")]) == 1
     assert "damaged" in capsys.readouterr().err
     assert main(["generate", str(tmp_path / "coded"), "--prompt", "to be"]) == 1
+    config = GRUConfig(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_labels=3, pad_token_id=0)
+    GRUForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    assert main(["compress", str(tmp_path / "classifier"), str(tmp_path / "coded classifier")]) == 0
+    again, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "coded classifier", output_loading_info=True
+    )
+    assert type(again) is GRUForSequenceClassification and not info["missing_keys"]
     assert os.listdir(tmp_path / "coded")

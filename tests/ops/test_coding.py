@@ -1,5 +1,6 @@
 """Quantisation, the density of weights, and both coders, compiled and in numpy."""
 
+import dataclasses
 import math
 import random
 
@@ -20,8 +21,10 @@ from hf_rnn_kernels.coding import (
     dequantize,
     encode_tensor,
     entropy,
+    exp_golomb,
     quantize,
     read_header,
+    store_tensor,
 )
 from hf_rnn_kernels.coding.payload import CHUNK
 
@@ -205,6 +208,49 @@ def test_streams_are_constriction_s():
     assert header.coder == "ans"
     found = ans.decode([data.tobytes()], [10_000], ans.Table.from_bytes(header.table))
     np.testing.assert_array_equal(found, q.numpy())
+
+
+@pytest.mark.parametrize("most", [2**25, 2**26, 2**30, 2**40])
+def test_tables_of_large_tensors(most):
+    """The shares, and so the weights, are those of the encoder however often a symbol occurs."""
+    from hf_rnn_kernels.coding.ans import Table
+
+    table = Table(np.array([-(2**24), 0, 3, 2**24]), np.array([1, most, 12_345, most // 3]))
+    again = Table.from_bytes(table.to_bytes())
+    np.testing.assert_array_equal(again.values, table.values)
+    np.testing.assert_array_equal(again.frequencies, table.frequencies)
+    assert again.frequencies.min() >= 1 and again.frequencies.sum() == 2**24
+
+
+def test_codes_that_are_too_long():
+    with pytest.raises(ValueError, match="u: expected values below"):
+        exp_golomb.encode(np.array([2**26]), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool])
+@pytest.mark.parametrize("shape", [(), (0, 3), (7, 5), (CHUNK + 3,)])
+def test_stored_as_it_is(dtype, shape):
+    x = (torch.randn(shape) * 9).to(dtype)
+    payload = store_tensor(x)
+    again = decode_tensor(payload)
+    assert again.dtype == dtype and torch.equal(again, x)
+    if x.numel():
+        payload[-1] ^= 1
+        with pytest.raises(CorruptPayloadError, match="w: chunk"):
+            decode_tensor(payload, "w")
+
+
+def forged(**changes) -> torch.Tensor:
+    """A payload whose checksum was made to fit."""
+    header, data = read_header(encode_tensor(torch.arange(-50, 50, dtype=torch.int32).repeat(50), 0))
+    head = dataclasses.replace(header, **changes).to_bytes()
+    return torch.from_numpy(np.frombuffer(head + data.tobytes(), np.uint8).copy())
+
+
+@pytest.mark.parametrize("changes", [dict(order=63), dict(exponent=2000), dict(table=b""), dict(chunk=17)])
+def test_forged(changes):
+    with pytest.raises(CorruptPayloadError):
+        decode_tensor(forged(**changes))
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,23 @@ class TestStep:
         torch.testing.assert_close(w, expected, rtol=0, atol=1e-15)
         assert (w == 0).sum() > 10
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, dtype):
+        """Zeros stay zeros, and the norm is kept as far as the dtype can."""
+        zeros, w = torch.zeros(4, 4, dtype=dtype), (torch.randn(64, 64) * 0.01).to(dtype)
+        norm = w.float().norm()
+        for _ in range(20):
+            shrink([zeros, w], [(1.0, 0.0), (0.7, 0.01)], [1e-2, 1e-4], 0.1)
+        assert not zeros.any()
+        assert w.float().norm() == pytest.approx(float(norm), rel=0.02)
+
+    def test_too_much_is_not_made_up_for(self):
+        """What is left grows by a factor of two a step at most."""
+        w = torch.randn(1000)
+        largest = w.abs().max()
+        shrink([w], [(1.0, 1.0)], [3.0], 0.1)
+        assert w.count_nonzero() < 20 and w.abs().max() <= 2 * largest
+
     def test_published(self):
         w = torch.randn(50, dtype=torch.float64)
         expected = w - 3.0 * 0.7 / 1000 * w.sign() * (w.abs() + 1) ** (0.7 - 1)
@@ -145,7 +162,57 @@ class TestTrainer:
         assert 0 < entry["zeros"] < 1 and entry["paper_lambda"] > 0
         assert (tmp_path / "rate.png").stat().st_size > 10_000
 
-    @pytest.mark.parametrize("settings", [dict(target_bits=3.0), dict(quantization_aware=True, rate_finetune=0.4)])
+    def test_another_training_begins_anew(self, tmp_path):
+        """With the same trainer, or with a callback that served another model and was interrupted."""
+        settings = dict(target_bits=2.0, rate_every=2)
+        trainer = make_trainer(tmp_path / "a", **settings)
+        trainer.train()
+        first = trainer.rate.multiplier
+        trainer.model.load_state_dict(make_model().state_dict())
+        trainer.train()
+        assert trainer.rate.multiplier == first
+        callback = RateCallback(quantization_aware=True, rate_finetune=1.0, rate_warmup=0.0)
+        models = make_model(0), make_model(1)
+        for i, model in enumerate(models):
+            args = TrainingArguments(**arguments(tmp_path / f"b{i}", learning_rate=0.0, max_steps=1))
+            stock = Trainer(model, args, train_dataset=make_data(), callbacks=[callback])
+            if i == 0:
+                stock.compute_loss = lambda *args, **kwargs: 1 / 0
+                with pytest.raises(ZeroDivisionError):
+                    stock.train()
+            else:
+                stock.train()
+        for i, model in enumerate(models):
+            assert_equal(model, make_model(i))
+
+    def test_callbacks_restored_from_a_checkpoint(self, tmp_path):
+        settings = dict(restore_callback_states_from_checkpoint=True, save_strategy="steps", save_steps=5)
+        whole = make_trainer(tmp_path / "a", **settings)
+        whole.log({"loss": 1.0})  # before training there is nothing to say of weights
+        whole.train()
+        again = make_trainer(tmp_path / "b", make_model(3), **settings)
+        again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5"))
+        assert_equal(whole.model, again.model)
+
+    def test_several_evaluation_sets(self, tmp_path):
+        settings = dict(max_loss_increase=0.01, reference_loss=1.0, eval_strategy="steps", eval_steps=2)
+        trainer = make_trainer(tmp_path, **settings)
+        trainer.eval_dataset = {"a": make_data(), "b": make_data()}
+        with pytest.raises(ValueError, match="max_loss_increase: .*eval_a_loss"):
+            trainer.train()
+        args = TrainingArguments(**arguments(tmp_path))
+        stock = Trainer(make_model(), args, train_dataset=make_data(), callbacks=[RateCallback(max_loss_increase=0.1)])
+        with pytest.raises(ValueError, match="eval_strategy"):
+            stock.train()
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            dict(target_bits=3.0),
+            dict(quantization_aware=True, rate_finetune=0.4),
+            dict(max_loss_increase=0.01, eval_strategy="steps", eval_steps=2, eval_on_start=True),
+        ],
+    )
     @pytest.mark.parametrize("accumulate", [1, 2])
     def test_resume_is_exact(self, settings, accumulate, tmp_path):
         settings |= dict(rate_shrink=0.5, rate_every=3, rate_step=2.0**-5, gradient_accumulation_steps=accumulate)
@@ -264,6 +331,8 @@ def test_as_a_callback(tmp_path):
         (dict(target_bits=1.0, rate_shrink=0.0), "rate_shrink"),
         (dict(quantization_aware=True, rate_finetune=0.0), "quantization_aware"),
         (dict(rate_exclude="("), "rate_exclude"),
+        (dict(rate_warmup=float("nan")), "rate_warmup"),
+        (dict(paper_preset=True, target_bits=2.0), "paper_preset"),
     ],
 )
 def test_bad_settings(settings, match):

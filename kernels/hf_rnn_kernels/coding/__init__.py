@@ -1,7 +1,15 @@
 """Weights in few bits: quantisation, the generalised Gaussian model of them, and two entropy coders."""
 
 from hf_rnn_kernels.coding.generalized_gaussian import GeneralizedGaussian
-from hf_rnn_kernels.coding.payload import CODERS, CorruptPayloadError, Header, decode_tensor, encode_tensor, read_header
+from hf_rnn_kernels.coding.payload import (
+    CODERS,
+    CorruptPayloadError,
+    Header,
+    decode_tensor,
+    encode_tensor,
+    read_header,
+    store_tensor,
+)
 from hf_rnn_kernels.coding.quantization import dequantize, entropy, quantize, symbol_bits
 
 __all__ = [
@@ -15,5 +23,6 @@ __all__ = [
     "entropy",
     "quantize",
     "read_header",
+    "store_tensor",
     "symbol_bits",
 ]

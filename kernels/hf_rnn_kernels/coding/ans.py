@@ -19,10 +19,13 @@ class Table:
 
     Args:
         values: int64, rising.
-        counts: int64, at least 1 each.
+        counts: int64, at least 1 each; where they sum to over 2^24, their shares of that are kept.
     """
 
     def __init__(self, values: np.ndarray, counts: np.ndarray):
+        total = int(counts.sum())
+        if total > 2**PRECISION:  # in floats: their product with 2^24 is beyond an integer for the largest tensors
+            counts = np.maximum((counts / total * 2**PRECISION).astype(np.int64), 1)
         self.values, self.counts = values, counts
 
     @property

@@ -35,6 +35,8 @@ def best_order(u: np.ndarray, counts: np.ndarray) -> tuple[int, int]:
 
 def encode(u: np.ndarray, k: int) -> bytes:
     """One chunk."""
+    if len(u) and int(u.max()) + (1 << k) >= 1 << _WINDOW:
+        raise ValueError(f"u: expected values below 2^{_WINDOW} less 2^{k}, got {u.max()}")
     size = lengths(u, k)
     after = size.cumsum()
     place = np.repeat(after, size) - np.arange(after[-1] if len(u) else 0) - 1  # of a bit in its code, the last is 0

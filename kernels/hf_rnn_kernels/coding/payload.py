@@ -19,8 +19,10 @@ from hf_rnn_kernels.coding import ans, exp_golomb
 from hf_rnn_kernels.coding.quantization import MAX_SYMBOL
 
 CODERS = ("ans", "exp_golomb")
+_CODERS = (*CODERS, "raw")
 CHUNK = 2**16  # symbols: what is decoded by one thread, and what a checksum covers
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _MAGIC, _VERSION, _HEAD = b"HRNN", 1, "<4sBBBBhHII"
 
 
@@ -30,7 +32,7 @@ class CorruptPayloadError(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a payload says of its tensor: `order` is Exp-Golomb's, 0 for ans; `table` the frequencies' bytes."""
+    """What a payload says of its tensor: `order` is Exp-Golomb's, else 0; `table` the frequencies' bytes, of ans."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -53,7 +55,7 @@ class Header:
 
     def to_bytes(self) -> bytes:
         head = struct.pack(
-            _HEAD, _MAGIC, _VERSION, _DTYPES.index(self.dtype), CODERS.index(self.coder), len(self.shape),
+            _HEAD, _MAGIC, _VERSION, _DTYPES.index(self.dtype), _CODERS.index(self.coder), len(self.shape),
             self.exponent, self.order, self.chunk, len(self.table),
         )  # fmt: skip
         head += struct.pack(f"<{len(self.shape)}Q{2 * len(self.sizes)}I", *self.shape, *self.sizes, *self.checksums)
@@ -76,8 +78,8 @@ def encode_tensor(q: Tensor, exponent: int, dtype: torch.dtype = torch.float32, 
     """
     if coder not in CODERS:
         raise ValueError(f"coder: expected one of {CODERS}, got {coder!r}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype: expected one of {_DTYPES}, got {dtype}")
+    if dtype not in _FLOATS:
+        raise ValueError(f"dtype: expected one of {_FLOATS}, got {dtype}")
     symbols = q.detach().cpu().contiguous().flatten().numpy()
     low, high = (int(symbols.min()), int(symbols.max())) if symbols.size else (0, 0)
     if max(high, -low) > MAX_SYMBOL:
@@ -91,10 +93,22 @@ def encode_tensor(q: Tensor, exponent: int, dtype: torch.dtype = torch.float32, 
         chunks = ans.encode(_split(_places(symbols, table, low, high)), table)
     else:
         coder, stored, chunks = "exp_golomb", b"", _encode_exp_golomb(symbols, order)
-    header = Header(
-        dtype, tuple(q.shape), exponent, coder, order, CHUNK,
-        tuple(map(len, chunks)), tuple(map(zlib.crc32, chunks)), stored,
-    )  # fmt: skip
+    return _join(chunks, dtype, q.shape, exponent, coder, order, stored)
+
+
+def store_tensor(x: Tensor) -> Tensor:
+    """A tensor as it is, as a payload with checksums: what is not worth coding. Any dtype of weights and buffers."""
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x: expected one of {_DTYPES}, got {x.dtype}")
+    data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    size = CHUNK * x.element_size()
+    chunks = [data[start : start + size].tobytes() for start in range(0, data.size, size)]
+    return _join(chunks, x.dtype, x.shape, 0, "raw", 0, b"")
+
+
+def _join(chunks: list[bytes], dtype, shape, exponent: int, coder: str, order: int, table: bytes) -> Tensor:
+    sizes, checksums = tuple(map(len, chunks)), tuple(map(zlib.crc32, chunks))
+    header = Header(dtype, tuple(shape), exponent, coder, order, CHUNK, sizes, checksums, table)
     return torch.frombuffer(bytearray(header.to_bytes() + b"".join(chunks)), dtype=torch.uint8)
 
 
@@ -122,9 +136,11 @@ def read_header(payload: Tensor, name: str = "payload") -> tuple[Header, np.ndar
     end = head + 8 * dims + 8 * count + table
     if data.size < end + 4 or zlib.crc32(data[:end].data) != struct.unpack("<I", data[end : end + 4].tobytes())[0]:
         raise damaged
+    if dtype >= len(_DTYPES) or coder >= len(_CODERS) or order > exp_golomb.MAX_ORDER or not -126 <= exponent <= 127:
+        raise damaged
     sizes = np.frombuffer(data[head + 8 * dims : end - table].tobytes(), "<u4")
     header = Header(
-        _DTYPES[dtype], shape, exponent, CODERS[coder], order, chunk,
+        _DTYPES[dtype], shape, exponent, _CODERS[coder], order, chunk,
         tuple(sizes[:count].tolist()), tuple(sizes[count:].tolist()), data[end - table : end].tobytes(),
     )  # fmt: skip
     if data.size != end + 4 + sum(header.sizes):
@@ -135,10 +151,10 @@ def read_header(payload: Tensor, name: str = "payload") -> tuple[Header, np.ndar
 
 
 def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
-    """The weights, bit for bit `dequantize(q, exponent, dtype)`.
+    """The weights, bit for bit `dequantize(q, exponent, dtype)`, or the tensor that was stored.
 
     Args:
-        payload: from `encode_tensor`.
+        payload: from `encode_tensor` or `store_tensor`.
         name: what errors call it.
 
     Raises:
@@ -152,7 +168,16 @@ def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
                 f"{name}: chunk {i} of {len(header.sizes)}, weights {i * header.chunk} to "
                 f"{min((i + 1) * header.chunk, header.numel) - 1}, is damaged; get the file again"
             )
-    table = ans.Table.from_bytes(header.table) if header.coder == "ans" else None
+    if header.coder == "raw":
+        raw = torch.empty(data.size, dtype=torch.uint8)
+        raw.numpy()[:] = data
+        if raw.numel() != header.numel * header.dtype.itemsize:
+            raise CorruptPayloadError(f"{name}: expected {header.numel} elements; get the file again")
+        return raw.view(header.dtype).reshape(header.shape)
+    try:
+        table = ans.Table.from_bytes(header.table) if header.coder == "ans" else None
+    except (ValueError, IndexError, struct.error) as error:  # only where a checksum was made to fit
+        raise CorruptPayloadError(f"{name}: the table of frequencies is damaged ({error})") from error
     if threads.available() and not (table is not None and len(table.values) == 1):
         from hf_rnn_kernels.coding import cpu
 

@@ -28,6 +28,7 @@ class RateCallback(TrainerCallback, ExportableState):
 
     Matrices that train are constrained, adapters of PEFT included; parameters of one dimension and those that
     `rate_exclude` matches are not. Shapes are estimated over all shards of a tensor (FSDP 2), so that processes agree.
+    Interrupted while `quantization_aware` stands in quantised weights, a stock Trainer leaves them: `restore()`.
     In the last share of the steps (`rate_finetune`) the term rests, and what is zero stays zero.
 
     Logged: `rate_shape` (nu, mean over weights), `estimated_bits` (of the fitted density) and `coded_bits` (order-0
@@ -41,18 +42,23 @@ class RateCallback(TrainerCallback, ExportableState):
 
     def __init__(self, **settings: Any):
         self.settings = RateSettings(**settings)
+        self._parameters: dict[str, Tensor] = {}
+        self._kept: list[Tensor] = []
+        self._begin()
+
+    def _begin(self) -> None:
         self.multiplier = 1.0
         self.fits: list[list[float]] = []  # (nu, root mean square) of each constrained tensor
         self.last_bits: float | None = None
+        self.steered_at = -1  # step of the last evaluation that counted
         self.step_exponent: int | None = None
         self.reference_loss = self.settings.reference_loss
-        self._parameters: dict[str, Tensor] = {}
         self._zeros: list[Tensor] = []
-        self._kept: list[Tensor] = []
+        self._sizes: list[float] = []  # learning rate times multiplier of each tensor in the last step
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        names = ("multiplier", "fits", "last_bits", "step_exponent", "reference_loss")
+        names = ("multiplier", "fits", "last_bits", "steered_at", "step_exponent", "reference_loss")
         return {"args": asdict(self.settings), "attributes": {name: getattr(self, name) for name in names}}
 
     @property
@@ -78,8 +84,13 @@ class RateCallback(TrainerCallback, ExportableState):
             raise ValueError(f"rate_exclude: {self.settings.rate_exclude!r} leaves no matrix that trains to constrain")
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.restore()  # of a run that was interrupted
+        if self.settings.max_loss_increase is not None and args.eval_strategy == "no":
+            raise ValueError("max_loss_increase: is judged at evaluations; expected an eval_strategy")
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
-        if state.global_step > 0 and isinstance(saved, dict):
+        if state.global_step == 0:
+            self._begin()
+        elif isinstance(saved, dict):
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
         self.constrain(model)
@@ -101,7 +112,7 @@ class RateCallback(TrainerCallback, ExportableState):
     def restore(self) -> None:
         """Put back the weights that quantised ones stood in for."""
         with torch.no_grad():
-            for p, kept in zip(self._parameters.values(), self._kept, strict=False):
+            for p, kept in zip(self._parameters.values(), self._kept, strict=False):  # none, or all
                 local(p).copy_(kept)
         self._kept = []
 
@@ -118,7 +129,7 @@ class RateCallback(TrainerCallback, ExportableState):
             with torch.no_grad():
                 for w, zero in zip(weights, self._zeros, strict=True):
                     local(w).masked_fill_(zero, 0)
-            self._zeros = []
+            self._zeros, self._sizes = [], []
             return
         every = 1 if self.settings.paper_preset else self.settings.rate_every
         if not self.fits or state.global_step % every == 0:
@@ -133,12 +144,18 @@ class RateCallback(TrainerCallback, ExportableState):
             total = sum(p.numel() for p in self._parameters.values())
             published_step([local(w) for w in weights], self.fits[0][0], _PUBLISHED_LAMBDA, total)
         elif self.settings.rate_shrink > 0:
-            sizes = self._sizes(args, state, optimizer)
-            shrink(weights, [(nu, r) for nu, r in self.fits], sizes, self.settings.rate_epsilon)
+            self._sizes = self._step_sizes(state, optimizer)
+            shrink(weights, [(nu, r) for nu, r in self.fits], self._sizes, self.settings.rate_epsilon)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if self.settings.max_loss_increase is None or not metrics or "eval_loss" not in metrics:
+        if self.settings.max_loss_increase is None or not metrics or state.global_step == self.steered_at:
             return
+        if "eval_loss" not in metrics:
+            several = [name for name in metrics if re.fullmatch("eval_.+_loss", name)]
+            if several:
+                raise ValueError(f"max_loss_increase: expected one eval_dataset, with an eval_loss, got {several}")
+            return
+        self.steered_at = state.global_step
         if self.reference_loss is None:
             self.reference_loss = metrics["eval_loss"]
             return
@@ -163,6 +180,9 @@ class RateCallback(TrainerCallback, ExportableState):
         share = sums[:, 2] / sums[:, 2].sum()
         means = (sums[:, :2] / sums[:, 2:].clamp(min=1)).tolist()
         densities = [GeneralizedGaussian.from_moments(*mean) for mean in means]
+        gone = [name for name, total in zip(self._parameters, sums[:, 0].tolist(), strict=True) if total == 0]
+        if gone:
+            logger.warning_once(f"rate_shrink: nothing is left of {', '.join(gone)}; a smaller one leaves more")
         nonzero = sum(int(whole((p.detach() != 0).sum())) for p in self._parameters.values())
         shape = float(sum(d.shape * s for d, s in zip(densities, share.tolist(), strict=True)))
         bits = sum(d.bits(self.step) * s for d, s in zip(densities, share.tolist(), strict=True))
@@ -195,24 +215,22 @@ class RateCallback(TrainerCallback, ExportableState):
         """More of the rate term, or less; within a factor of a thousand."""
         self.multiplier = min(1e3, max(1e-3, self.multiplier * math.exp(change)))
 
-    def _sizes(self, args, state, optimizer) -> list[float]:
+    def _step_sizes(self, state, optimizer) -> list[float]:
         """Learning rate times multiplier for each tensor."""
         warmup = self.settings.rate_warmup * state.max_steps
         scale = self.settings.rate_shrink * self.multiplier * min(1.0, (state.global_step + 1) / max(warmup, 1))
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        self._rates = [float(rates.get(id(p), 0.0)) for p in self._parameters.values()]
-        return [rate * scale for rate in self._rates]
+        return [float(rates.get(id(p), 0.0)) * scale for p in self._parameters.values()]
 
     def _paper_lambda(self, sums: Tensor) -> float:
-        """N times the mean shrinkage a step over nu, at a root mean square weight."""
-        rates = getattr(self, "_rates", [])
-        if self.settings.paper_preset or not rates:
-            return _PUBLISHED_LAMBDA if self.settings.paper_preset else 0.0
+        """N times the mean shrinkage of the last step over nu, at a root mean square weight."""
+        if self.settings.paper_preset:
+            return _PUBLISHED_LAMBDA
+        if not self._sizes:
+            return 0.0
         nu = torch.tensor([nu for nu, _ in self.fits], dtype=torch.float64)
         slope = (1 + self.settings.rate_epsilon) ** (nu - 1)
-        return float((sums[:, 2] * torch.tensor(rates, dtype=torch.float64) * slope).sum()) * (
-            self.settings.rate_shrink * self.multiplier
-        )
+        return float((sums[:, 2] * torch.tensor(self._sizes, dtype=torch.float64) * slope).sum())
 
 
 def settings_of(args: Any) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class RateSettings:
             raise ValueError(f"rate_epsilon: expected a finite number above 0, got {self.rate_epsilon}")
         if self.rate_every < 1:
             raise ValueError(f"rate_every: expected at least 1, got {self.rate_every}")
-        if min(self.rate_warmup, self.rate_finetune) < 0 or self.rate_warmup + self.rate_finetune > 1:
+        if not (min(self.rate_warmup, self.rate_finetune) >= 0 and self.rate_warmup + self.rate_finetune <= 1):
             raise ValueError(
                 "rate_warmup, rate_finetune: expected shares in [0, 1] that sum to at most 1, got "
                 f"{self.rate_warmup} and {self.rate_finetune}"
@@ -87,6 +87,8 @@ class RateSettings:
                 raise ValueError(f"{name}: expected a finite number above 0, got {value}")
         if (self.target_bits is not None or self.max_loss_increase is not None) and self.rate_shrink == 0:
             raise ValueError("rate_shrink: a multiplier of 0 cannot be steered; leave the default")
+        if self.paper_preset and (self.target_bits is not None or self.max_loss_increase is not None):
+            raise ValueError("paper_preset: its multiplier is fixed; leave target_bits and max_loss_increase")
         if self.quantization_aware and self.rate_finetune == 0:
             raise ValueError("quantization_aware: happens in the last share of steps; expected rate_finetune above 0")
         try:

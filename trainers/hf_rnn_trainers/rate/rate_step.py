@@ -36,8 +36,8 @@ def fit(sums: Tensor, scope: str) -> list[tuple[float, float]]:
 def shrink(weights: list[Tensor], fits: list[tuple[float, float]], sizes: list[float], epsilon: float) -> None:
     """w <- c sign(w) max(|w| - size * nu * (|w| / r + epsilon)^(nu - 1), 0), in place.
 
-    c gives each tensor its norm back. Without it most of what is saved is scale, which norms and gains elsewhere make
-    up for: the same bits buy less precision (docs/log.md, 2026-11-26).
+    c gives each tensor its norm back, as far as doubling can. Without it most of what is saved is scale, which norms
+    and gains elsewhere make up for: the same bits buy less precision (docs/log.md, 2026-11-26).
 
     Args:
         weights: any shapes, of one device; of a sharded tensor each process changes its part.
@@ -50,13 +50,18 @@ def shrink(weights: list[Tensor], fits: list[tuple[float, float]], sizes: list[f
     torch._foreach_add_(step, epsilon)
     torch._foreach_pow_(step, [nu - 1 for nu, _ in fits])
     torch._foreach_mul_(step, [size * nu for size, (nu, _) in zip(sizes, fits, strict=True)])
-    before = [whole(torch.linalg.vector_norm(w)) for w in weights]
+    before = [_norm(w) for w in weights]
     lower = torch._foreach_neg(step)
     torch._foreach_minimum_(step, parts)
     torch._foreach_maximum_(step, lower)
     torch._foreach_sub_(parts, step)  # what is nearer to zero than its step becomes zero
     for w, part, norm in zip(weights, parts, before, strict=True):
-        part.mul_(norm / whole(torch.linalg.vector_norm(w)).clamp(min=1e-30))
+        part.mul_((norm / _norm(w).clamp(min=1e-30)).clamp(max=2.0).to(part.dtype))
+
+
+def _norm(w: Tensor) -> Tensor:
+    """Over all shards, in float32 at least: the squares of float16 weights are too small for it."""
+    return whole(torch.linalg.vector_norm(w, dtype=torch.promote_types(w.dtype, torch.float32)))
 
 
 @torch.no_grad()

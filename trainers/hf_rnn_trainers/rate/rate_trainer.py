@@ -23,11 +23,16 @@ class RateConstrainedTrainer(NonFiniteGuard):
         args = RateConstrainedConfig() if args is None else args
         if not isinstance(args, RateConstrainedConfig):
             raise ValueError(f"args: expected a RateConstrainedConfig, got a {type(args).__name__}")
-        self.rate = RateCallback(**settings_of(args))
-        # The first of all, so that quantised weights are put back before another callback may raise
-        super().__init__(model=model, args=args, callbacks=[self.rate, *(callbacks or [])], **options)
+        # Before those that may raise, so that quantised weights are put back first
+        rate = RateCallback(**settings_of(args))
+        super().__init__(model=model, args=args, callbacks=[rate, *(callbacks or [])], **options)
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
             raise ValueError("fsdp: version 1 flattens tensors into one; set fsdp_config={'fsdp_version': 2}")
+
+    @property
+    def rate(self) -> RateCallback:
+        """The callback; resuming with `restore_callback_states_from_checkpoint` puts another in its place."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, RateCallback))
 
     def training_step(self, *args, **kwargs):
         try:
@@ -37,6 +42,6 @@ class RateConstrainedTrainer(NonFiniteGuard):
             raise
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if "loss" in logs and self.rate._parameters:
             logs = logs | self.rate.metrics()
         super().log(logs, start_time)
