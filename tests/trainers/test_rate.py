@@ -85,7 +85,7 @@ class TestStep:
         for _ in range(20):
             shrink([zeros, w], [(1.0, 0.0), (0.7, 0.01)], [1e-2, 1e-4], 0.1)
         assert not zeros.any()
-        assert w.float().norm() == pytest.approx(float(norm), rel=0.02)
+        assert w.float().norm() == pytest.approx(float(norm), rel=0.02 if dtype == torch.float16 else 0.1)
 
     def test_too_much_is_not_made_up_for(self):
         """What is left grows by a factor of two a step at most."""
@@ -153,13 +153,14 @@ class TestTrainer:
         assert (model.model.layers[0].mixer.recurrent_weight == 0).any()
 
     def test_what_is_logged(self, tmp_path):
-        trainer = make_trainer(tmp_path, rate_shrink=0.5)
+        trainer = make_trainer(tmp_path, rate_shrink=0.5, logging_steps=5)
         trainer.train()
-        entry = next(e for e in reversed(trainer.state.log_history) if "loss" in e)
+        entry, last = (e for e in trainer.state.log_history if "loss" in e)
         names = {"rate_shape", "estimated_bits", "coded_bits", "zeros", "rate_multiplier", "paper_lambda"}
         assert names <= set(entry)
         assert entry["estimated_bits"] == pytest.approx(entry["coded_bits"], abs=0.7)
         assert 0 < entry["zeros"] < 1 and entry["paper_lambda"] > 0
+        assert last["paper_lambda"] == 0  # in the last share of the steps
         assert (tmp_path / "rate.png").stat().st_size > 10_000
 
     def test_another_training_begins_anew(self, tmp_path):

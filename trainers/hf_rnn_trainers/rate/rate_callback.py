@@ -93,6 +93,7 @@ class RateCallback(TrainerCallback, ExportableState):
         elif isinstance(saved, dict):
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
+            self.steered_at = state.global_step  # eval_on_start evaluates again where no evaluation was
         self.constrain(model)
         if self.settings.rate_step is not None:
             self.step_exponent = round(math.log2(self.settings.rate_step))
