@@ -43,7 +43,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[2])  # what is imported and compil
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
 before, start = mib("VmRSS"), time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-total = float(sum(p.double().sum() for p in model.parameters()))  # plain weights are read when touched
+total = float(sum(p.sum() for p in model.parameters()))  # plain weights are read when touched
 print(json.dumps(dict(seconds=time.perf_counter() - start, mib=mib("VmHWM") - before)))
 """
 
