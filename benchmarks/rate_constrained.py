@@ -1,7 +1,7 @@
 """Rate-constrained training against normal training with the same quantiser and coder: a character model on text and a
 classifier of images as sequences, three seeds; pruning; the gap between training and held-out loss.
 
-python benchmarks/rate_constrained.py [--parts text classes] [--seeds 3]
+python benchmarks/rate_constrained.py [--parts text "longer text" classes] [--seeds 0 1 2]
 """
 
 import argparse
@@ -28,7 +28,7 @@ from hf_rnn import RateConstrainedConfig, RateConstrainedTrainer, compress, prun
 from hf_rnn.cli.data import blocks
 
 TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinyshakespeare.txt"
-STEPS, ROW, TRAIN, HELD_OUT = 1500, 65, 300_000, 26_000
+STEPS, ROW, TRAIN, HELD_OUT = {"text": 1500, "longer text": 4500}, 65, 300_000, 26_000
 RATES = {"normal": 0.0, "small": 0.03, "middle": 0.08, "large": 0.2}
 EXPONENTS, ROUNDINGS = (-3, -4, -5, -6), (0.0, 0.1, 0.3)
 RATIOS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
@@ -139,13 +139,13 @@ def compare(rows: list[dict]) -> dict:
     return found
 
 
-def text(seed: int) -> dict:
+def text(seed: int, steps: int) -> dict:
     ids = read_text()
     held = torch.from_numpy(ids[TRAIN : TRAIN + HELD_OUT // ROW * ROW].reshape(-1, ROW)).long()
     seen = torch.from_numpy(ids[: HELD_OUT // ROW * ROW].reshape(-1, ROW)).long()
     rows = []
     for name, rate in RATES.items():
-        model, logged = train(seed, STEPS, ids, rate)
+        model, logged = train(seed, steps, ids, rate)
         rows.append(
             measure(name, model, logged, lambda m: mean_loss(m, held, held), lambda m: mean_loss(m, seen, seen))
         )
@@ -179,18 +179,18 @@ def classes(seed: int) -> dict:
     return dict(seed=seed, parameters=model.num_parameters(), rows=rows, equal_loss=compare(rows))
 
 
-def draw(results: dict, path: Path) -> None:
+def draw(runs: list[dict], path: Path) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     rate, cut = figure.subplots(1, 2)
     for i, name in enumerate(RATES):
-        for run in results["text"]:
+        for run in runs:
             row = run["rows"][i]
             points = sorted((p["ans"], p["loss"]) for p in row["curve"])
             front = [p for j, p in enumerate(points) if all(p[1] < q[1] for q in points[:j])]
-            label = f"rate {RATES[name]}" if run is results["text"][0] else None
+            label = f"rate {RATES[name]}" if run is runs[0] else None
             rate.plot(*zip(*front, strict=True), color=f"C{i}", marker=".", alpha=0.7, label=label)
             cut.plot(RATIOS, row["pruned"], color=f"C{i}", marker=".", alpha=0.7, label=label)
-    normal = results["text"][0]["rows"][0]["loss"]
+    normal = runs[0]["rows"][0]["loss"]
     rate.set(
         xlabel="bits a weight (ANS, all included)", ylabel="held-out loss, nats", ylim=(normal - 0.08, normal + 0.35)
     )
@@ -203,20 +203,21 @@ def draw(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="*", default=["text", "classes"])
+    parser.add_argument("--parts", nargs="*", default=["text", "longer text", "classes"])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     options, path = parser.parse_args(), RESULTS / "rate_constrained_cpu.json"
     for part in options.parts:
         for seed in options.seeds:
             print(f"{part}, seed {seed}", flush=True)
-            found = (text if part == "text" else classes)(seed)
+            found = text(seed, STEPS[part]) if part in STEPS else classes(seed)
             results = json.loads(path.read_text())["results"] if path.exists() else {}
             results[part] = sorted(
                 [run for run in results.get(part, []) if run["seed"] != seed] + [found], key=lambda run: run["seed"]
             )
             save("rate_constrained", results)
-    if results.get("text"):
-        draw(results, RESULTS / "rate_constrained_cpu.png")
+    for part, name in (("text", ""), ("longer text", "_longer")):
+        if results.get(part):
+            draw(results[part], RESULTS / f"rate_constrained{name}_cpu.png")
 
 
 if __name__ == "__main__":
