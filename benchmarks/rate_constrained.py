@@ -28,7 +28,7 @@ from hf_rnn import RateConstrainedConfig, RateConstrainedTrainer, compress, prun
 from hf_rnn.cli.data import blocks
 
 TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinyshakespeare.txt"
-STEPS, ROW, TRAIN, HELD_OUT = {"text": 1500, "longer text": 4500}, 65, 300_000, 26_000
+STEPS, ROW, TRAIN, HELD_OUT = {"text": 1500, "longer text": 3000}, 65, 300_000, 26_000
 RATES = {"normal": 0.0, "small": 0.03, "middle": 0.08, "large": 0.2}
 EXPONENTS, ROUNDINGS = (-3, -4, -5, -6), (0.0, 0.1, 0.3)
 RATIOS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
