@@ -30,6 +30,7 @@ from hf_rnn.cli.data import blocks
 TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinyshakespeare.txt"
 STEPS, ROW, TRAIN, HELD_OUT = {"text": 1500, "longer text": 3000}, 65, 300_000, 26_000
 RATES = {"normal": 0.0, "small": 0.03, "middle": 0.08, "large": 0.2}
+LONGER = {"normal": 0.0, "small": 0.05, "middle": 0.15, "large": 0.5}  # more steps bear more
 EXPONENTS, ROUNDINGS = (-3, -4, -5, -6), (0.0, 0.1, 0.3)
 RATIOS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
 TOKENS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
@@ -144,7 +145,7 @@ def text(seed: int, steps: int) -> dict:
     held = torch.from_numpy(ids[TRAIN : TRAIN + HELD_OUT // ROW * ROW].reshape(-1, ROW)).long()
     seen = torch.from_numpy(ids[: HELD_OUT // ROW * ROW].reshape(-1, ROW)).long()
     rows = []
-    for name, rate in RATES.items():
+    for name, rate in (RATES if steps == STEPS["text"] else LONGER).items():
         model, logged = train(seed, steps, ids, rate)
         rows.append(
             measure(name, model, logged, lambda m: mean_loss(m, held, held), lambda m: mean_loss(m, seen, seen))
@@ -182,12 +183,12 @@ def classes(seed: int) -> dict:
 def draw(runs: list[dict], path: Path) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     rate, cut = figure.subplots(1, 2)
-    for i, name in enumerate(RATES):
+    for i, name in enumerate(row["name"] for row in runs[0]["rows"]):
         for run in runs:
             row = run["rows"][i]
             points = sorted((p["ans"], p["loss"]) for p in row["curve"])
             front = [p for j, p in enumerate(points) if all(p[1] < q[1] for q in points[:j])]
-            label = f"rate {RATES[name]}" if run is runs[0] else None
+            label = name if run is runs[0] else None
             rate.plot(*zip(*front, strict=True), color=f"C{i}", marker=".", alpha=0.7, label=label)
             cut.plot(RATIOS, row["pruned"], color=f"C{i}", marker=".", alpha=0.7, label=label)
     normal = runs[0]["rows"][0]["loss"]
