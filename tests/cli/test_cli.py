@@ -80,7 +80,9 @@ def test_zero_order(tmp_path, capsys):
     assert len((tmp_path / "out" / "zo_replay.jsonl").read_text().splitlines()) == 1 + 3
     assert "zero-order estimates (cd, 6 low_rank directions, epsilon 0.03" in (tmp_path / "out/README.md").read_text()
     assert main([*arguments, "--trainer", "x"]) == 1
-    assert "trainer: expected one of ['backpropagation', 'zo', 'smt', 'dmt', 'rate'], got 'x'" in capsys.readouterr().err
+    assert (
+        "trainer: expected one of ['backpropagation', 'zo', 'smt', 'dmt', 'rate'], got 'x'" in capsys.readouterr().err
+    )
     assert main([*arguments, "--trainer", "zo", "--epsilon", "-1"]) == 1
     assert "epsilon: expected a number above 0" in capsys.readouterr().err
 

@@ -36,7 +36,7 @@ streamed = make_trainer(f"{folder}/streamed", model(), data=make_data().to_itera
 streamed.train()
 lines.append(f"STREAMED {digest(streamed.model)}")
 split = make_trainer(
-    f"{folder}/data", model(), per_device_train_batch_size=8 // world, data_shards=world, learning_rate=0.01, **settings
+    f"{folder}/data", model(), per_device_train_batch_size=6 // world, data_shards=world, learning_rate=0.01, **settings
 )
 split.train()
 lines.append(f"DATA {digest(split.model)}")
@@ -51,12 +51,12 @@ if torch.distributed.is_initialized():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Digests of the weights of every process, and the folder, for 1, 2 and 4 processes of one thread each."""
+    """Digests of the weights of every process, and the folder, for 1 and 3 processes of one thread each."""
     folder = tmp_path_factory.mktemp("zo")
     (folder / "train.py").write_text(SCRIPT)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TESTS": os.path.dirname(__file__)}
     found = {}
-    for world in (1, 2, 4):
+    for world in (1, 3):
         launch = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", "--standalone", str(folder / "train.py")]
         command = [sys.executable, *launch, str(folder / str(world))]
         result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
@@ -70,7 +70,7 @@ def runs(tmp_path_factory):
 def test_shared_directions_give_the_same_bits(kind, runs):
     _, found = runs
     digests = [digest for lines in found.values() for k, digest in lines if k == kind]
-    assert len(digests) == 1 + 2 + 4
+    assert len(digests) == 1 + 3
     assert len(set(digests)) == 1
 
 
@@ -85,6 +85,5 @@ def test_shared_data_give_the_same_scalars(runs):
 
 def test_one_log_for_all(runs):
     folder, _ = runs
-    for world in (2, 4):
-        lines = (folder / str(world) / "directions" / "zo_replay.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines[1:]] == [0, 1, 2, 3]
+    lines = (folder / "3" / "directions" / "zo_replay.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines[1:]] == [0, 1, 2, 3]
