@@ -185,7 +185,9 @@ def draw(runs: list[dict], path: Path) -> None:
     rate, cut = figure.subplots(1, 2)
     for i, name in enumerate(row["name"] for row in runs[0]["rows"]):
         for run in runs:
-            row = run["rows"][i]
+            row = next((row for row in run["rows"] if row["name"] == name), None)
+            if row is None:
+                continue
             points = sorted((p["ans"], p["loss"]) for p in row["curve"])
             front = [p for j, p in enumerate(points) if all(p[1] < q[1] for q in points[:j])]
             label = name if run is runs[0] else None
@@ -206,7 +208,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="*", default=["text", "longer text", "classes"])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--without", nargs="*", default=[], help="rates to leave out")
     options, path = parser.parse_args(), RESULTS / "rate_constrained_cpu.json"
+    for name in options.without:
+        del RATES[name], LONGER[name]
     for part in options.parts:
         for seed in options.seeds:
             print(f"{part}, seed {seed}", flush=True)
