@@ -140,8 +140,8 @@ def compare(rows: list[dict]) -> dict:
     return found
 
 
-def text(seed: int, steps: int) -> dict:
-    ids = read_text()
+def text(seed: int, steps: int, path: Path) -> dict:
+    ids = read_text(path)
     held = torch.from_numpy(ids[TRAIN : TRAIN + HELD_OUT // ROW * ROW].reshape(-1, ROW)).long()
     seen = torch.from_numpy(ids[: HELD_OUT // ROW * ROW].reshape(-1, ROW)).long()
     rows = []
@@ -208,6 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="*", default=["text", "longer text", "classes"])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--data", type=Path, default=TEXT, help="a text of 326,000 characters or more")
     parser.add_argument("--without", nargs="*", default=[], help="rates to leave out")
     options, path = parser.parse_args(), RESULTS / "rate_constrained_cpu.json"
     for name in options.without:
@@ -215,7 +216,7 @@ def main() -> None:
     for part in options.parts:
         for seed in options.seeds:
             print(f"{part}, seed {seed}", flush=True)
-            found = text(seed, STEPS[part]) if part in STEPS else classes(seed)
+            found = text(seed, STEPS[part], options.data) if part in STEPS else classes(seed)
             results = json.loads(path.read_text())["results"] if path.exists() else {}
             results[part] = sorted(
                 [run for run in results.get(part, []) if run["seed"] != seed] + [found], key=lambda run: run["seed"]
