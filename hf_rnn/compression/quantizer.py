@@ -56,10 +56,6 @@ class _Decode(ConversionOps):
             weights = torch.zeros(like.shape)
         return {full_layer_name: weights.to(like.dtype) if weights.is_floating_point() else weights}
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError("coded weights are written by save_compressed")
-
 
 @register_quantizer(METHOD)
 class CodedQuantizer(HfQuantizer):

@@ -33,11 +33,14 @@ class Mixer(nn.Module, ABC):
 
     def read(self, state: tuple[Tensor, ...]) -> Tensor:
         """The output that `forward` gave with this state, (B, T, ...) each: (B, T, D). For `MemoryProtocol`."""
-        raise NotImplementedError
+        raise self._no_memories()
 
     def to_states(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Vectors of length sqrt(channels) as a state that the recurrence could have come to. For `MemoryProtocol`."""
-        raise ValueError(
+        raise self._no_memories()
+
+    def _no_memories(self) -> ValueError:
+        return ValueError(
             f"{type(self).__name__}: nothing to gain from training by memories: its gates do not see its state, so it "
             "trains in parallel over time as it is. Those that gain: MemoryRNN, LSTM, GRU, and xLSTM of sLSTM blocks "
             "alone"

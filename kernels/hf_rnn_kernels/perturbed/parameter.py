@@ -78,7 +78,7 @@ class Perturbed(Tensor):
         if function in _HANDLED:
             return _HANDLED[function](*args, **kwargs)  # type: ignore[operator]
         if function not in _BY_ROW and any(p.members > 1 for p in _perturbed((args, tuple(kwargs.values())))):
-            raise NotImplementedError(f"{function}: not known for several members of a perturbed weight")
+            raise TypeError(f"{function}: no function that evaluates several members of a perturbed weight")
         return function(*map(_materialized, args), **{name: _materialized(x) for name, x in kwargs.items()})
 
 
@@ -127,7 +127,7 @@ def _linear(input, weight, bias=None):
 
 def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
     if max_norm is not None:
-        raise NotImplementedError("max_norm: such an embedding changes its weight in the forward pass")
+        raise ValueError("max_norm: expected None; such an embedding changes its weight in the forward pass")
     if weight.left is not None:
         return perturbed_embedding(input, weight.base(), weight.left, weight.right)
     copies = weight.copies()

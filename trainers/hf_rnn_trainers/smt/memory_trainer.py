@@ -1,5 +1,6 @@
 """What SMT and DMT share: a student with a teacher beside it, in training, checkpoints and evaluation."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Losses(nn.Module):
         self.args = args
 
 
-class MemoryTrainer(NonFiniteGuard):
+class MemoryTrainer(NonFiniteGuard, ABC):
     """Trainer of a student by a teacher's memories. A subclass makes `losses`, the module that is trained.
 
     Attributes:
@@ -83,11 +84,13 @@ class MemoryTrainer(NonFiniteGuard):
         self._terms: dict[str, Tensor] = {}  # sum and number of each since the last log
         self._measured: list[tuple[int, dict[str, Tensor]]] = []  # rows and terms of the evaluation going on
 
+    @abstractmethod
     def new_teacher(self) -> SMTTeacher:
-        raise NotImplementedError
+        """Where none was given."""
 
+    @abstractmethod
     def make_losses(self) -> Losses:
-        raise NotImplementedError
+        """What the student, with the teacher, is trained by."""
 
     # Training: both networks in the place of the one
 
