@@ -4,50 +4,31 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+import hf_rnn
 from hf_rnn.cli.data import read_documents, tokenize
 from hf_rnn.compression.checkpoint import save_compressed
 from hf_rnn.evaluation import stream_loss
 from hf_rnn_kernels.coding import CODERS
-
-AUTO_CLASSES = (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoModelForSeq2SeqLM,
-    AutoModelForMaskedLM,
-    AutoModel,
-)
 
 
 def load(checkpoint: str) -> PreTrainedModel:
     """The model as what it was saved as.
 
     Raises:
-        ValueError: it is of no kind that is known here, or weights are missing.
+        ValueError: its class is neither transformers' nor the package's, or weights are missing.
     """
-    config = AutoConfig.from_pretrained(checkpoint)
-    name = (config.architectures or ["none"])[0]
-    for auto in AUTO_CLASSES:
-        known = auto._model_mapping.get(type(config), None)
-        if any(c.__name__ == name for c in (known if isinstance(known, tuple) else (known,)) if c is not None):
-            model, info = auto.from_pretrained(checkpoint, output_loading_info=True)
-            if info["missing_keys"]:
-                raise ValueError(f"checkpoint: {checkpoint} lacks {sorted(info['missing_keys'])[:3]}")
-            return model
-    raise ValueError(f"checkpoint: no way is known here to load a {name}; use hf_rnn.save_compressed")
+    name = (AutoConfig.from_pretrained(checkpoint).architectures or ["none"])[0]
+    model_class = getattr(transformers, name, None) or getattr(hf_rnn, name, None)
+    if model_class is None:
+        raise ValueError(f"checkpoint: its class {name} is not known here; use hf_rnn.save_compressed")
+    model, info = model_class.from_pretrained(checkpoint, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"checkpoint: {checkpoint} lacks {sorted(info['missing_keys'])[:3]}")
+    return model
 
 
 def main(argv: list[str]) -> None:

@@ -11,6 +11,8 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_rnn_kernels.coding import CorruptPayloadError, decode_tensor
+
 METHOD = "hf_rnn_coded"
 SUFFIX = ".coded"  # of a coded tensor's name in a checkpoint
 
@@ -43,8 +45,6 @@ class _Decode(ConversionOps):
         return self  # the loader copies operations for each tensor; the notes are of all
 
     def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", model=None, **kwargs) -> dict[str, Any]:
-        from hf_rnn_kernels.coding import CorruptPayloadError, decode_tensor
-
         ((_, found),) = input_dict.items()
         payload = found[0] if isinstance(found, list) else found
         like = model.get_parameter_or_buffer(full_layer_name)
@@ -79,8 +79,6 @@ class CodedQuantizer(HfQuantizer):
             f"{name}: missing, or its name is damaged; get the file again" for name in self._missing(model)
         ]
         if self._decode.damaged:
-            from hf_rnn_kernels.coding import CorruptPayloadError
-
             raise CorruptPayloadError("\n".join(self._decode.damaged))
         model._weight_conversions = []  # type: ignore[assignment]  # saved again, it is stored plainly
         self.remove_quantization_config(model)

@@ -135,6 +135,16 @@ class TestTrainer:
             for name, zeros in at_the_turn.items():
                 assert later[name][zeros].all(), name
 
+    @pytest.mark.parametrize("settings", [dict(rate_finetune=1.0, rate_warmup=0.0), dict(rate_shrink=0.0)])
+    def test_what_begins_at_zero_trains(self, settings, tmp_path):
+        """As the B of an adapter does: only zeros that the rate made stay."""
+        model = make_model()
+        weight = model.model.layers[0].mixer.out_proj.weight
+        with torch.no_grad():
+            weight.zero_()
+        make_trainer(tmp_path, model, max_steps=1, **{"rate_finetune": 1.0, "rate_warmup": 0.0} | settings).train()
+        assert (weight != 0).any()
+
     def test_more_rate_fewer_bits(self, tmp_path):
         bits = []
         for i, rate in enumerate((0.0, 1.0, 5.0)):

@@ -119,7 +119,8 @@ class RateCallback(TrainerCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.restore()
-        if self._finetunes(state):
+        # Zeros that the rate made, not those that a fresh adapter or a model without a rate begins with
+        if self._finetunes(state) and self.fits and self.settings.rate_shrink > 0:
             self._zeros = [local(p) == 0 for p in self._parameters.values()]
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
@@ -128,7 +129,7 @@ class RateCallback(TrainerCallback, ExportableState):
         weights = self._weights()
         if self._finetunes(state):
             with torch.no_grad():
-                for w, zero in zip(weights, self._zeros, strict=True):
+                for w, zero in zip(weights, self._zeros, strict=False):  # none, or all
                     local(w).masked_fill_(zero, 0)
             self._zeros, self._sizes = [], []
             return
