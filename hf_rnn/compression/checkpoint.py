@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_rnn.compression.quantizer import SUFFIX, CodedConfig, CodedQuantizer
 from hf_rnn.compression.search import choose_exponents, coded_parameters
-from hf_rnn_kernels.coding import CODERS, dequantize, encode_tensor, quantize, store_tensor
+from hf_rnn_kernels.coding import CODERS, check_range, dequantize, encode_tensor, quantize, store_tensor
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,11 @@ def compress(
         raise ValueError(f"rate: expected a finite number of at least 0, got {rate}")
     parameters = coded_parameters(model, exclude)
     exponents = choose_exponents(parameters, step, max_error, evaluate, max_loss_increase, rate)
-    symbols = {
-        name: quantize(p, exponents[name], rate)
-        for name, p in tqdm(parameters.items(), desc="quantising weights", leave=False)
-    }
+    for name, p in parameters.items():  # all, before the first is changed
+        check_range(p, exponents[name])
     payloads = {}
     for name, p in tqdm(parameters.items(), desc="coding weights", leave=False):
-        q = symbols.pop(name)
+        q = quantize(p, exponents[name], rate)
         with torch.no_grad():
             p.copy_(dequantize(q, exponents[name], p.dtype))
         payloads[name] = encode_tensor(q, exponents[name], p.dtype, coder)

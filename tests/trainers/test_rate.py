@@ -215,6 +215,9 @@ class TestTrainer:
         stock = Trainer(make_model(), args, train_dataset=make_data(), callbacks=[RateCallback(max_loss_increase=0.1)])
         with pytest.raises(ValueError, match="eval_strategy"):
             stock.train()
+        args.eval_strategy = "epoch"
+        with pytest.raises(ValueError, match="reference_loss"):
+            stock.train()
 
     @pytest.mark.parametrize(
         "settings",
@@ -257,6 +260,19 @@ class TestTrainer:
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         assert trainer.rate.reference_loss == pytest.approx(before)
+
+    def test_the_paper_s_multiplier(self, tmp_path):
+        """lambda nu / N would shrink every weight by as much as the step did a root mean square one."""
+        settings = dict(rate_shrink=0.5, rate_warmup=0.0, max_steps=2, logging_steps=1, lr_scheduler_type="constant")
+        trainer = make_trainer(tmp_path, rate_finetune=0.5, rate_epsilon=0.25, **settings)
+        trainer.train()
+        first, last = (e["paper_lambda"] for e in trainer.state.log_history if "loss" in e)
+        counts = [p.numel() for p in trainer.rate._parameters.values()]
+        steps = [0.01 * 0.5 * nu * 1.25 ** (nu - 1) for nu, _ in trainer.rate.fits]
+        assert first == pytest.approx(
+            sum(n * s / nu for n, s, (nu, _) in zip(counts, steps, trainer.rate.fits, strict=True))
+        )
+        assert last == 0
 
     def test_published_preset(self, tmp_path):
         """Every step, by one shape of all weights; no zeros, and the multiplier is 2,000 / N, at any learning rate."""

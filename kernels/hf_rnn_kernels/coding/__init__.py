@@ -10,13 +10,14 @@ from hf_rnn_kernels.coding.payload import (
     read_header,
     store_tensor,
 )
-from hf_rnn_kernels.coding.quantization import dequantize, entropy, quantize, symbol_bits
+from hf_rnn_kernels.coding.quantization import check_range, dequantize, entropy, quantize, symbol_bits
 
 __all__ = [
     "CODERS",
     "CorruptPayloadError",
     "GeneralizedGaussian",
     "Header",
+    "check_range",
     "decode_tensor",
     "dequantize",
     "encode_tensor",

@@ -1,4 +1,4 @@
-"""An asymmetric numeral system over the frequencies of a tensor's own symbols, within a thousandth of their entropy.
+"""An asymmetric numeral system over the frequencies of a tensor's own symbols.
 
 Streams are those of constriction's `AnsCoder` (32-bit words, 64-bit state, frequencies in 2^-24), which encodes them.
 """

@@ -24,12 +24,8 @@ def quantize(x: Tensor, exponent: int, rate: float = 0.0) -> Tensor:
     Raises:
         ValueError: a weight that is not finite, or 2^24 steps and more from zero.
     """
+    check_range(x, exponent)
     ratio = x.detach().float() * 2.0**-exponent
-    limit = float(ratio.abs().max()) if ratio.numel() else 0.0
-    if not math.isfinite(limit):
-        raise ValueError("x: expected finite weights, got NaN or infinity")
-    if limit > MAX_SYMBOL:
-        raise ValueError(f"exponent: a weight is {limit:.3g} steps of 2^{exponent} from zero; expected below 2^24")
     q = ratio.round().int()
     if rate <= 0:
         return q
@@ -40,6 +36,15 @@ def quantize(x: Tensor, exponent: int, rate: float = 0.0) -> Tensor:
     cost = (ratio - q).square() + rate * bits[q - low]
     cost_towards_zero = (ratio - towards_zero).square() + rate * bits[towards_zero - low]
     return torch.where(cost_towards_zero < cost, towards_zero, q)
+
+
+def check_range(x: Tensor, exponent: int) -> None:
+    """Raise what `quantize` raises."""
+    limit = float(x.detach().abs().max()) * 2.0**-exponent if x.numel() else 0.0
+    if not math.isfinite(limit):
+        raise ValueError("x: expected finite weights, got NaN or infinity")
+    if limit > MAX_SYMBOL:
+        raise ValueError(f"exponent: a weight is {limit:.3g} steps of 2^{exponent} from zero; expected below 2^24")
 
 
 def dequantize(q: Tensor, exponent: int, dtype: torch.dtype = torch.float32) -> Tensor:

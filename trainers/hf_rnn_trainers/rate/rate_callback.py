@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_rnn_kernels.coding import GeneralizedGaussian, dequantize, entropy, quantize
 from hf_rnn_trainers.rate.pictures import draw_rate
-from hf_rnn_trainers.rate.rate_config import RateSettings
+from hf_rnn_trainers.rate.rate_config import RateSettings, check_arguments
 from hf_rnn_trainers.rate.rate_step import fit, local, moments, published_step, shrink, whole
 
 logger = logging.get_logger(__name__)
@@ -85,8 +85,7 @@ class RateCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.restore()  # of a run that was interrupted
-        if self.settings.max_loss_increase is not None and args.eval_strategy == "no":
-            raise ValueError("max_loss_increase: is judged at evaluations; expected an eval_strategy")
+        check_arguments(self.settings, args)
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if state.global_step == 0:
             self._begin()

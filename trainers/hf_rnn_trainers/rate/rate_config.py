@@ -97,6 +97,21 @@ class RateSettings:
             raise ValueError(f"rate_exclude: {self.rate_exclude!r} is no regular expression ({error})") from error
 
 
+def check_arguments(settings: RateSettings, args: TrainingArguments) -> None:
+    """What settings and arguments have to agree on; for a callback they are two.
+
+    Raises:
+        ValueError: which argument, and what was expected.
+    """
+    if args.deepspeed is not None:
+        raise ValueError("deepspeed: keeps weights of its own, which the rate step would not reach; use fsdp")
+    if settings.max_loss_increase is not None:
+        if args.eval_strategy == "no":
+            raise ValueError("max_loss_increase: is judged at evaluations; expected an eval_strategy")
+        if settings.reference_loss is None and not args.eval_on_start:
+            raise ValueError("reference_loss: expected the loss to compare with, or eval_on_start for the model's")
+
+
 @dataclass
 class RateConstrainedConfig(RateSettings, TrainingArguments):
     """TrainingArguments of `RateConstrainedTrainer`, with the settings of its rate term."""
@@ -104,10 +119,4 @@ class RateConstrainedConfig(RateSettings, TrainingArguments):
     def __post_init__(self):
         TrainingArguments.__post_init__(self)
         RateSettings.__post_init__(self)
-        if self.deepspeed is not None:
-            raise ValueError("deepspeed: keeps weights of its own, which the rate step would not reach; use fsdp")
-        if self.max_loss_increase is not None:
-            if self.eval_strategy == "no":
-                raise ValueError("max_loss_increase: is judged at evaluations; expected an eval_strategy")
-            if self.reference_loss is None and not self.eval_on_start:
-                raise ValueError("reference_loss: expected the loss to compare with, or eval_on_start for the model's")
+        check_arguments(self, self)
