@@ -136,6 +136,13 @@ class AtomicCheckpoints(Trainer):
                 "of output_dir; to start anew from weights alone, load them with from_pretrained"
             )
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Trainer's, which makes a step more where a run goes on that was at its last."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _load_rng_state(self, checkpoint) -> None:
         """As Trainer's; after a change of the number of processes, which random streams belong to, new ones."""
         args = self.args
