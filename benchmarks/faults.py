@@ -225,7 +225,7 @@ def full(name: str, folder: Path, straight: dict) -> dict:
 
         def fill(at: int, step=step, limit=limit) -> None:
             if at == step:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
         found = Child(_reported, name, here, fill).wait()[1]
         if not found or "CheckpointError" not in found or "is whole" not in found:
@@ -298,7 +298,8 @@ def world_sizes(name: str, folder: Path) -> dict:
         for rank in range(world):
             shared = dict(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank))
             shared |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            until = dict(stop_at=step, per_device_train_batch_size=2 // world, ddp_backend="gloo")
+            until = dict(stop_at=step, per_device_train_batch_size=2 // world)
+            until |= dict(ddp_backend="gloo") if world > 1 else {}
             arguments = dict(resume=step > 3 or None, **plain | until)
             children.append(Child(_until, name, here, environment=shared if world > 1 else {}, **arguments))
         for child in children:
