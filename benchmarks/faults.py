@@ -72,7 +72,7 @@ def make_trainer(name: str, folder: Path, watched: TrainerCallback, said: int | 
 
     torch.manual_seed(0)
     rows = torch.randint(0, 60, (3 * 2 * STEPS // 4, 12))  # more than one epoch
-    sizes = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, hidden_dropout=0.2)
+    sizes = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, hidden_dropout=0.2, conv_kernel=0)
     sizes |= dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
     model = hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(**sizes | settings.pop("model", {})))
     defaults = dict(max_steps=STEPS, save_steps=1, save_total_limit=2, per_device_train_batch_size=2, logging_steps=1)

@@ -5,6 +5,7 @@ import random
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import Trainer, set_seed
@@ -142,6 +143,13 @@ class AtomicCheckpoints(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """Trainer's, which draws random numbers of those that training goes on with; so a run that is resumed between
+        a step and an evaluation after it would be another."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            return super().evaluate(*args, **kwargs)
 
     def _load_rng_state(self, checkpoint) -> None:
         """As Trainer's; after a change of the number of processes, which random streams belong to, new ones."""
