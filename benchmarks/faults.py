@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from driver import save
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -338,7 +339,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="saves that are killed, over all trainers")
     parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
     parser.add_argument("--faults", nargs="+", default=["killed", "damaged", "full", "told", "poisoned", "world sizes"])
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results") / "faults_cpu.json")
+    parser.add_argument("--output", type=Path, help="a file for the counts; default: benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -365,7 +366,11 @@ def main() -> None:
                     print(f"    {note}")
     total = {key: sum(row[key] for row in rows) for key in ("faults", "lost", "wrong")}
     print(f"{total['faults']} faults injected, {total['lost']} checkpoints lost, {total['wrong']} wrong resumes")
-    options.output.write_text(json.dumps({"total": total, "rows": rows}, indent=1))
+    results = {"total": total, "rows": rows}
+    if options.output is None:
+        save("faults", results)
+    else:
+        options.output.write_text(json.dumps(results, indent=1))
     sys.exit(bool(total["lost"] or total["wrong"]))
 
 
