@@ -248,6 +248,26 @@ class TestCheckpoints:
         assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
         assert not (tmp_path / "_saving").exists()
 
+    @pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors"])
+    def test_what_was_written_is_read_back(self, name, tmp_path, monkeypatch):
+        """A disk that keeps half and says nothing."""
+        trainer = make_trainer(tmp_path)
+
+        def cut(control):
+            save = trainer.accelerator.wait_for_everyone
+
+            def lose():
+                path = tmp_path / "_saving/checkpoint-4" / name
+                if path.exists():
+                    path.write_bytes(path.read_bytes()[:-9])
+                save()
+
+            monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lose)
+
+        trainer.add_callback(At(3, cut))
+        with pytest.raises(CheckpointError, match=f"{name} cannot be read back.*checkpoint-2 is whole"):
+            trainer.train()
+
     def test_nothing_is_unpickled(self, copy):
         """A pickle in any file that resuming reads does not run."""
 
@@ -402,6 +422,27 @@ class TestSignals:
         text = (tmp_path / "log").read_text()
         assert "SIGTERM: saving a checkpoint" in text and "Traceback" not in text
         assert load_file(path / "model.safetensors")
+
+    def test_one_of_two_processes_is_told(self, tmp_path):
+        """Both save the same step and exit."""
+        (tmp_path / "train.py").write_text(
+            "import os, signal, sys\n"
+            "sys.path.insert(0, os.environ['TESTS'])\n"
+            "from test_reliability import At, make_trainer\n"
+            "rank = os.environ['RANK']\n"
+            "tell = At(3, lambda control: rank == '1' and os.kill(os.getpid(), signal.SIGTERM))\n"
+            "try:\n"
+            "    make_trainer('out', callbacks=[tell], save_strategy='no', ddp_backend='gloo').train()\n"
+            "except SystemExit as stop:\n"
+            "    open(f'stopped-{rank}', 'w').write(str(stop.code))\n"
+        )
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TESTS": str(Path(__file__).parent)}
+        result = subprocess.run(launch, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        assert [(tmp_path / f"stopped-{rank}").read_text() for rank in (0, 1)] == ["143", "143"], result.stderr[-2000:]
+        path, damages = newest_whole(tmp_path / "out")
+        assert path == tmp_path / "out/checkpoint-3" and not damages
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= {file.name for file in path.iterdir()}
 
 
 @pytest.mark.slow

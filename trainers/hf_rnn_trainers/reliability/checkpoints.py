@@ -13,6 +13,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from hf_rnn_trainers.reliability.manifest import (
+    check_readable,
     checkpoints,
     find_damage,
     find_missing,
@@ -33,10 +34,11 @@ class CheckpointError(OSError):
 class AtomicCheckpoints(Trainer):
     """Trainer whose checkpoints are written aside, checked, and put in place under their name in one step.
 
-    Files go to `_saving/checkpoint-N`; when every process has written its own, process 0 writes `manifest.json` (size
-    and SHA-256 of each file), flushes them to the disk and renames the folder. A run that is killed meanwhile leaves
-    the checkpoints before as they were; what it left in `_saving` is removed when training starts again, or, where all
-    of it was written, put in place. Processes share a file system, or save for themselves (`save_on_each_node`).
+    Files go to `_saving/checkpoint-N`; when every process has written its own, process 0 reads them back, writes
+    `manifest.json` (size and SHA-256 of each), flushes all to the disk and renames the folder. A run that is killed
+    meanwhile leaves the checkpoints before as they were; what it left in `_saving` is removed when training starts
+    again, or, where all of it was written, put in place. Processes share a file system, or save for themselves
+    (`save_on_each_node`).
 
     `train(resume_from_checkpoint=True)` takes the latest checkpoint whose files all are what was written, and warns of
     each that it passes by. A path must be whole, too; a checkpoint without a manifest, of another Trainer, is taken by
@@ -62,6 +64,7 @@ class AtomicCheckpoints(Trainer):
             self._note_best(run, final)
             if self.args.should_save:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
+                check_readable(staged)
                 write_manifest(staged, self.state.global_step, self.args.world_size)
                 flush(staged)
                 put_in_place(staged, final)

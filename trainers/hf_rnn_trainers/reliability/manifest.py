@@ -4,8 +4,11 @@ import hashlib
 import json
 import os
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 NAME = "manifest.json"
 # What a resumed run needs besides weights, by the names that it may have
@@ -22,6 +25,27 @@ def write_manifest(folder: Path, step: int, world_size: int) -> None:
     }
     content = {"step": step, "world_size": world_size, "files": files}
     (folder / NAME).write_text(json.dumps({**content, "sha256": _own_digest(content)}, indent=1))
+
+
+def check_readable(folder: Path) -> None:
+    """Read back what was just written: weights' headers, the checksums inside torch's files, JSON.
+
+    Raises:
+        OSError: which file is not what it should be.
+    """
+    for path in sorted(folder.rglob("*")):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth"):
+                with zipfile.ZipFile(path) as file:
+                    if bad := file.testzip():
+                        raise ValueError(f"{bad} in it has another checksum")
+            elif path.suffix == ".json":
+                json.loads(path.read_bytes())
+        except (SafetensorError, zipfile.BadZipFile, ValueError) as error:
+            raise OSError(f"{path.name} cannot be read back: {error}") from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -105,8 +105,10 @@ class NonFiniteGuard(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         bad = [name for name, p in self.model.named_parameters() if not _is_finite(p)]
-        anywhere = self.accelerator.gather(torch.tensor([len(bad)], device=self.args.device)).any()
-        if anywhere:
+        number = torch.tensor([len(bad)], device=self.args.device)
+        if self.is_fsdp_enabled:  # where each process has other weights; elsewhere process 0 may be alone in here
+            number = self.accelerator.gather(number)
+        if number.any():
             raise NonFiniteLossError(
                 f"{', '.join(bad[:3]) or 'weights of another process'}: not finite after step "
                 f"{self.state.global_step}, and not saved. {self.advice()}"
