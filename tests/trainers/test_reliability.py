@@ -423,6 +423,26 @@ class TestSignals:
         assert "SIGTERM: saving a checkpoint" in text and "Traceback" not in text
         assert load_file(path / "model.safetensors")
 
+    def test_the_workers_of_the_loader_get_it_as_well(self, tmp_path):
+        """As from a service manager, which tells all processes of a service."""
+        (tmp_path / "train.py").write_text(
+            "import sys\n"
+            f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            "from test_reliability import make_trainer\n"
+            "settings = dict(max_steps=10**6, dataloader_num_workers=2, save_strategy='no', logging_steps=20)\n"
+            "make_trainer('out', **settings).train()\n"
+        )
+        with (tmp_path / "log").open("w") as log:
+            command = [sys.executable, "train.py"]
+            process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+            while "'loss'" not in (tmp_path / "log").read_text():
+                assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+                time.sleep(0.2)
+            os.killpg(process.pid, signal.SIGTERM)
+            assert process.wait(60) == 143, (tmp_path / "log").read_text()[-2000:]
+        path, damages = newest_whole(tmp_path / "out")
+        assert path is not None and not damages
+
     def test_one_of_two_processes_is_told(self, tmp_path):
         """Both save the same step and exit."""
         (tmp_path / "train.py").write_text(

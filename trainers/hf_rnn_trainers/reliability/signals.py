@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from accelerate.utils import gather
@@ -32,7 +33,7 @@ class SaveOnSignal(Trainer):
 
     @contextmanager
     def _signals_noted(self) -> Iterator[None]:
-        self._signal = 0
+        self._signal, self._saved_at = 0, None
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -46,6 +47,8 @@ class SaveOnSignal(Trainer):
     def _note(self, number: int, frame) -> None:
         if not self._signal:
             self._signal = number
+            # With it torch would raise an error in the middle of anything, the loaders' workers having got the signal
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             # Not print: a signal may come while something is being printed
             os.write(2, f"\n{signal.Signals(number).name}: saving a checkpoint at the end of this step\n".encode())
 
@@ -55,9 +58,19 @@ class SaveOnSignal(Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-        number = self._received()
-        if not number:
-            return
+        if number := self._received():
+            self._save_and_exit(number, model, trial)
+
+    def get_batch_samples(self, *args, **kwargs):
+        """Trainer's. Where its workers got the signal as well, and are gone, the last step is the one to save."""
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except RuntimeError:
+            if not self._signal or self.args.world_size > 1:  # processes would not be at the same step
+                raise
+            self._save_and_exit(self._signal, self.model_wrapped, None)
+
+    def _save_and_exit(self, number: int, model, trial) -> NoReturn:
         if self._saved_at != self.state.global_step:
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
