@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -101,6 +102,8 @@ class Child:
         self.pid = os.fork()
         if self.pid == 0:
             code = 1
+            signal.alarm(120)  # nothing here takes so long
+            tqdm.set_lock(threading.RLock())  # its own is shared, and a process that is killed may hold it
             try:
                 os.environ.update(environment or {})
                 quiet = os.open(os.devnull, os.O_WRONLY)
