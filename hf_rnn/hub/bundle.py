@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import CONFIG_MAPPING
 
@@ -24,7 +24,8 @@ from hf_rnn.hub.remote_code import FILE_NAME
 
 PORTABLE = "hf_rnn.hub.portable"
 # Methods for which one has the package: other formats of weights, and the way to the Hub
-LEFT_OUT = {"from_torch", "to_torch", "_gate_major", "from_xlstm", "get_config_dict", "_upload_modified_files"}
+LEFT_OUT = {"from_torch", "to_torch", "_gate_major", "from_xlstm", "get_config_dict"}
+LEFT_OUT |= {"write_code", "_upload_modified_files"}
 
 _HEADER = '''# Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/LICENSE-2.0
 """{stem} in one file: what `trust_remote_code=True` needs beside torch and transformers.
@@ -237,6 +238,31 @@ def bundle_source(config_class: type[RecurrentConfig]) -> str:
     return "\n".join(parts)
 
 
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """A checkpoint's config.json; ValueError where there is none, or none that can be read."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"checkpoint: expected a folder with a config.json, {folder} has none")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {path} cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"checkpoint: expected an object in {path}, got a {type(config).__name__}")
+    return config
+
+
+def is_ours(config: dict[str, Any]) -> bool:
+    """Whether the model is one of the package's."""
+    model_type = str(config.get("model_type"))
+    return model_type.startswith("hf_rnn_") and model_type in CONFIG_MAPPING
+
+
+def is_coded(config: dict[str, Any]) -> bool:
+    """Whether `hf_rnn.save_compressed` wrote the weights, which only the package reads."""
+    return (config.get("quantization_config") or {}).get("quant_method") == METHOD
+
+
 def bundle(folder: str | Path) -> Path:
     """Write `modeling_hf_rnn.py` into a checkpoint's folder, so that it loads by `trust_remote_code=True` alone.
 
@@ -247,14 +273,11 @@ def bundle(folder: str | Path) -> Path:
         ValueError: no checkpoint of this package, or one whose coded weights only the package reads.
         OSError: the folder cannot be read or written.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"checkpoint: expected a folder with a config.json, {folder} has none")
-    config = json.loads(path.read_text())
+    config = read_config(folder)
     model_type = config.get("model_type", "")
-    if not model_type.startswith("hf_rnn_") or model_type not in CONFIG_MAPPING:
+    if not is_ours(config):
         raise ValueError(f"checkpoint: expected a model of hf_rnn, got model_type {model_type!r}")
-    if (config.get("quantization_config") or {}).get("quant_method") == METHOD:
+    if is_coded(config):
         raise ValueError(f"checkpoint: the weights in {folder} are coded, and only hf_rnn reads them: no bundle helps")
     target = Path(folder) / FILE_NAME
     target.write_text(bundle_source(CONFIG_MAPPING[model_type]))  # type: ignore[arg-type]

@@ -7,12 +7,14 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_rnn_trainers.model_card import ModelCardMixin
+
 
 class NonFiniteLossError(FloatingPointError):
     """The training loss or its gradient was NaN or infinite. The weights are those before the step."""
 
 
-class NonFiniteGuard(Trainer):
+class NonFiniteGuard(ModelCardMixin, Trainer):
     """Base of the package's trainers: raises `NonFiniteLossError` instead of training on.
 
     The stock Trainer trains on with NaN weights, saves them, and logs a loss of 0.0 (`logging_nan_inf_filter`). Here
