@@ -265,7 +265,9 @@ def train(
         plot_losses(trainer.state.log_history, folder / "loss.png")
     local = Path(data.data).exists()
     words = f"{Path(data.data).name if local else data.data} in sequences of {data.block_size} tokens, the last "
-    about = dict(dataset=f"{words}{100 * data.held_out:g}% held out", dataset_tags=None if local else data.data)
+    about: dict[str, Any] = dict(
+        dataset=f"{words}{100 * data.held_out:g}% held out", dataset_tags=None if local else data.data
+    )
     if arguments.push_to_hub:
         trainer.push_to_hub(**about)
     else:

@@ -14,18 +14,10 @@ from hf_rnn_trainers.model_card.card import Evaluation, Training, make_card, tas
 EVAL_RESULTS = Path(".eval_results") / "hf_rnn.yaml"
 # Arguments that say where and how often, not how
 _UNSAID = (
-    "output_dir",
-    "logging_",
-    "save_",
-    "eval_",
-    "hub_",
-    "push_",
-    "report_to",
-    "run_name",
-    "disable_tqdm",
-    "use_cpu",
+    *("output_dir", "logging_", "save_", "eval_", "hub_", "push_", "report_to", "run_name", "disable_tqdm", "use_c"),
+    *("dataloader_", "resume_", "do_", "project", "trackio_", "local_rank", "load_best", "restore_", "activation_"),
+    "gradient_checkpointing",
 )
-_UNSAID += ("dataloader_", "resume_", "do_", "project", "trackio_", "local_rank", "load_best", "restore_")
 
 
 class ModelCardMixin(Trainer):
@@ -44,7 +36,7 @@ class ModelCardMixin(Trainer):
 
     def create_model_card(
         self,
-        language: str | list[str] | None = None,
+        language: str | None = None,
         license: str | None = None,
         tags: str | list[str] | None = None,
         model_name: str | None = None,
@@ -58,7 +50,7 @@ class ModelCardMixin(Trainer):
         losses into `.eval_results`, from where the Hub reads them.
 
         Args:
-            language: of the text, ISO codes.
+            language: of the text, its ISO code.
             license: of the weights; None: the card says that none is stated.
             tags: of the Hub, beside the package's.
             model_name: by which the card loads the model; default: `hub_model_id`, or the output folder's name.
@@ -92,13 +84,12 @@ class ModelCardMixin(Trainer):
             write_eval_results(folder, hub_dataset, task(model), metrics)
 
     def _training(self, dataset: str | list[str] | None, hub_dataset: str | None) -> Training:
-        data = (
-            ", ".join([dataset] if isinstance(dataset, str) else dataset or []) or hub_dataset or self._describe_data()
-        )
+        words = [dataset] if isinstance(dataset, str) else dataset or []
+        data = ", ".join(words) or hub_dataset or self._describe_data()
         steps = f"{self.state.global_step:,} steps of {self._train_batch_size * self.args.world_size} sequences"
         accumulated = self.args.gradient_accumulation_steps
         steps += f", {accumulated} such batches each" if accumulated > 1 else ""
-        text = f"On {data} by `{type(self).__name__}`: {self.card_method()}; {steps}."
+        text = f"On {data}. Trained by `{type(self).__name__}`: {self.card_method()}; {steps}."
         return Training(text, said_arguments(self.args), self.card_papers, hub_dataset)
 
     def _describe_data(self) -> str:
@@ -151,10 +142,9 @@ def said_arguments(args: TrainingArguments) -> dict[str, Any]:
     for f in fields(args):
         value = getattr(args, f.name)
         own = f.name not in defaults
-        changed = own or value != defaults[f.name]
-        if f.init and (f.name in always or changed) and not f.name.startswith(_UNSAID) and value not in (None, ""):
-            if isinstance(value, int | float | str | Enum):  # others are Trainer's own bookkeeping
-                said[f.name] = value.value if isinstance(value, Enum) else value
+        wanted = f.init and (own or f.name in always or value != defaults[f.name]) and not f.name.startswith(_UNSAID)
+        if wanted and value != "" and isinstance(value, int | float | str | Enum):  # others are Trainer's bookkeeping
+            said[f.name] = value.value if isinstance(value, Enum) else value
     return said
 
 
