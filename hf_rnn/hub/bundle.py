@@ -279,6 +279,11 @@ def bundle(folder: str | Path) -> Path:
         raise ValueError(f"checkpoint: expected a model of hf_rnn, got model_type {model_type!r}")
     if is_coded(config):
         raise ValueError(f"checkpoint: the weights in {folder} are coded, and only hf_rnn reads them: no bundle helps")
+    return write_bundle(CONFIG_MAPPING[model_type], folder)  # type: ignore[arg-type]
+
+
+def write_bundle(config_class: type[RecurrentConfig], folder: str | Path) -> Path:
+    """Write an architecture's `modeling_hf_rnn.py`; returns where."""
     target = Path(folder) / FILE_NAME
-    target.write_text(bundle_source(CONFIG_MAPPING[model_type]))  # type: ignore[arg-type]
+    target.write_text(bundle_source(config_class))
     return target

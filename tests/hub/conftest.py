@@ -8,6 +8,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from hub.fake_hub import FakeHub
 
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
@@ -38,14 +39,26 @@ def bare_python(tmp_path_factory):
     return run
 
 
-def run_python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """The same where the package is installed."""
-    caches = {"HF_HOME": str(cwd / "home"), "HF_MODULES_CACHE": str(cwd / "modules")}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=cwd,
-        env=os.environ | THREADS | caches | environment,
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+@pytest.fixture(scope="session")
+def python():
+    """`run(code, cwd, **environment)` where the package is installed."""
+
+    def run(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+        caches = {"HF_HOME": str(cwd / "home"), "HF_MODULES_CACHE": str(cwd / "modules")}
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=cwd,
+            env=os.environ | THREADS | caches | environment,
+            capture_output=True,
+            text=True,
+            timeout=250,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def fake_hub():
+    with FakeHub() as hub:
+        yield hub
+        assert not hub.unhandled, hub.unhandled
