@@ -34,7 +34,7 @@ def bare_python(tmp_path_factory):
             timeout=250,
         )
 
-    absent = run("import transformers, hf_rnn", folder)
+    absent = run("import hf_rnn", folder)
     assert "No module named 'hf_rnn'" in absent.stderr, absent.stderr
     return run
 

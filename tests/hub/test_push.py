@@ -119,6 +119,12 @@ ALONE = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 
+for arguments in ({"trust_remote_code": True}, {}):
+    try:
+        AutoModelForCausalLM.from_pretrained("me/coded" if arguments else "me/model", **arguments)
+    except (ImportError, ValueError) as error:
+        print("REFUSED", str(error).replace(chr(10), " "))
+
 model = AutoModelForCausalLM.from_pretrained("me/model", trust_remote_code=True)
 both = dict(revision="second", code_revision="second")
 pinned = AutoModelForCausalLM.from_pretrained("me/model", **both, trust_remote_code=True)
@@ -129,11 +135,6 @@ assert model.generate(ids, max_new_tokens=5).shape == (1, 14)
 for name in ("trained", "zo"):
     AutoModelForCausalLM.from_pretrained("me/" + name, trust_remote_code=True)(ids, labels=ids).loss.backward()
 assert not any(name.startswith("hf_rnn") for name in sys.modules)
-for arguments in ({"trust_remote_code": True}, {}):
-    try:
-        AutoModelForCausalLM.from_pretrained("me/coded" if arguments else "me/model", **arguments)
-    except (ImportError, ValueError) as error:
-        print("REFUSED", str(error).replace(chr(10), " "))
 """
 
 
