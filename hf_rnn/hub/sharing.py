@@ -60,7 +60,7 @@ def prepare(folder: str | Path, repository: str, licence: str | None = None) -> 
         ValueError, OSError: no whole checkpoint, with what is missing or broken.
     """
     folder = Path(folder)
-    read_config(folder)
+    config = read_config(folder)
     damaged = find_damaged_file(folder)
     if damaged != folder:
         raise ValueError(f"weights: {damaged} cannot be read; copy the file again")
@@ -70,7 +70,7 @@ def prepare(folder: str | Path, repository: str, licence: str | None = None) -> 
     write_code(folder)
     card = folder / "README.md"
     if not card.exists():
-        make_card(repository, model, licence=licence).save(card)
+        make_card(repository, model, licence=licence, coded=is_coded(config)).save(card)
     check_card(card)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return [name for name in names if _matches(name, UPLOADED) and not _matches(name, NOT_UPLOADED)]

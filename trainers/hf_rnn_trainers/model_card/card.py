@@ -35,6 +35,15 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 print(model(**tokenizer("The text", return_tensors="pt")).last_hidden_state)""",
 }
 
+_NOTE = (
+    "Without the package, more slowly: `from_pretrained(..., trust_remote_code=True)`, where the checkpoint has been "
+    "pushed, or bundled (`hf-rnn bundle`)."
+)
+_NOTE_CODED = (
+    "The weights are coded: without `import hf_rnn` transformers cannot read them. It then warns of an unknown "
+    "quantization type, `hf_rnn_coded`, and starts from random weights, unless the model is one of hf_rnn's own."
+)
+
 
 @dataclass
 class Training:
@@ -112,6 +121,7 @@ def make_card(
     tags: Iterable[str] = (),
     base_model: str | None = None,
     processes: int = 1,
+    coded: bool = False,
 ) -> ModelCard:
     """The card of a checkpoint.
 
@@ -124,6 +134,7 @@ def make_card(
         tags: beside those by which the Hub finds the package's models.
         base_model: what it was fine-tuned from, on the Hub.
         processes: that trained it.
+        coded: whether its weights are those of `hf_rnn.save_compressed`.
 
     Raises:
         ValueError: metadata that the Hub does not take.
@@ -141,24 +152,53 @@ def make_card(
     )
     snippet = _SNIPPETS[what].format(name=name)
     where = f"{processes} processes, each on " if processes > 1 else ""
+    return render(
+        data,
+        name.rstrip("/").split("/")[-1],
+        known,
+        f"{known.name} for {what.replace('-', ' ')}: {model.num_parameters():,} parameters, a vocabulary of "
+        f"{model.config.get_text_config().vocab_size:,} tokens.",
+        f"# pip install hf-rnn\nimport hf_rnn\n{snippet}" if ours or coded else snippet,
+        _NOTE_CODED if coded else _NOTE if ours else "",
+        training,
+        evaluations,
+        where + hardware(),
+        installed_versions(),
+        limits(training),
+        f"{CODE_LICENCE} Weights: {licence or 'no licence is stated here; ask who shared them'}.",
+    )
+
+
+def render(
+    data: ModelCardData,
+    title: str,
+    architecture: Architecture,
+    summary: str,
+    snippet: str,
+    note: str,
+    training: Training,
+    evaluations: Sequence[Evaluation],
+    hardware: str,
+    versions: dict[str, str],
+    limits: str,
+    licence: str,
+) -> ModelCard:
+    """Fill in the template: metadata, then the sections in the order of the arguments, then what is to be cited."""
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        name=name.rstrip("/").split("/")[-1],
-        summary=f"{known.name} for {what.replace('-', ' ')}: {model.num_parameters():,} parameters, a vocabulary of "
-        f"{model.config.get_text_config().vocab_size:,} tokens.",
-        equations=known.equations,
-        snippet=("# pip install hf-rnn\nimport hf_rnn\n" if ours else "") + snippet,
-        note=ours
-        and "Without the package, more slowly: `from_pretrained(..., trust_remote_code=True)`, where the "
-        "checkpoint has been bundled (`hf-rnn bundle`) or pushed.",
+        name=title,
+        summary=summary,
+        equations=architecture.equations,
+        snippet=snippet,
+        note=note,
         training=training,
         evaluations=evaluations,
-        hardware=where + hardware(),
-        versions=installed_versions(),
-        limits=limits(training),
-        licence=f"{CODE_LICENCE} Weights: {licence or 'no licence is stated here; ask who shared them'}.",
-        citations=citations([*known.papers, *training.papers]),
+        hardware=hardware,
+        versions=versions,
+        limits=limits,
+        licence=licence,
+        citations=citations([*architecture.papers, *training.papers]),
     )
 
 
