@@ -13,17 +13,13 @@ import hf_rnn
 from hf_rnn.hub.bundle import bundle, bundle_source
 
 CASES = {
-    "gru": {},
-    "gru heads": {"num_heads": 2, "residual": False, "conv_kernel": 0, "feed_forward_factor": 0},
+    "gru": {"num_heads": 2},
     "lstm": {"tie_word_embeddings": True},
-    "lstm heads": {"num_heads": 4, "learned_initial_state": False},
     "mingru": {"expansion_factor": 1.5},
-    "minlstm": {},
-    "minlstm plain": {"normalize_gates": False, "use_g": False},
+    "minlstm": {"normalize_gates": False, "learned_initial_state": False},
     "xlstm": {"num_heads": 2},
     "xlstm neurips": {"num_heads": 2, "block_layout": "neurips", "slstm_at": [1]},
     "memoryrnn": {"num_memory_tokens": 3},
-    "memoryrnn gru": {"num_memory_tokens": 2, "updater": "gru", "num_hidden_layers": 1},
 }
 # What both processes run: `folder` to tensors
 COMPUTE = """
