@@ -27,6 +27,7 @@ def bare_python(tmp_path_factory):
         caches = {"HF_HOME": str(cwd / "home"), "HF_MODULES_CACHE": str(cwd / "modules")}
         return subprocess.run(
             [str(folder / "bin" / "python"), "-c", code],
+            stdin=subprocess.DEVNULL,
             cwd=cwd,
             env=kept | THREADS | caches | environment,
             capture_output=True,
@@ -47,6 +48,7 @@ def python():
         caches = {"HF_HOME": str(cwd / "home"), "HF_MODULES_CACHE": str(cwd / "modules")}
         return subprocess.run(
             [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL,
             cwd=cwd,
             env=os.environ | THREADS | caches | environment,
             capture_output=True,
