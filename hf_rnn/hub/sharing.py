@@ -1,5 +1,7 @@
 """What a checkpoint's folder needs before it is shared, and its upload."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -99,9 +101,12 @@ def push(
         ValueError: the folder is no whole checkpoint; nothing has been uploaded.
         OSError: the Hub refused, with what it said.
     """
-    prepare(folder, repository, licence)
     api = HfApi()
-    try:
+    if "/" not in repository:  # one's own, by the name that the card is to load
+        with _refusals_told(repository):
+            repository = f"{api.whoami()['name']}/{repository}"
+    prepare(folder, repository, licence)
+    with _refusals_told(repository):
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
@@ -113,8 +118,15 @@ def push(
             allow_patterns=UPLOADED,
             ignore_patterns=NOT_UPLOADED,
         )
+    return f"{api.endpoint}/{repository}"
+
+
+@contextmanager
+def _refusals_told(repository: str) -> Iterator[None]:
+    """OSError with the Hub's own words."""
+    try:
+        yield
     except HfHubHTTPError as error:
         raise OSError(f"{repository}: the Hub refused: {error}") from error
     except RuntimeError as error:  # how huggingface_hub tells of a file that failed to upload
         raise OSError(f"{repository}: the upload failed: {error}; {error.__cause__ or 'try again'}") from error
-    return f"{api.endpoint}/{repository}"

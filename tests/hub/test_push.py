@@ -12,7 +12,8 @@ import contextlib, io, json, os, urllib.request
 import torch, hf_rnn
 from pathlib import Path
 from huggingface_hub import HfApi, ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import TrainingArguments, default_data_collator
 from hf_rnn.cli.main import main
 
 def small(stem):
@@ -55,6 +56,10 @@ print(hf_rnn.save_compressed(coded, "coded", step=2**-8))
 coded.save_pretrained("plain")
 tokenizer.save_pretrained("coded")
 assert main(["push", "coded", "coded", "--private"]) == 0
+gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=61, n_positions=32))
+hf_rnn.save_compressed(gpt2, "gpt2", step=2**-8)
+gpt2.save_pretrained("plain-gpt2")
+assert main(["push", "gpt2", "gpt2"]) == 0
 
 folder = Path("folder")
 small("MemoryRNN").save_pretrained(folder)
@@ -101,9 +106,10 @@ def same(a, b):
 for name, local, revision in [
     ("model", "first", None), ("model", "second", "second"), ("model", "first", first),
     ("trained", "trained", None), ("zo", "zo", None), ("coded", "plain", None), ("folder", "folder", "v1"),
+    ("gpt2", "plain-gpt2", None),
 ]:
     fetched = AutoModelForCausalLM.from_pretrained("me/" + name, revision=revision)
-    assert type(fetched).__module__.startswith("hf_rnn."), type(fetched)
+    assert type(fetched).__module__.startswith(("hf_rnn.", "transformers.models.")), type(fetched)
     assert same(fetched, type(fetched).from_pretrained(local)), (name, revision)
     print("SAME", name)
 replayed = hf_rnn.ZOTrainer.replay("base", "me/zo")
@@ -116,9 +122,9 @@ ALONE = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 
-for arguments in ({"trust_remote_code": True}, {}):
+for name, trusted in (("coded", True), ("gpt2", None), ("model", None)):
     try:
-        AutoModelForCausalLM.from_pretrained("me/coded" if arguments else "me/model", **arguments)
+        AutoModelForCausalLM.from_pretrained("me/" + name, trust_remote_code=trusted)
     except (ImportError, ValueError) as error:
         print("REFUSED", str(error).replace(chr(10), " "))
 
@@ -163,6 +169,7 @@ def test_weights_and_code_are_those_of_the_folder(pushed, fake_hub):
         files = fake_hub.files(f"me/{name}", revision)
         assert files["model.safetensors"] == (folder / local / "model.safetensors").read_bytes()
         assert b"Made from the sources of hf-rnn" in files["modeling_hf_rnn.py"]
+    assert "refuses them elsewhere" in fake_hub.files("me/gpt2")["README.md"].decode()
     coded = fake_hub.files("me/coded")
     assert b"from hf_rnn import" in coded["modeling_hf_rnn.py"], "coded weights need the package, as this says"
     assert all(name.endswith(".coded") for name in load(coded["model.safetensors"]))
@@ -199,14 +206,15 @@ def test_cards(pushed, fake_hub):
 def test_what_comes_back(pushed):
     """From the Hub, at a branch and at a commit, bit for bit; the replayed run and the card's snippet as well."""
     _, output = pushed
-    assert output.count("SAME ") == 7 and "SNIPPET The " in output
+    assert output.count("SAME ") == 8 and "SNIPPET The " in output
 
 
 def test_without_the_package(pushed, fake_hub, bare_python, tmp_path):
     result = bare_python(ALONE, tmp_path, **fake_hub.environment)
     assert result.returncode == 0, result.stderr[-3000:]
-    coded, unasked = [line for line in result.stdout.splitlines() if "REFUSED" in line]
+    coded, gpt2, unasked = [line for line in result.stdout.splitlines() if "REFUSED" in line]
     assert "hf_rnn. Run `pip install hf_rnn`" in coded
+    assert "`pip install hf-rnn`, then `import hf_rnn`" in gpt2, "not random weights with a warning"
     assert "trust_remote_code" in unasked
 
 

@@ -39,10 +39,7 @@ _NOTE = (
     "Without the package, more slowly: `from_pretrained(..., trust_remote_code=True)`, where the checkpoint has been "
     "pushed, or bundled (`hf-rnn bundle`)."
 )
-_NOTE_CODED = (
-    "The weights are coded: without `import hf_rnn` transformers cannot read them. It then warns of an unknown "
-    "quantization type, `hf_rnn_coded`, and starts from random weights, unless the model is one of hf_rnn's own."
-)
+_NOTE_CODED = "The weights are coded: transformers reads them where hf_rnn is imported, and refuses them elsewhere."
 
 
 @dataclass
