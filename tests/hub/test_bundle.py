@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import hf_rnn
+from hf_rnn.cli.main import main
 from hf_rnn.hub.bundle import bundle, bundle_source
 
 CASES = {
@@ -135,3 +136,12 @@ def test_refuses_what_it_cannot_bundle(tmp_path):
     hf_rnn.save_compressed(model, tmp_path / "coded", step=2**-8)
     with pytest.raises(ValueError, match="only hf_rnn reads them"):
         bundle(tmp_path / "coded")
+
+
+def test_command(tmp_path, capsys):
+    hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(hidden_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
+    assert "from hf_rnn import" in (tmp_path / "modeling_hf_rnn.py").read_text()
+    assert main(["bundle", str(tmp_path)]) == 0
+    assert (tmp_path / "modeling_hf_rnn.py").read_text() == bundle_source(hf_rnn.GRUConfig)
+    assert main(["bundle", str(tmp_path / "nowhere")]) == 1
+    assert "config.json" in capsys.readouterr().err
