@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 # Two at a time, with threads that do not spin while others wait for a core
 PYTEST = HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow lint bench setup clean
+.PHONY: demo test test-slow lint bench model-cards setup clean
 
 setup: $(STAMP)
 
@@ -53,6 +53,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/memory_language.py
 	$(BIN)/python benchmarks/rate_constrained.py
 	$(BIN)/python benchmarks/coding.py
+
+# A card per architecture from the committed results.
+model-cards: $(STAMP)
+	$(BIN)/python benchmarks/model_cards.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -22,6 +22,7 @@ from hf_rnn.cli.train import DataArguments, TrainArguments, train
 
 ARCHITECTURES = ["MinGRU", "MinLSTM", "GRU", "LSTM"]
 SETTINGS = dict(hidden_size=256, num_hidden_layers=3, feed_forward_factor=0)
+LEARNING_RATE, BATCH, BLOCK = 4e-3, 8, 256
 
 
 def parameters(name: str, channels: int) -> int:
@@ -34,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a text file; default: CPython's documentation")
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--learning_rate", type=float, default=4e-3)
+    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     options = parser.parse_args()
     text = Path(options.data).read_text(encoding="utf-8") if options.data else "\n\n".join(topics.values())
     target, results = parameters("MinGRU", 512), {}
@@ -44,10 +45,10 @@ def main() -> None:
         config = getattr(hf_rnn, f"{name}Config")(**SETTINGS, expansion_factor=channels / SETTINGS["hidden_size"])
         model = getattr(hf_rnn, f"{name}ForCausalLM")(config)
         with tempfile.TemporaryDirectory() as folder:
-            data = DataArguments(data=options.data or "pydoc_data.topics", block_size=256)
+            data = DataArguments(data=options.data or "pydoc_data.topics", block_size=BLOCK)
             arguments = TrainArguments(
                 output_dir=folder,
-                per_device_train_batch_size=8,
+                per_device_train_batch_size=BATCH,
                 learning_rate=options.learning_rate,
                 max_steps=options.steps,
                 logging_steps=100,

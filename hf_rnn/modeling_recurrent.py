@@ -138,6 +138,20 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)
         write_remote_code(self.config, save_directory)
 
+    def write_code(self, folder: str) -> None:
+        """Write the code by which a checkpoint of this model in `folder` loads without this package."""
+        from hf_rnn.hub.bundle import write_bundle
+
+        write_bundle(type(self.config), folder)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, token=None, **kwargs):
+        """As transformers', to which every push comes: with the code and, where the repository has none, a card."""
+        from hf_rnn.hub.sharing import write_first_card
+
+        self.write_code(working_dir)
+        write_first_card(self, working_dir, repo_id, token)
+        return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
+
 
 class RecurrentModel(RecurrentPreTrainedModel):
     """Embedding, blocks and final norm.

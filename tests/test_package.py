@@ -95,7 +95,7 @@ def test_the_wheel_holds_three_packages(tmp_path):
     (wheel,) = tmp_path.glob("hf_rnn-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"hf_rnn", "hf_rnn_kernels", "hf_rnn_trainers"}
-    assert "hf_rnn/hub/model_card_template.md" in names and "hf_rnn/py.typed" in names
+    assert "hf_rnn_trainers/model_card/template.md" in names and "hf_rnn/py.typed" in names
 
 
 def test_unknown_gates_and_public_names():

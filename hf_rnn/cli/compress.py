@@ -4,31 +4,14 @@ import argparse
 from pathlib import Path
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
 
-import hf_rnn
 from hf_rnn.cli.data import read_documents, tokenize
 from hf_rnn.compression.checkpoint import save_compressed
 from hf_rnn.evaluation import stream_loss
+from hf_rnn.hub.loading import load
 from hf_rnn_kernels.coding import CODERS
-
-
-def load(checkpoint: str) -> PreTrainedModel:
-    """The model as what it was saved as.
-
-    Raises:
-        ValueError: its class is neither transformers' nor the package's, or weights are missing.
-    """
-    name = (AutoConfig.from_pretrained(checkpoint).architectures or ["none"])[0]
-    model_class = getattr(transformers, name, None) or getattr(hf_rnn, name, None)
-    if model_class is None:
-        raise ValueError(f"checkpoint: its class {name} is not known here; use hf_rnn.save_compressed")
-    model, info = model_class.from_pretrained(checkpoint, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"checkpoint: {checkpoint} lacks {sorted(info['missing_keys'])[:3]}")
-    return model
 
 
 def main(argv: list[str]) -> None:

@@ -8,6 +8,8 @@ COMMANDS = {
     "eval": "bits per byte of a checkpoint on a text",
     "compress": "quantise a checkpoint and code it in few bits; it loads like any other",
     "inspect": "a table of a checkpoint's tensors: shape, nu, bits, zeros",
+    "bundle": "write a checkpoint's code into its folder: it then loads without this package",
+    "push": "check a checkpoint's folder and upload it to the Hub",
     "convert": "an xLSTM checkpoint from or to transformers' own xlstm, or the xlstm package's",
 }
 
@@ -36,6 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         from hf_rnn.cli.compress import main as command
     elif argv[0] == "inspect":
         from hf_rnn.cli.inspect import main as command
+    elif argv[0] == "bundle":
+        from hf_rnn.cli.bundle import main as command
+    elif argv[0] == "push":
+        from hf_rnn.cli.push import main as command
     else:
         from hf_rnn.cli.convert import main as command
     try:

@@ -37,7 +37,6 @@ from hf_rnn import (
 from hf_rnn.cli.data import blocks, read_documents, tokenize
 from hf_rnn.cli.plot import plot_losses
 from hf_rnn.evaluation import bits_per_byte
-from hf_rnn.hub.model_card import write_model_card
 
 ARCHITECTURES = ["gru", "lstm", "memory", "mingru", "minlstm", "xlstm"]
 
@@ -256,13 +255,23 @@ def train(
     )
     resume = arguments.resume_from_checkpoint
     metrics = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume).metrics
-    trainer.save_model()
+    if not arguments.push_to_hub:  # else the push at the end saves
+        trainer.save_model()
     if len(held_out) > 1:
         num_bytes = len(str(tokenizer.decode(held_out[1:], skip_special_tokens=True)).encode())
         metrics["bits_per_byte"] = bits_per_byte(model, held_out, max(num_bytes, 1))
+        trainer.log({"eval_bits_per_byte": metrics["bits_per_byte"]})
     if trainer.is_world_process_zero():
         plot_losses(trainer.state.log_history, folder / "loss.png")
-        write_model_card(model, tokenizer, folder, data, arguments, metrics)
+    local = Path(data.data).exists()
+    words = f"{Path(data.data).name if local else data.data} in sequences of {data.block_size} tokens, the last "
+    about: dict[str, Any] = dict(
+        dataset=f"{words}{100 * data.held_out:g}% held out", dataset_tags=None if local else data.data
+    )
+    if arguments.push_to_hub:
+        trainer.push_to_hub(**about)
+    else:
+        trainer.create_model_card(**about)
     return metrics
 
 

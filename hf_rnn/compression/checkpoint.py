@@ -1,5 +1,6 @@
 """Writing a model as quantised, entropy-coded tensors in ordinary safetensors shards."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_rnn.compression.quantizer import SUFFIX, CodedConfig, CodedQuantizer
+from hf_rnn.compression.quantizer import SUFFIX, UNREADABLE, CodedConfig, CodedQuantizer
 from hf_rnn.compression.search import choose_exponents, coded_parameters
 from hf_rnn_kernels.coding import CODERS, check_range, dequantize, encode_tensor, quantize, store_tensor
 
@@ -123,4 +124,7 @@ def save_compressed(
         model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)
     finally:
         del model.hf_quantizer, model.config.quantization_config
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text()) | {"transformers_weights": UNREADABLE}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return result

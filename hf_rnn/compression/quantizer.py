@@ -15,6 +15,9 @@ from hf_rnn_kernels.coding import CorruptPayloadError, decode_tensor
 
 METHOD = "hf_rnn_coded"
 SUFFIX = ".coded"  # of a coded tensor's name in a checkpoint
+# In config.json in the place of a file's name: where this module is not imported, transformers refuses it and shows it.
+# Else it would only warn of an unknown quantization, and start from random weights.
+UNREADABLE = "weights coded by hf_rnn: `pip install hf-rnn`, then `import hf_rnn` before from_pretrained"
 
 
 @register_quantization_config(METHOD)
@@ -83,6 +86,12 @@ class CodedQuantizer(HfQuantizer):
         model._weight_conversions = []  # type: ignore[assignment]  # saved again, it is stored plainly
         self.remove_quantization_config(model)
         return model
+
+    def update_attn_implementation(self, config):
+        """The one hook with the config before files are looked for: they have their usual names."""
+        if getattr(config, "transformers_weights", None) == UNREADABLE:
+            del config.transformers_weights
+        return config
 
     def _missing(self, model: PreTrainedModel) -> list[str]:
         """What the checkpoint should have and this model wants, by its name with or without the backbone's prefix."""

@@ -3,7 +3,7 @@
 Every other backend is tested against this file in float64. It is also what runs where no compiled backend applies
 (no numba, no Triton, float64), so it loops over time with a dozen torch calls a step.
 
-A new cell is two functions, one step forward and one step back, and an entry in CELLS.
+A new cell is two functions, one step forward and one step back, and their entries in CELLS and STEPS_BACK.
 """
 
 from collections.abc import Callable, Sequence
@@ -102,14 +102,10 @@ class Cell(NamedTuple):
     gates: int  # pre-activations of a unit
     states: int  # tensors of state, h the first
     step: Callable
-    step_back: Callable
 
 
-CELLS = {
-    "lstm": Cell(4, 2, lstm_step, lstm_step_back),
-    "gru": Cell(3, 1, gru_step, gru_step_back),
-    "slstm": Cell(4, 4, slstm_step, slstm_step_back),
-}
+CELLS = {"lstm": Cell(4, 2, lstm_step), "gru": Cell(3, 1, gru_step), "slstm": Cell(4, 4, slstm_step)}
+STEPS_BACK = {"lstm": lstm_step_back, "gru": gru_step_back, "slstm": slstm_step_back}
 
 
 def _recurrent(
@@ -125,7 +121,14 @@ def _recurrent(
     return (product if bias is None else product + bias).unflatten(2, (gates, -1))
 
 
-def _prepare(cell: str, x: Tensor, weight: Tensor, bias: Tensor | None, states: list[Tensor], mask: Tensor | None):
+def _prepare(
+    cell: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: list[Tensor],
+    mask: Tensor | None,
+):
     """Everything in the dtype of the state and split into heads."""
     dtype, heads, size = state_dtype(x), weight.shape[0], weight.shape[2]
     x = x.to(dtype).unflatten(2, (heads, CELLS[cell].gates, size))
@@ -212,7 +215,7 @@ def scan_backward(
         after = tuple(s[:, t] for s in every)
         recurrent = _recurrent(before[0], weight, bias, CELLS[cell].gates)
         grads = (carry[0] + grad[:, t], *carry[1:])
-        dx, d_recurrent, passed = CELLS[cell].step_back(x[:, t], recurrent, before, after, grads)
+        dx, d_recurrent, passed = STEPS_BACK[cell](x[:, t], recurrent, before, after, grads)
         if real is not None:
             dx, d_recurrent = (d.where(real[:, t, ..., None], 0.0) for d in (dx, d_recurrent))
             passed = tuple(a.where(real[:, t], b) for a, b in zip(passed, grads, strict=True))

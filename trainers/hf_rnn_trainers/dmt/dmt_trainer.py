@@ -62,6 +62,9 @@ class DMTTrainer(MemoryTrainer):
 
     config_class = DMTConfig
 
+    def card_method(self) -> str:
+        return "DAgger Memory Training (its own rollouts, pulled back to the memories of a transformer, in `teacher`)"
+
     def new_teacher(self) -> SMTTeacher:
         raise ValueError("teacher: expected the one that trained the student, or the folder that SMTTrainer saved")
 

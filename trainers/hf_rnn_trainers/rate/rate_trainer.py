@@ -19,6 +19,11 @@ class RateConstrainedTrainer(RecurrentTrainer):
         others: Trainer's; the model may be any of transformers', or one with adapters of PEFT.
     """
 
+    card_papers = ("wu2025backslash",)
+
+    def card_method(self) -> str:
+        return "backpropagation through time with a rate term (weights pulled towards what costs few bits; `rate.png`)"
+
     def __init__(self, model: Any = None, args: RateConstrainedConfig | None = None, callbacks=None, **options: Any):
         args = RateConstrainedConfig() if args is None else args
         if not isinstance(args, RateConstrainedConfig):

@@ -54,6 +54,7 @@ class MemoryTrainer(RecurrentTrainer, ABC):
     model: Any
     state: Any
     config_class: type[MemoryTrainingConfig]
+    card_papers = ("kumar2026smt",)
 
     def __init__(self, model=None, args=None, teacher: SMTTeacher | str | Path | None = None, **kwargs):
         if not isinstance(args, self.config_class):

@@ -83,6 +83,9 @@ class SMTTrainer(MemoryTrainer):
 
     config_class = SMTConfig
 
+    def card_method(self) -> str:
+        return "Supervised Memory Training (one step at a time, from the memories of a transformer, in `teacher`)"
+
     def new_teacher(self) -> SMTTeacher:
         args, settings = self.args, {}
         if args.teacher_hidden_size is not None:

@@ -59,6 +59,7 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
     args: ZOConfig
     model: Any
     optimizer: Any
+    card_papers = ("chaubard2025zero",)
 
     def __init__(self, model=None, args: ZOConfig | None = None, **kwargs):
         if not isinstance(args, ZOConfig):
@@ -75,6 +76,14 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
         self._log: ReplayLog | None = None
         self._norm = 0.0
         self._seen = self._zeros = self._dropped = 0  # directions since the last log
+
+    def card_method(self) -> str:
+        args = self.args
+        log = f"; {replay_log.NAME} rebuilds the weights from those before training" if args.replay_log else ""
+        return (
+            f"zero-order estimates ({args.estimator}, {args.num_directions} {args.directions} directions, epsilon "
+            f"{args.epsilon:g}{log})"
+        )
 
     def _refuse(self) -> None:
         args, trained = self.args, [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

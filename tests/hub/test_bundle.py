@@ -1,0 +1,147 @@
+"""A bundled checkpoint in a virtual environment without the package: the same outputs, tokens and gradients."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, relative_error
+from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+import hf_rnn
+from hf_rnn.cli.main import main
+from hf_rnn.hub.bundle import bundle, bundle_source
+
+CASES = {
+    "gru": {"num_heads": 2},
+    "lstm": {"tie_word_embeddings": True},
+    "mingru": {"expansion_factor": 1.5},
+    "minlstm": {"normalize_gates": False, "learned_initial_state": False},
+    "xlstm": {"num_heads": 2},
+    "xlstm neurips": {"num_heads": 2, "block_layout": "neurips", "slstm_at": [1]},
+    "memoryrnn": {"num_memory_tokens": 3},
+}
+# What both processes run: `folder` to tensors
+COMPUTE = """
+def compute(folder, causal, classifier, base):
+    ids = torch.randint(0, 58, (3, 17), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :5], mask[2, -3:] = 0, 0
+    positions = torch.cat([torch.arange(9), torch.arange(8)])[None]
+    results = {"greedy": causal.generate(ids[:2], attention_mask=mask[:2], max_new_tokens=20, do_sample=False)}
+    results["beams"] = causal.generate(ids[:2], max_new_tokens=8, do_sample=False, num_beams=3)
+    with torch.no_grad():
+        results["logits"] = causal(ids, attention_mask=mask).logits * mask[..., None]
+        results["packed"] = causal(ids[:1], position_ids=positions).logits
+        first = causal(ids[:, :7], use_cache=True)
+        results["split"] = causal(ids[:, 7:], past_key_values=first.past_key_values).logits
+        results["hidden"] = base(ids).last_hidden_state
+        results["score"] = classifier(ids, attention_mask=mask).logits
+    loss = causal.train()(ids, attention_mask=mask, labels=ids.where(mask > 0, -100)).loss
+    loss.backward()
+    results["loss"] = loss.detach()
+    results |= {f"gradient of {name}": p.grad for name, p in causal.named_parameters()}
+    return {name: x.contiguous() for name, x in results.items()}
+"""
+ALONE = """
+import sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+{compute}
+for case in {cases!r}:
+    model = AutoModelForCausalLM.from_pretrained(case, trust_remote_code=True)
+    base = AutoModel.from_pretrained(case, trust_remote_code=True)
+    classifier = AutoModelForSequenceClassification.from_pretrained(case + "-score", trust_remote_code=True)
+    save_file(compute(case, model, classifier, base), case + ".safetensors")
+    model.save_pretrained(case + "-again")
+    assert not any(name.split(".")[0] in ("hf_rnn", "hf_rnn_kernels", "numba") for name in sys.modules)
+"""
+namespace: dict = {"torch": torch}
+exec(COMPUTE, namespace)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, bare_python):
+    """Every case computed with the package and by its bundle alone, in one process each."""
+    folder = tmp_path_factory.mktemp("bundles")
+    for case, settings in CASES.items():
+        config_class, causal_class, classifier_class = ARCHITECTURES[case.split()[0]]
+        base = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, initializer_range=0.3)
+        tokens = dict(pad_token_id=58, bos_token_id=59, eos_token_id=60, num_labels=3)
+        torch.manual_seed(0)
+        config = config_class(**base | tokens | settings)
+        causal, classifier = causal_class(config).eval(), classifier_class(config).eval()
+        with torch.no_grad():
+            for name, parameter in causal.named_parameters():
+                if "initial_state" in name or "bias" in name:
+                    parameter.normal_()
+        for model, suffix in ((causal, ""), (classifier, "-score")):
+            model.save_pretrained(folder / (case + suffix))
+            bundle(folder / (case + suffix))
+        save_file(namespace["compute"](None, causal, classifier, causal.model), folder / f"{case}-package.safetensors")
+    result = bare_python(ALONE.format(compute=COMPUTE, cases=list(CASES)), folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_as_with_the_package(case, results):
+    expected, alone = load_file(results / f"{case}-package.safetensors"), load_file(results / f"{case}.safetensors")
+    assert expected.keys() == alone.keys()
+    for name in ("greedy", "beams"):
+        assert torch.equal(alone[name], expected[name]), name
+    for name in expected.keys() - {"greedy", "beams"}:
+        assert relative_error(alone[name], expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_saved_again_it_is_whole(case, results):
+    """What the bundle saves is the same checkpoint, its code included."""
+    for name in ("config.json", "model.safetensors", "modeling_hf_rnn.py"):
+        before, after = ((results / folder / name).read_bytes() for folder in (case, f"{case}-again"))
+        assert before == after, name
+
+
+@pytest.mark.parametrize("stem", ["GRU", "LSTM", "MemoryRNN", "MinGRU", "MinLSTM", "XLSTM"])
+def test_reads_like_code(stem, tmp_path):
+    """No name undefined, none imported in vain, no long lines; and nothing of the package or its compilers."""
+    text = bundle_source(getattr(hf_rnn, f"{stem}Config"))
+    (tmp_path / "bundle.py").write_text(text)
+    command = ["ruff", "check", "--isolated", "--select", "E,F,I", "--line-length", "120", "bundle.py"]
+    result = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert not {"import hf_rnn\n", "from hf_rnn", "triton", "numba", "torch.library", "custom_op"} & set(text.split())
+    assert f"hf-rnn {hf_rnn.__version__}" in text[:500] and "Apache License, Version 2.0" in text[:500]
+    assert text == bundle_source(getattr(hf_rnn, f"{stem}Config"))
+
+
+def test_beside_the_package(results):
+    """One process holds both: the package imported and the bundle's classes."""
+    folder = str(results / "mingru")
+    alone = get_class_from_dynamic_module("modeling_hf_rnn.MinGRUForCausalLM", folder).from_pretrained(folder)
+    package = hf_rnn.MinGRUForCausalLM.from_pretrained(folder)
+    assert type(alone).__module__ != type(package).__module__
+    ids = torch.arange(11)[None]
+    assert relative_error(alone(ids).logits, package(ids).logits) < 1e-5
+
+
+def test_refuses_what_it_cannot_bundle(tmp_path):
+    with pytest.raises(ValueError, match="config.json"):
+        bundle(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="gpt2"):
+        bundle(tmp_path)
+    model = hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(hidden_size=8, num_hidden_layers=1))
+    hf_rnn.save_compressed(model, tmp_path / "coded", step=2**-8)
+    with pytest.raises(ValueError, match="only hf_rnn reads them"):
+        bundle(tmp_path / "coded")
+
+
+def test_command(tmp_path, capsys):
+    hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(hidden_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
+    assert "from hf_rnn import" in (tmp_path / "modeling_hf_rnn.py").read_text()
+    assert main(["bundle", str(tmp_path)]) == 0
+    assert (tmp_path / "modeling_hf_rnn.py").read_text() == bundle_source(hf_rnn.GRUConfig)
+    assert main(["bundle", str(tmp_path / "nowhere")]) == 1
+    assert "config.json" in capsys.readouterr().err

@@ -1,0 +1,208 @@
+"""What a card holds, and how it is laid out."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from hf_rnn_trainers.model_card.papers import ARCHITECTURES, BIBTEX, Architecture
+
+TEMPLATE = Path(__file__).with_name("template.md")
+CODE_LICENCE = "The code of hf_rnn is under the Apache License, Version 2.0."
+PACKAGES = ("hf-rnn", "torch", "transformers", "accelerate", "huggingface_hub", "numba", "triton")
+
+_SNIPPETS = {
+    "text-generation": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("The ", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))""",
+    "text-classification": """from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+print(model(**tokenizer("The text", return_tensors="pt")).logits.softmax(-1))""",
+    "feature-extraction": """from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+print(model(**tokenizer("The text", return_tensors="pt")).last_hidden_state)""",
+}
+
+_NOTE = (
+    "Without the package, more slowly: `from_pretrained(..., trust_remote_code=True)`, where the checkpoint has been "
+    "pushed, or bundled (`hf-rnn bundle`)."
+)
+_NOTE_CODED = "The weights are coded: transformers reads them where hf_rnn is imported, and refuses them elsewhere."
+
+
+@dataclass
+class Training:
+    """How a model came to be.
+
+    Attributes:
+        text: data and method, in sentences.
+        arguments: the method's arguments, by name.
+        papers: keys of the method's papers in `papers.BIBTEX`.
+        dataset: where the data is a dataset on the Hub, its name there.
+    """
+
+    text: str = "How it was trained is not known here: it was shared without the trainer that trained it."
+    arguments: dict[str, Any] = field(default_factory=dict)
+    papers: tuple[str, ...] = ()
+    dataset: str | None = None
+
+
+@dataclass
+class Evaluation:
+    """A table of what was measured: rows of cells below a header, and what it is in `text`."""
+
+    title: str
+    text: str
+    header: Sequence[str]
+    rows: Iterable[Sequence[Any]]
+
+    def table(self) -> str:
+        cells = [self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join(f"| {' | '.join(_written(cell) for cell in row)} |" for row in cells)
+
+
+def _written(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+
+def task(model: PreTrainedModel) -> str:
+    """The Hub's name for what a model does."""
+    if model.can_generate():
+        return "text-generation"
+    return "text-classification" if "ForSequenceClassification" in type(model).__name__ else "feature-extraction"
+
+
+def architecture_of(model: PreTrainedModel) -> Architecture:
+    """What is known of a model's architecture; of those outside the package the name alone."""
+    return ARCHITECTURES.get(model.config.model_type) or Architecture(str(model.config.model_type), "", ())
+
+
+def citations(keys: Iterable[str]) -> str:
+    """BibTeX, each paper once."""
+    return "\n\n".join(BIBTEX[key] for key in dict.fromkeys(keys))
+
+
+def installed_versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # numba and triton are optional
+            continue
+    return versions
+
+
+def hardware() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def make_card(
+    name: str,
+    model: PreTrainedModel,
+    training: Training | None = None,
+    evaluations: Sequence[Evaluation] = (),
+    licence: str | None = None,
+    languages: str | list[str] | None = None,
+    tags: Iterable[str] = (),
+    base_model: str | None = None,
+    processes: int = 1,
+    coded: bool = False,
+) -> ModelCard:
+    """The card of a checkpoint.
+
+    Args:
+        name: by which it is loaded: on the Hub, or a folder.
+        model: a model of the package, or any other of transformers'.
+        training: how it was trained; None where nobody knows.
+        licence: of the weights, as the Hub writes it ("apache-2.0"); None: the card says that none is stated.
+        languages: of the text, as ISO codes.
+        tags: beside those by which the Hub finds the package's models.
+        base_model: what it was fine-tuned from, on the Hub.
+        processes: that trained it.
+        coded: whether its weights are those of `hf_rnn.save_compressed`.
+
+    Raises:
+        ValueError: metadata that the Hub does not take.
+    """
+    training, known, what = training or Training(), architecture_of(model), task(model)
+    ours = model.config.model_type in ARCHITECTURES
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=what,
+        license=licence,
+        language=languages,
+        base_model=base_model,
+        datasets=None if training.dataset is None else [training.dataset],
+        tags=list(dict.fromkeys([*["hf_rnn", "recurrent"] * ours, model.config.model_type, *tags])),
+    )
+    snippet = _SNIPPETS[what].format(name=name)
+    where = f"{processes} processes, each on " if processes > 1 else ""
+    return render(
+        data,
+        name.rstrip("/").split("/")[-1],
+        known,
+        f"{known.name} for {what.replace('-', ' ')}: {model.num_parameters():,} parameters, a vocabulary of "
+        f"{model.config.get_text_config().vocab_size:,} tokens.",
+        f"# pip install hf-rnn\nimport hf_rnn\n{snippet}" if ours or coded else snippet,
+        _NOTE_CODED if coded else _NOTE if ours else "",
+        training,
+        evaluations,
+        where + hardware(),
+        installed_versions(),
+        limits(training),
+        f"{CODE_LICENCE} Weights: {licence or 'no licence is stated here; ask who shared them'}.",
+    )
+
+
+def render(
+    data: ModelCardData,
+    title: str,
+    architecture: Architecture,
+    summary: str,
+    snippet: str,
+    note: str,
+    training: Training,
+    evaluations: Sequence[Evaluation],
+    hardware: str,
+    versions: dict[str, str],
+    limits: str,
+    licence: str,
+) -> ModelCard:
+    """Fill in the template: metadata, then the sections in the order of the arguments, then what is to be cited."""
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=title,
+        summary=summary,
+        equations=architecture.equations,
+        snippet=snippet,
+        note=note,
+        training=training,
+        evaluations=evaluations,
+        hardware=hardware,
+        versions=versions,
+        limits=limits,
+        licence=licence,
+        citations=citations([*architecture.papers, *training.papers]),
+    )
+
+
+def limits(training: Training) -> str:
+    """What the model is not."""
+    known = "It knows the text above alone" if training.arguments else "It knows the text it was trained on alone"
+    return (
+        f"{known}, with that text's errors and prejudices, and it says what is likely, not what is true. What the text "
+        "said long ago is kept only so far as the state holds it."
+    )

@@ -1,0 +1,159 @@
+"""Trainer's model card, replaced."""
+
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+from huggingface_hub.utils import yaml_dump
+from transformers import Trainer, TrainingArguments
+
+from hf_rnn_trainers.model_card.card import Evaluation, Training, make_card, task
+
+EVAL_RESULTS = Path(".eval_results") / "hf_rnn.yaml"
+# Arguments that say where and how often, not how
+_UNSAID = (
+    *("output_dir", "logging_", "save_", "eval_", "hub_", "push_", "report_to", "run_name", "disable_tqdm", "use_c"),
+    *("dataloader_", "resume_", "do_", "project", "trackio_", "local_rank", "load_best", "restore_", "activation_"),
+    "gradient_checkpointing",
+)
+
+
+class ModelCardMixin(Trainer):
+    """A Trainer whose `create_model_card`, by which also `push_to_hub` makes the README.md, tells of this run.
+
+    Attributes:
+        card_papers: keys of the method's papers in `papers.BIBTEX`.
+    """
+
+    args: Any
+    card_papers: tuple[str, ...] = ("werbos1990bptt",)
+
+    def card_method(self) -> str:
+        """How gradients were come by, as a part of a sentence."""
+        return "backpropagation through time"
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md into `output_dir`, and with the name of a dataset on the Hub (`dataset_tags`) the measured
+        losses into `.eval_results`, from where the Hub reads them.
+
+        Args:
+            language: of the text, its ISO code.
+            license: of the weights; None: the card says that none is stated.
+            tags: of the Hub, beside the package's.
+            model_name: by which the card loads the model; default: `hub_model_id`, or the output folder's name.
+            finetuned_from: the model on the Hub that this one started from.
+            dataset_tags: the dataset's name on the Hub.
+            dataset: the data in words.
+            tasks, dataset_args: Trainer's; not used.
+        """
+        if not self.is_world_process_zero():
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        if not hasattr(model, "config") or hasattr(model, "peft_config"):  # adapters: PEFT's card says how to load them
+            super().create_model_card(language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset)
+            return
+        folder = Path(str(self.args.output_dir))
+        metrics = final_metrics(self.state.log_history)
+        hub_dataset = dataset_tags[0] if isinstance(dataset_tags, list) else dataset_tags
+        card = make_card(
+            self.hub_model_id or model_name or folder.name,
+            model,
+            self._training(dataset, hub_dataset),
+            [Evaluation("Evaluation", self._evaluated_on(), ["measured", "value"], metrics.items())] if metrics else [],
+            license,
+            language,
+            [tags] if isinstance(tags, str) else tags or [],
+            finetuned_from,
+            self.args.world_size,
+        )
+        card.save(folder / "README.md")
+        if hub_dataset is not None:
+            write_eval_results(folder, hub_dataset, task(model), metrics)
+
+    def _training(self, dataset: str | list[str] | None, hub_dataset: str | None) -> Training:
+        words = [dataset] if isinstance(dataset, str) else dataset or []
+        data = ", ".join(words) or hub_dataset or self._describe_data()
+        steps = f"{self.state.global_step:,} steps of {self._train_batch_size * self.args.world_size} sequences"
+        accumulated = self.args.gradient_accumulation_steps
+        steps += f", {accumulated} such batches each" if accumulated > 1 else ""
+        text = f"On {data}. Trained by `{type(self).__name__}`: {self.card_method()}; {steps}."
+        return Training(text, said_arguments(self.args), self.card_papers, hub_dataset)
+
+    def _describe_data(self) -> str:
+        try:
+            return f"{len(self.train_dataset):,} sequences"  # type: ignore[arg-type]
+        except TypeError:  # a stream, or none
+            return "data that was not named"
+
+    def _evaluated_on(self) -> str:
+        return f"After {self.state.global_step:,} steps; `eval_` is on held-out data, losses are nats per token."
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is None:  # push_to_hub, which uploads what is saved here
+            self._write_code()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer's, which uploads output_dir, with card and code in it."""
+        self._write_code()
+        self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _write_code(self) -> None:
+        """By which the checkpoint loads without the package, where the model knows."""
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "write_code") and self.is_world_process_zero():
+            model.write_code(str(self.args.output_dir))
+
+
+def final_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
+    """The last value of everything measured by evaluation or at the end of training."""
+    last: dict[str, float] = {}
+    for entry in log_history:
+        last |= {name: value for name, value in entry.items() if isinstance(value, int | float)}
+    speed = ("_runtime", "_per_second", "_flos")
+    return {
+        name: float(value)
+        for name, value in last.items()
+        if (name.startswith("eval_") or name == "train_loss") and not name.endswith(speed)
+    }
+
+
+def said_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """Arguments by which another run would do the same: a method's own, and of Trainer's those that differ from its
+    defaults, with those that every run has."""
+    always = {"learning_rate", "per_device_train_batch_size", "num_train_epochs", "optim", "seed", "weight_decay"}
+    always |= {"lr_scheduler_type"}
+    defaults = {f.name: f.default for f in fields(TrainingArguments)}
+    said = {}
+    for f in fields(args):
+        value = getattr(args, f.name)
+        own = f.name not in defaults
+        wanted = f.init and (own or f.name in always or value != defaults[f.name]) and not f.name.startswith(_UNSAID)
+        if wanted and value != "" and isinstance(value, int | float | str | Enum):  # others are Trainer's bookkeeping
+            said[f.name] = value.value if isinstance(value, Enum) else value
+    return said
+
+
+def write_eval_results(folder: Path, dataset: str, what: str, metrics: dict[str, float]) -> Path:
+    """The measured values in the form that the Hub reads from a repository, huggingface_hub's `EvalResultEntry`."""
+    entries = [
+        EvalResultEntry(dataset_id=dataset, task_id=what, value=value, notes=name) for name, value in metrics.items()
+    ]
+    path = folder / EVAL_RESULTS
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml_dump(eval_result_entries_to_yaml(entries)))
+    return path
