@@ -9,7 +9,8 @@ from hf_rnn_trainers.reliability.signals import SaveOnSignal
 class RecurrentTrainer(NonFiniteGuard, SaveOnSignal, AtomicCheckpoints, ModelCardMixin):
     """transformers' Trainer for runs that nobody watches. `NonFiniteGuard` stops at a loss that is not finite,
     `AtomicCheckpoints` keeps every checkpoint whole and goes on from whole ones alone, `SaveOnSignal` saves when told
-    to end; the card beside the weights (`ModelCardMixin`) tells of the run. A run that nothing happens to is the stock Trainer's, bit for bit.
+    to end, and the card beside the weights (`ModelCardMixin`) tells of the run. A run that nothing happens to is the
+    stock Trainer's, bit for bit.
 
     Base of `ZOTrainer`, `SMTTrainer`, `DMTTrainer` and `RateConstrainedTrainer`; by itself the one for backpropagation.
 
