@@ -32,6 +32,8 @@ class RecurrentConfig(PreTrainedConfig):
         initializer_range: standard deviation of the initial embeddings and linear weights.
         tie_word_embeddings: the head shares the embedding's weights.
         use_cache: return the state from forward outside training.
+        max_position_embeddings: what other tools take for the longest context. A recurrent model has none: the largest
+            number they can hold; lm-evaluation-harness would cut texts at 2,048 tokens without it.
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -45,6 +47,7 @@ class RecurrentConfig(PreTrainedConfig):
     initializer_range: int | float = 0.02
     tie_word_embeddings: bool = False
     use_cache: bool = True
+    max_position_embeddings: int = 2**31 - 1
     pad_token_id: int | None = 256
     bos_token_id: int | None = 257
     eos_token_id: int | list[int] | None = 258
@@ -86,7 +89,7 @@ class RecurrentConfig(PreTrainedConfig):
             raise ValueError(f"initializer_range: expected at least 0, got {self.initializer_range}")
         if self.norm_eps is not None and self.norm_eps <= 0:
             raise ValueError(f"norm_eps: expected more than 0, got {self.norm_eps}")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 <= self.hidden_dropout < 1:

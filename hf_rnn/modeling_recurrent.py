@@ -20,6 +20,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from hf_rnn.adapters import register_lora_targets
 from hf_rnn.cache import RecurrentCache
 from hf_rnn.configuration_recurrent import RecurrentConfig
 from hf_rnn.hub.damage import find_damaged_file
@@ -98,6 +99,10 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _is_stateful = True  # no rollback: generate() refuses assisted decoding
     _can_record_outputs = {"hidden_states": RecurrentBlock}
+
+    def __init__(self, config: RecurrentConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        register_lora_targets(config.model_type)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
