@@ -11,6 +11,8 @@ from hf_rnn.evaluation import stream_loss
 
 lm_eval = pytest.importorskip("lm_eval", exc_type=ImportError)
 from lm_eval.api.task import ConfigurableTask  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 
 @pytest.fixture
@@ -29,6 +31,12 @@ def task(folder, rows, **settings) -> ConfigurableTask:
     return ConfigurableTask(config=data | dict(task="local", test_split="test") | settings)
 
 
+def evaluate(model, local, **options):
+    """Without the harness's own tasks, whose thousands of files it would read first."""
+    tasks = dict(tasks=[local], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0)
+    return lm_eval.simple_evaluate(model, **tasks, **options)
+
+
 def test_a_long_text_is_read_whole(checkpoint, tmp_path):
     """The perplexity of 3,000 tokens is that of our own evaluation; cut at 2,048 it would be another."""
     folder, model = checkpoint
@@ -37,7 +45,7 @@ def test_a_long_text_is_read_whole(checkpoint, tmp_path):
     settings["metric_list"] = [{"metric": "bits_per_byte"}]
     local = task(tmp_path, [{"text": text}], **settings)
     arguments = f"pretrained={folder},device=cpu"
-    found = lm_eval.simple_evaluate("hf", arguments, [local], batch_size=1, bootstrap_iters=0)["results"]["local"]
+    found = evaluate("hf", local, model_args=arguments, batch_size=1)["results"]["local"]
     ids = torch.tensor([model.config.bos_token_id, *byte_tokenizer()(text)["input_ids"]])
     assert found["bits_per_byte,none"] == pytest.approx(stream_loss(model, ids) / math.log(2) / 3000, rel=1e-5)
     cut = stream_loss(model, torch.cat([ids[:1], ids[953:]])) + stream_loss(model, ids[:953])
@@ -52,16 +60,16 @@ def test_choices_and_generation(checkpoint, tmp_path):
         tmp_path, rows, output_type="multiple_choice", doc_to_text="{{q}}", doc_to_choice="choices",
         doc_to_target="answer",
     )  # fmt: skip
-    model = lm_eval.models.huggingface.HFLM(pretrained=str(folder), device="cpu")
+    model = HFLM(pretrained=str(folder), device="cpu")
     scores = []
     for size in (1, 4):
         model.batch_size_per_gpu = size
-        logged = lm_eval.simple_evaluate(model, tasks=[chosen], bootstrap_iters=0)["samples"]["local"]
+        logged = evaluate(model, chosen)["samples"]["local"]
         scores.append([float(score) for sample in logged for ((score, _),) in sample["resps"]])
     assert len(scores[0]) == 9 and scores[1] == pytest.approx(scores[0], rel=1e-4)
     generated = task(
         tmp_path, rows, output_type="generate_until", doc_to_text="{{q}}", doc_to_target="{{answer}}",
         generation_kwargs={"until": ["\n"], "max_gen_toks": 4}, metric_list=[{"metric": "exact_match"}],
     )  # fmt: skip
-    logged = lm_eval.simple_evaluate(model, tasks=[generated], bootstrap_iters=0)["samples"]["local"]
+    logged = evaluate(model, generated)["samples"]["local"]
     assert len(logged) == 3 and all(isinstance(sample["resps"][0][0], str) for sample in logged)

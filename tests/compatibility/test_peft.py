@@ -1,4 +1,4 @@
-"""PEFT's LoRA, told nothing but what to adapt it for. With explicit targets: tests/models/test_transformers_stack.py."""
+"""PEFT's LoRA without target modules. With them: tests/models/test_transformers_stack.py."""
 
 import copy
 
