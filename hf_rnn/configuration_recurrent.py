@@ -86,7 +86,10 @@ class RecurrentConfig(PreTrainedConfig):
         }
 
     def _check_foreign(self, kwargs: dict[str, Any]) -> None:
-        """Raise ValueError for what transformers itself would stumble over without naming the field."""
+        """Raise ValueError for what transformers itself would stumble over without naming the field, or count to."""
+        layers = self.num_hidden_layers
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers: expected at most {_MOST_LAYERS:,}, got {layers}")
         dtype = self.dtype
         if dtype is not None and not isinstance(
             getattr(torch, dtype, None) if isinstance(dtype, str) else dtype, torch.dtype
@@ -95,6 +98,8 @@ class RecurrentConfig(PreTrainedConfig):
         for name in ("id2label", "label2id"):
             if (value := getattr(self, name, None)) is not None and not isinstance(value, dict):
                 raise ValueError(f"{name}: expected an object, got {value!r}")
+        if not all(str(key).isdecimal() for key in self.id2label or {}):
+            raise ValueError(f"id2label: expected whole numbers as names, got {list(self.id2label or {})}")
         labels = kwargs.get("num_labels")
         if labels is not None and (not isinstance(labels, int) or labels < 0):
             raise ValueError(f"num_labels: expected a whole number of at least 0, got {labels!r}")
@@ -126,8 +131,6 @@ class RecurrentConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size"):
             if getattr(self, name) > _WIDEST:
                 raise ValueError(f"{name}: expected at most {_WIDEST:,}, got {getattr(self, name)}")
-        if self.num_hidden_layers > _MOST_LAYERS:
-            raise ValueError(f"num_hidden_layers: expected at most {_MOST_LAYERS:,}, got {self.num_hidden_layers}")
         if not 0 <= self.hidden_dropout < 1:
             raise ValueError(f"hidden_dropout: expected in [0, 1), got {self.hidden_dropout}")
 
