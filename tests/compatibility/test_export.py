@@ -1,4 +1,4 @@
-"""One decoding step as a graph, by torch.export and as ONNX. Whole sequences: tests/models/test_transformers_stack.py."""
+"""One decoding step as a graph, by torch.export and ONNX. Sequences: tests/models/test_transformers_stack.py."""
 
 import pytest
 import torch
