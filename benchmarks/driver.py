@@ -132,7 +132,7 @@ def save(question: str, results: dict) -> Path:
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
         "commit": _git("rev-parse", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "--", "hf_rnn", "kernels") else ""),
+        + ("+changes" if _git("status", "--porcelain", "--", "hf_rnn", "kernels", "trainers") else ""),
         "python": platform.python_version(),
         "versions": {name: v for name in PACKAGES if (v := _version(name))},
         "command": " ".join(["python", *sys.argv]),

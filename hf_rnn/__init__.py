@@ -39,7 +39,9 @@ _MODULES = {
     "RateCallback": "hf_rnn_trainers",
     "RateConstrainedConfig": "hf_rnn_trainers",
     "RateConstrainedTrainer": "hf_rnn_trainers",
+    "CheckpointError": "hf_rnn_trainers",
     "RecurrentTrainer": "hf_rnn_trainers",
+    "RecurrentTrainingArguments": "hf_rnn_trainers",
     "SMTConfig": "hf_rnn_trainers",
     "SMTTeacher": "hf_rnn_trainers",
     "SMTTeacherConfig": "hf_rnn_trainers",
@@ -115,6 +117,7 @@ if TYPE_CHECKING:
     from hf_rnn_kernels import gru_scan, linear_scan, lstm_scan, min_gru_scan, min_lstm_scan
     from hf_rnn_kernels.coding import CorruptPayloadError
     from hf_rnn_trainers import (
+        CheckpointError,
         DMTConfig,
         DMTTrainer,
         NonFiniteLossError,
@@ -122,6 +125,7 @@ if TYPE_CHECKING:
         RateConstrainedConfig,
         RateConstrainedTrainer,
         RecurrentTrainer,
+        RecurrentTrainingArguments,
         SMTConfig,
         SMTTeacher,
         SMTTeacherConfig,

@@ -26,6 +26,7 @@ from hf_rnn import (
     RateConstrainedConfig,
     RateConstrainedTrainer,
     RecurrentTrainer,
+    RecurrentTrainingArguments,
     SMTConfig,
     SMTTrainer,
     ZOConfig,
@@ -102,7 +103,7 @@ class DataArguments:
 
 
 @dataclass
-class TrainArguments(TrainingArguments):
+class TrainArguments(RecurrentTrainingArguments):
     """TrainingArguments, with defaults for training a small recurrent model from scratch."""
 
     output_dir: str | None = field(default="runs/model", metadata={"help": "folder for the checkpoint"})
@@ -116,7 +117,6 @@ class TrainArguments(TrainingArguments):
     logging_steps: float = 10
     save_total_limit: int | None = 2
     report_to: str = "none"
-    logging_nan_inf_filter: bool = False
     use_cache: bool = True  # what the saved config says: the state is small, and not returned in training in any case
 
 
@@ -268,7 +268,7 @@ def train(
 
 def check_output(folder: Path) -> None:
     """Refuse to write a checkpoint among files that are none of ours."""
-    ours = ("modeling_hf_rnn.py", "checkpoint-*", "non_finite_*")
+    ours = ("modeling_hf_rnn.py", "checkpoint-*", "_saving", "zo_replay.jsonl", "non_finite_*")
     if folder.is_dir() and any(folder.iterdir()) and not any(any(folder.glob(pattern)) for pattern in ours):
         raise ValueError(f"output_dir: {folder} holds files and no checkpoint; choose another, or empty it")
 

@@ -2,11 +2,17 @@
 
 from hf_rnn_trainers.dmt import DMTConfig, DMTTrainer
 from hf_rnn_trainers.rate import RateCallback, RateConstrainedConfig, RateConstrainedTrainer
-from hf_rnn_trainers.reliability import NonFiniteLossError, RecurrentTrainer
+from hf_rnn_trainers.reliability import (
+    CheckpointError,
+    NonFiniteLossError,
+    RecurrentTrainer,
+    RecurrentTrainingArguments,
+)
 from hf_rnn_trainers.smt import SMTConfig, SMTTeacher, SMTTeacherConfig, SMTTrainer
 from hf_rnn_trainers.zo import ZOConfig, ZOTrainer
 
 __all__ = [
+    "CheckpointError",
     "DMTConfig",
     "DMTTrainer",
     "NonFiniteLossError",
@@ -14,6 +20,7 @@ __all__ = [
     "RateConstrainedConfig",
     "RateConstrainedTrainer",
     "RecurrentTrainer",
+    "RecurrentTrainingArguments",
     "SMTConfig",
     "SMTTeacher",
     "SMTTeacherConfig",

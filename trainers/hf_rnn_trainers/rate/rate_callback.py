@@ -53,6 +53,7 @@ class RateCallback(TrainerCallback, ExportableState):
         self.steered_at = -1  # step of the last evaluation that counted
         self.step_exponent: int | None = None
         self.reference_loss = self.settings.reference_loss
+        self._rests = False
         self._zeros: list[Tensor] = []
         self._sizes: list[float] = []  # learning rate times multiplier of each tensor in the last step
 
@@ -116,6 +117,10 @@ class RateCallback(TrainerCallback, ExportableState):
                 local(p).copy_(kept)
         self._kept = []
 
+    def rest(self) -> None:
+        """Leave out the next optimizer step."""
+        self._rests = True
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.restore()
         # Zeros that the rate made, not those that a fresh adapter or a model without a rate begins with
@@ -123,7 +128,8 @@ class RateCallback(TrainerCallback, ExportableState):
             self._zeros = [local(p) == 0 for p in self._parameters.values()]
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if getattr(optimizer, "step_was_skipped", False):
+        if self._rests or getattr(optimizer, "step_was_skipped", False):
+            self._rests = False
             return
         weights = self._weights()
         if self._finetunes(state):

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from hf_rnn_trainers.reliability import RecurrentTrainingArguments
+
 SCOPES = ("tensor", "global")
 
 
@@ -113,10 +115,10 @@ def check_arguments(settings: RateSettings, args: TrainingArguments) -> None:
 
 
 @dataclass
-class RateConstrainedConfig(RateSettings, TrainingArguments):
+class RateConstrainedConfig(RateSettings, RecurrentTrainingArguments):
     """TrainingArguments of `RateConstrainedTrainer`, with the settings of its rate term."""
 
     def __post_init__(self):
-        TrainingArguments.__post_init__(self)
+        RecurrentTrainingArguments.__post_init__(self)
         RateSettings.__post_init__(self)
         check_arguments(self, self)

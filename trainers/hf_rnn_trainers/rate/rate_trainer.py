@@ -4,10 +4,10 @@ from typing import Any
 
 from hf_rnn_trainers.rate.rate_callback import RateCallback, settings_of
 from hf_rnn_trainers.rate.rate_config import RateConstrainedConfig
-from hf_rnn_trainers.reliability import NonFiniteGuard
+from hf_rnn_trainers.reliability import RecurrentTrainer
 
 
-class RateConstrainedTrainer(NonFiniteGuard):
+class RateConstrainedTrainer(RecurrentTrainer):
     """transformers' Trainer, whose weights are pulled towards what costs few bits (`RateCallback` says how).
 
     Minimises D + lambda R, the loss and the weights' bits under a generalised Gaussian (BackSlash, arXiv 2504.16968).
@@ -40,6 +40,10 @@ class RateConstrainedTrainer(NonFiniteGuard):
         except BaseException:
             self.rate.restore()
             raise
+
+    def skip_or_stop(self, message: str) -> None:
+        super().skip_or_stop(message)
+        self.rate.rest()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.rate._parameters:

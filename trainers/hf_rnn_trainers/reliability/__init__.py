@@ -1,5 +1,8 @@
 """What every trainer of the package does so that a run can be left alone overnight."""
 
-from hf_rnn_trainers.reliability.non_finite import NonFiniteGuard, NonFiniteLossError, RecurrentTrainer
+from hf_rnn_trainers.reliability.arguments import RecurrentTrainingArguments
+from hf_rnn_trainers.reliability.checkpoints import CheckpointError
+from hf_rnn_trainers.reliability.non_finite import NonFiniteLossError
+from hf_rnn_trainers.reliability.recurrent_trainer import RecurrentTrainer
 
-__all__ = ["NonFiniteGuard", "NonFiniteLossError", "RecurrentTrainer"]
+__all__ = ["CheckpointError", "NonFiniteLossError", "RecurrentTrainer", "RecurrentTrainingArguments"]

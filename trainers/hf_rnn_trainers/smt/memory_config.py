@@ -1,10 +1,10 @@
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+from hf_rnn_trainers.reliability import RecurrentTrainingArguments
 
 
 @dataclass
-class MemoryTrainingConfig(TrainingArguments):
+class MemoryTrainingConfig(RecurrentTrainingArguments):
     """TrainingArguments of what trains a student by a teacher's memories.
 
     What differs from their defaults are the paper's optimizer: AdamW with betas (0.9, 0.95), weight decay 0.01.

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_rnn_trainers.reliability import NonFiniteGuard
+from hf_rnn_trainers.reliability import RecurrentTrainer
 from hf_rnn_trainers.smt.memory_config import MemoryTrainingConfig
 from hf_rnn_trainers.smt.rollouts import errors
 from hf_rnn_trainers.smt.teacher import SMTTeacher
@@ -46,7 +46,7 @@ class Losses(nn.Module):
         self.args = args
 
 
-class MemoryTrainer(NonFiniteGuard, ABC):
+class MemoryTrainer(RecurrentTrainer, ABC):
     """Trainer of a student by a teacher's memories. A subclass makes `losses`, the module that is trained.
 
     Attributes:

@@ -10,7 +10,8 @@ class ZOSGD(torch.optim.Optimizer):
     """w <- (1 - lr * weight_decay) w - lr * sum_j c_j delta_j, for low-rank directions one matrix product into w.
 
     Attributes:
-        directions, at, coefficients: the delta_j, the step they are of, and c; given before each `step`.
+        directions, at, coefficients: the delta_j, the step they are of, and c; given before each `step`, which without
+            them changes nothing.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0):
@@ -21,7 +22,8 @@ class ZOSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        assert self.directions is not None and self.coefficients is not None, "step: no estimate was given"
+        if self.directions is None or self.coefficients is None:
+            return
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for p, parts in self.directions.combine(self.at, self.coefficients):
             group = groups[id(p)]

@@ -27,7 +27,9 @@ class ReplayLog:
         kept: list[str] = []
         if start > 0 and path.exists():
             kept = path.read_text().splitlines()[1 : start + 1]
-        path.write_text("".join(f"{line}\n" for line in [json.dumps(header), *kept]))
+        new = path.with_name(f"{path.name}.new")  # the old one stays until this one is whole
+        new.write_text("".join(f"{line}\n" for line in [json.dumps(header), *kept]))
+        new.replace(path)
 
     def append(self, step: int, rates: list[float], coefficients: Tensor) -> None:
         c = base64.b64encode(coefficients.cpu().numpy().astype("<f4").tobytes()).decode()

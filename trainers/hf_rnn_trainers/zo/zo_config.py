@@ -1,7 +1,6 @@
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
-
+from hf_rnn_trainers.reliability import RecurrentTrainingArguments
 from hf_rnn_trainers.zo.directions import KINDS
 from hf_rnn_trainers.zo.estimators import ESTIMATORS
 
@@ -18,7 +17,7 @@ _PAPER = [
 
 
 @dataclass
-class ZOConfig(TrainingArguments):
+class ZOConfig(RecurrentTrainingArguments):
     """TrainingArguments of `ZOTrainer`.
 
     What differs from their defaults: plain SGD at a constant learning rate, and no gradient clipping, since the norm of

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.utils import cached_file, logging
 
 from hf_rnn_kernels import Perturbed
-from hf_rnn_trainers.reliability import NonFiniteGuard, NonFiniteLossError
+from hf_rnn_trainers.reliability import RecurrentTrainer
 from hf_rnn_trainers.zo import replay_log
 from hf_rnn_trainers.zo.directions import Directions
 from hf_rnn_trainers.zo.estimators import estimate
@@ -31,7 +31,7 @@ _REPLAYED = ["directions", "rank", "density", "seed", "optim", "optim_args", "we
 _REPLAYED += ["adam_beta1", "adam_beta2", "adam_epsilon"]
 
 
-class ZOTrainer(PerturbedLosses, NonFiniteGuard, Trainer):
+class ZOTrainer(PerturbedLosses, RecurrentTrainer):
     """Trainer whose gradient is g = (1/n) sum_j (L(w + eps delta_j) - L(w - eps delta_j)) / (2 eps) delta_j (CD-RGE,
     "Scaling Recurrent Neural Networks to a Billion Parameters with Zero-Order Optimization", arXiv 2505.17852).
 
@@ -136,12 +136,20 @@ class ZOTrainer(PerturbedLosses, NonFiniteGuard, Trainer):
         self._pending = None
         finite = means.isfinite().all(1)
         if not finite.any():
-            raise NonFiniteLossError(self._describe_non_finite_loss(means.flatten(), inputs))
+            return self._skip(means, inputs)
         c = self._estimate(means)
         self._count(means[finite], c)
         self._write_log(c)
         self._give(self.state.global_step, c)
         return means[finite].mean().float().to(self.args.device)
+
+    def _skip(self, means: Tensor, inputs) -> Tensor:
+        """Leave this step out, or stop; in the log its coefficients are NaN."""
+        self.skip_or_stop(self._describe_non_finite_loss(means.flatten(), inputs))
+        self._write_log(means.new_full(means.shape[:1], float("nan")))
+        if isinstance(optimizer := getattr(self.optimizer, "optimizer", self.optimizer), ZOSGD):
+            optimizer.coefficients = None
+        return torch.zeros((), device=self.args.device)
 
     def _means(self, losses: Tensor) -> Tensor:
         """Means over all processes and tokens, (N, S), the same bits everywhere."""
@@ -230,6 +238,8 @@ class ZOTrainer(PerturbedLosses, NonFiniteGuard, Trainer):
         for step, rates, c in steps:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
+            if c.isnan().all():
+                continue  # skipped
             trainer._give(step, c.to(args.device))
             if args.max_grad_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)

@@ -1,0 +1,133 @@
+"""What files a checkpoint consists of, and whether they still are what was written."""
+
+import hashlib
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+NAME = "manifest.json"
+# What a resumed run needs besides weights, by the names that it may have
+_NEEDED = {"trainer_state.json": ["trainer_state.json"], "rng_state.pth": ["rng_state*.pth"]}
+_NEEDED |= {"optimizer.pt": ["optimizer*", "global_step*"], "scheduler.pt": ["scheduler.pt", "global_step*"]}
+
+
+def write_manifest(folder: Path, step: int, world_size: int) -> None:
+    """Write `manifest.json`: size and SHA-256 of every file below `folder`, the step and the number of processes."""
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / NAME
+    }
+    content = {"step": step, "world_size": world_size, "files": files}
+    (folder / NAME).write_text(json.dumps({**content, "sha256": _own_digest(content)}, indent=1))
+
+
+def check_readable(folder: Path) -> None:
+    """Read back what was just written: weights' headers, the checksums inside torch's files, JSON.
+
+    Raises:
+        OSError: which file is not what it should be.
+    """
+    for path in sorted(folder.rglob("*")):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth"):
+                with zipfile.ZipFile(path) as file:
+                    if bad := file.testzip():
+                        raise ValueError(f"{bad} in it has another checksum")
+            elif path.suffix == ".json":
+                json.loads(path.read_bytes())
+        except (SafetensorError, zipfile.BadZipFile, ValueError) as error:
+            raise OSError(f"{path.name} cannot be read back: {error}") from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest's content.
+
+    Raises:
+        ValueError: it is missing, damaged, or names files outside of `folder`.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise ValueError(f"{NAME} is missing")
+    try:
+        content = json.loads(path.read_bytes())
+        own = content.pop("sha256")
+        intact = own == _own_digest(content)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{NAME} cannot be read ({error})") from error
+    if not intact:
+        raise ValueError(f"{NAME} was changed since it was written")
+    root = folder.resolve()
+    for name in content["files"]:
+        if not (folder / name).resolve().is_relative_to(root):
+            raise ValueError(f"{NAME} names {name!r}, outside of the checkpoint")
+    return content
+
+
+def find_damage(folder: Path) -> str | None:
+    """What keeps a run from going on from `folder`, as far as its manifest tells; None where nothing does."""
+    try:
+        files = read_manifest(folder)["files"]
+    except ValueError as error:
+        return str(error)
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
+        if _digest(path) != expected["sha256"]:
+            return f"{name} was changed since it was written"
+    return find_missing(folder)
+
+
+def find_missing(folder: Path) -> str | None:
+    """Which part of a run's state is not in `folder`."""
+    for name, patterns in _NEEDED.items():
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            return f"{name} is missing"
+    return None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The folders `checkpoint-N` of a run, the latest step first."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run.glob("checkpoint-*")]
+    return [path for m, path in sorted(found, key=lambda x: -int(x[0][1]) if x[0] else 0) if m and path.is_dir()]
+
+
+def newest_whole(run: Path) -> tuple[Path | None, dict[str, str]]:
+    """The latest checkpoint that is whole, and what is wrong with those after it, by name."""
+    damages: dict[str, str] = {}
+    for path in checkpoints(run):
+        damage = find_damage(path)
+        if damage is None:
+            return path, damages
+        damages[path.name] = damage
+    return None, damages
+
+
+def flush(folder: Path) -> None:
+    """Have all that is below `folder` on the disk itself, so that it outlives a loss of power."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
