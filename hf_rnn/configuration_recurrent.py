@@ -3,7 +3,9 @@
 import difflib
 import math
 from dataclasses import fields
+from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -16,6 +18,8 @@ _TRANSFORMERS_NAMES = {
     "num_labels", "output_attentions", "quantization_config", "tie_last_hidden_states", "torch_dtype",
     "transformers_weights",
 }  # fmt: skip
+# What no model has, so that a damaged config.json is an error and not hours of building layers
+_MOST_LAYERS, _WIDEST = 10_000, 2**24
 
 
 class RecurrentConfig(PreTrainedConfig):
@@ -32,6 +36,8 @@ class RecurrentConfig(PreTrainedConfig):
         initializer_range: standard deviation of the initial embeddings and linear weights.
         tie_word_embeddings: the head shares the embedding's weights.
         use_cache: return the state from forward outside training.
+        max_position_embeddings: what other tools take for the longest context. A recurrent model has none: the largest
+            number they can hold; lm-evaluation-harness would cut texts at 2,048 tokens without it.
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -45,11 +51,13 @@ class RecurrentConfig(PreTrainedConfig):
     initializer_range: int | float = 0.02
     tie_word_embeddings: bool = False
     use_cache: bool = True
+    max_position_embeddings: int = 2**31 - 1
     pad_token_id: int | None = 256
     bos_token_id: int | None = 257
     eos_token_id: int | list[int] | None = 258
 
     def __post_init__(self, **kwargs):
+        self._check_foreign(kwargs)
         known = [field.name for field in fields(self)]
         for name in kwargs:
             if similar := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
@@ -77,6 +85,37 @@ class RecurrentConfig(PreTrainedConfig):
             "AutoModelForSequenceClassification": f"{stem}ForSequenceClassification",
         }
 
+    def _check_foreign(self, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError for what transformers itself would stumble over without naming the field, or count to."""
+        layers = self.num_hidden_layers
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers: expected at most {_MOST_LAYERS:,}, got {layers}")
+        dtype = self.dtype
+        if dtype is not None and not isinstance(
+            getattr(torch, dtype, None) if isinstance(dtype, str) else dtype, torch.dtype
+        ):
+            raise ValueError(f"dtype: expected the name of a torch.dtype, got {dtype!r}")
+        for name in ("id2label", "label2id"):
+            if (value := getattr(self, name, None)) is not None and not isinstance(value, dict):
+                raise ValueError(f"{name}: expected an object, got {value!r}")
+        if not all(str(key).isdecimal() for key in self.id2label or {}):
+            raise ValueError(f"id2label: expected whole numbers as names, got {list(self.id2label or {})}")
+        labels = kwargs.get("num_labels")
+        if labels is not None and (not isinstance(labels, int) or labels < 0):
+            raise ValueError(f"num_labels: expected a whole number of at least 0, got {labels!r}")
+        coded = kwargs.get("quantization_config")
+        if coded is not None and not isinstance(coded, dict) and not hasattr(coded, "to_dict"):
+            raise ValueError(f"quantization_config: expected an object, got {coded!r}")
+        for name in kwargs:
+            found = getattr(type(self), name, None)
+            if isinstance(found, property) and found.fset is None:
+                raise ValueError(f"{name}: follows from other settings and cannot be set")
+
+    @staticmethod
+    def _check_width(name: str, channels: float, least: int = 1) -> None:
+        if not least <= channels <= _WIDEST:
+            raise ValueError(f"{name}: expected {least} to {_WIDEST:,} channels, got {channels:g}")
+
     def validate_architecture(self):
         """Part of the validation that `@strict` runs; raises ValueError."""
         for name in ("norm_eps", "initializer_range"):
@@ -86,9 +125,12 @@ class RecurrentConfig(PreTrainedConfig):
             raise ValueError(f"initializer_range: expected at least 0, got {self.initializer_range}")
         if self.norm_eps is not None and self.norm_eps <= 0:
             raise ValueError(f"norm_eps: expected more than 0, got {self.norm_eps}")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("vocab_size", "hidden_size"):
+            if getattr(self, name) > _WIDEST:
+                raise ValueError(f"{name}: expected at most {_WIDEST:,}, got {getattr(self, name)}")
         if not 0 <= self.hidden_dropout < 1:
             raise ValueError(f"hidden_dropout: expected in [0, 1), got {self.hidden_dropout}")
 
@@ -138,6 +180,9 @@ class MinBlockConfig(RecurrentConfig):
             raise ValueError(f"expansion_factor: {self.expansion_factor} leaves the recurrence without channels")
         if not self.residual and (self.conv_kernel or self.feed_forward_factor):
             raise ValueError("residual: without residuals set conv_kernel=0 and feed_forward_factor=0, got others")
+        self._check_width("expansion_factor", self.hidden_size * self.expansion_factor)
+        self._check_width("feed_forward_factor", self.hidden_size * self.feed_forward_factor, least=0)
+        self._check_width("conv_kernel", self.conv_kernel, least=0)
         heads = getattr(self, "num_heads", 1)
         if heads < 1 or self.inner_size % heads:
             raise ValueError(f"num_heads: expected a divisor of the {self.inner_size} channels, got {heads}")

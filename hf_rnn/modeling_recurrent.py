@@ -4,12 +4,13 @@ A block is pre-norm residual: x += conv(x), x += recurrence(norm(x)), x += feed_
 last where the configuration has them. An architecture gives what mixes tokens (a `Mixer`) and its config.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -20,9 +21,10 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from hf_rnn.adapters import register_lora_targets
 from hf_rnn.cache import RecurrentCache
 from hf_rnn.configuration_recurrent import RecurrentConfig
-from hf_rnn.hub.damage import find_damaged_file
+from hf_rnn.hub.damage import check_files, find_damaged_file, find_wrong_shape
 from hf_rnn.hub.remote_code import write_remote_code
 from hf_rnn.inputs import check_ids, packed_offsets, padding_mask
 from hf_rnn.layers import CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm
@@ -99,6 +101,10 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # no rollback: generate() refuses assisted decoding
     _can_record_outputs = {"hidden_states": RecurrentBlock}
 
+    def __init__(self, config: RecurrentConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        register_lora_targets(config.model_type)
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the model makes its own
@@ -122,13 +128,48 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As transformers', with an OSError that names the file where weights are damaged."""
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As transformers', with errors that name file and tensor where something is damaged.
+
+        Raises:
+            ValueError: weights are missing, but for a head on another's backbone (with `output_loading_info` or a
+                `state_dict` that is the caller's to judge); an index of shards names files elsewhere.
+            OSError: a file that is no safetensors file, or no JSON.
+            RuntimeError: a tensor of another shape.
+        """
+        source = Path(str(pretrained_model_name_or_path)) / kwargs.get("subfolder", "")
+        if pretrained_model_name_or_path is not None:
+            check_files(source)
+        model: Any
+        info: Any
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         except SafetensorError as error:
-            file = find_damaged_file(pretrained_model_name_or_path)
+            file = find_damaged_file(source)
             raise OSError(f"{file}: the weights cannot be read ({error}); copy or download the file again") from error
+        except (AttributeError, KeyError, TypeError) as error:
+            if (file := find_damaged_file(source)) == source:
+                raise
+            raise OSError(f"{file}: expected a JSON object ({error}); copy or download the file again") from error
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            config: Any = kwargs.get("config") or AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            with torch.device("meta"):
+                raise RuntimeError(find_wrong_shape(source, cls(config)) or str(error)) from error
+        if output_loading_info:
+            return model, info
+        missing = sorted(info["missing_keys"])
+        if cls.__name__ not in (model.config.architectures or []) and hasattr(model, cls.base_model_prefix):
+            missing = [name for name in missing if name.startswith(f"{cls.base_model_prefix}.")]  # else: a new head
+        if missing and kwargs.get("state_dict") is None:
+            raise ValueError(
+                f"{source}: {len(missing)} of the weights are missing, {missing[0]!r} the first; the checkpoint is "
+                "damaged, or another model's"
+            )
+        return model
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As transformers', plus the file by which `trust_remote_code=True` finds this package.

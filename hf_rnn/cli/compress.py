@@ -4,13 +4,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from hf_rnn.cli.data import read_documents, tokenize
 from hf_rnn.compression.checkpoint import save_compressed
 from hf_rnn.evaluation import stream_loss
 from hf_rnn.hub.loading import load
+from hf_rnn.tokenization.reading import read_tokenizer
 from hf_rnn_kernels.coding import CODERS
 
 
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     model = load(arguments.checkpoint)
     tokenizer = None
     if cached_file(arguments.checkpoint, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
-        tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+        tokenizer = read_tokenizer(arguments.checkpoint)
     evaluate = None
     if arguments.data is not None:
         if tokenizer is None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 
 from hf_rnn import XLSTMConfig, XLSTMForCausalLM
 from hf_rnn.models.xlstm.conversion_xlstm import check_complete, to_transformers_config, transformers_weights
+from hf_rnn.tokenization.reading import read_tokenizer
 
 
 def convert(source: str, target: Path, **options) -> str:
@@ -41,7 +42,7 @@ def convert(source: str, target: Path, **options) -> str:
         to_transformers(model, target, **options)
         written = "xlstm"
     if cached_file(source, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
-        AutoTokenizer.from_pretrained(source).save_pretrained(target)
+        read_tokenizer(source).save_pretrained(target)
     return written
 
 

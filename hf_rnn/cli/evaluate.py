@@ -3,10 +3,11 @@
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from hf_rnn.cli.data import read_documents, tokenize
 from hf_rnn.evaluation import bits_per_byte
+from hf_rnn.tokenization.reading import read_tokenizer
 
 
 def main(argv: list[str]) -> None:
@@ -18,7 +19,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--chunk", type=int, default=4096, help="tokens a forward pass")
     arguments = parser.parse_args(argv)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    tokenizer = read_tokenizer(arguments.checkpoint)
     stream = torch.from_numpy(
         tokenize(read_documents(arguments.data, arguments.split, arguments.text_column), tokenizer)
     )

@@ -2,7 +2,9 @@
 
 import argparse
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from hf_rnn.tokenization.reading import read_tokenizer
 
 
 def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, **options) -> None:
@@ -28,7 +30,7 @@ def main(argv: list[str]) -> None:
 
         set_seed(arguments.seed)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    tokenizer = read_tokenizer(arguments.checkpoint)
     options = {"do_sample": False}
     if arguments.temperature > 0:
         options = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}

@@ -12,7 +12,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,6 +36,7 @@ from hf_rnn import (
 from hf_rnn.cli.data import blocks, read_documents, tokenize
 from hf_rnn.cli.plot import plot_losses
 from hf_rnn.evaluation import bits_per_byte
+from hf_rnn.tokenization.reading import read_tokenizer
 
 ARCHITECTURES = ["gru", "lstm", "memory", "mingru", "minlstm", "xlstm"]
 
@@ -215,9 +215,9 @@ def parse(value: str) -> Any:
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     if arguments.tokenizer is not None:
-        return AutoTokenizer.from_pretrained(arguments.tokenizer)
+        return read_tokenizer(arguments.tokenizer)
     if Path(str(arguments.model)).is_dir() or "/" in str(arguments.model):
-        return AutoTokenizer.from_pretrained(arguments.model)
+        return read_tokenizer(str(arguments.model))
     return byte_tokenizer()
 
 

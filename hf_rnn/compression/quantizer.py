@@ -11,7 +11,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_rnn_kernels.coding import CorruptPayloadError, decode_tensor
+from hf_rnn_kernels.coding import CorruptPayloadError, decode_tensor, read_header
 
 METHOD = "hf_rnn_coded"
 SUFFIX = ".coded"  # of a coded tensor's name in a checkpoint
@@ -33,6 +33,8 @@ class CodedConfig(QuantizationConfigMixin):
         self, tensors: list[str] | None = None, package: str = "hf-rnn", quant_method: str = METHOD, **kwargs: Any
     ):
         self.quant_method = quant_method  # type: ignore[assignment]
+        if not isinstance(tensors or [], list) or not all(isinstance(name, str) for name in tensors or []):
+            raise ValueError(f"quantization_config: tensors: expected a list of names, got {tensors!r:.200}")
         self.tensors = tensors or []
         self.package = package
 
@@ -53,6 +55,9 @@ class _Decode(ConversionOps):
         like = model.get_parameter_or_buffer(full_layer_name)
         self.arrived.add(full_layer_name)
         try:
+            header, _ = read_header(payload, full_layer_name)
+            if header.shape != tuple(like.shape):  # before it is decoded: what it says may not fit into memory
+                raise CorruptPayloadError(f"{full_layer_name}: expected shape {tuple(like.shape)}, got {header.shape}")
             weights = decode_tensor(payload, full_layer_name)
         except CorruptPayloadError as error:
             self.damaged.append(str(error))

@@ -1,12 +1,18 @@
+# ruff: noqa: PT017  both outcomes are looked at
 """Each mistake gets an error that names the argument and what was expected."""
+
+import re
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, skip_if_not_its_settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from hf_rnn import MinGRUConfig, RecurrentCache
+from hf_rnn_kernels import gru_scan, lstm_scan, min_gru_scan
 
 
 @pytest.mark.parametrize(
@@ -104,3 +110,73 @@ def test_config_survives_a_round_trip(tmp_path):
     config = MinGRUConfig(hidden_size=24, expansion_factor=1.5, forget_bias=2)
     config.save_pretrained(tmp_path)
     assert MinGRUConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def tensors(draw, shapes, dtypes=(torch.int64, torch.int32, torch.float32, torch.bool, torch.uint8)):
+    """A tensor of one of the shapes, its numbers between anything and sense."""
+    low, high = draw(st.sampled_from([(0, 2), (0, 61), (-101, 70), (-(2**31), 2**31 - 1)]))
+    size = draw(st.sampled_from(shapes))
+    x = torch.randint(low, high, size, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    return x.to(draw(st.sampled_from(dtypes)))
+
+
+@pytest.fixture(scope="module")
+def small_models():
+    sizes = dict(vocab_size=61, hidden_size=16, num_hidden_layers=1, pad_token_id=58)
+    return [ARCHITECTURES[name][1](ARCHITECTURES[name][0](**sizes)).eval() for name in ("gru", "mingru", "xlstm")]
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_arguments(small_models, data):
+    """Of any shape and content: outputs of the right shape, or an error that names an argument; never a crash."""
+    draw, model = data.draw, data.draw(st.sampled_from(small_models))
+    batch, time = draw(st.sampled_from([(1, 7), (2, 5), (1, 1), (3, 0), (0, 4)]))
+    near = [
+        (batch, time),
+        (batch, time + 2),
+        (1, time),
+        (batch,),
+        (batch, time, 1),
+        (time, batch),
+        (),
+        (0,),
+        (3,),
+        (9,),
+    ]
+    ids = torch.randint(0, 61, (batch, time)) if draw(st.booleans()) else tensors(draw, near)
+    arguments = dict(input_ids=ids)
+    for name in ("attention_mask", "position_ids", "labels", "cu_seq_lens_q", "seq_idx"):
+        if draw(st.integers(0, 3)) == 0:
+            arguments[name] = tensors(draw, near)
+    if draw(st.integers(0, 4)) == 0:
+        other = draw(st.sampled_from(small_models))
+        arguments["past_key_values"] = other(torch.zeros(draw(st.sampled_from([1, 2])), 2).long()).past_key_values
+    try:
+        with torch.no_grad():
+            logits = model(**arguments).logits
+    except (ValueError, TypeError, IndexError) as error:
+        assert re.match(r"(input_ids|inputs_embeds|use_cache|" + "|".join(arguments) + r")\b.*: ", str(error)), error
+    else:
+        assert logits.shape == (*ids.shape, 61) and logits.isfinite().all()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(offsets=st.lists(st.integers(-3, 14) | st.integers(-(2**62), 2**62), max_size=6), wide=st.booleans())
+def test_any_offsets(offsets, wide):
+    """Straight at the operators, whose loops write by them."""
+    offsets = torch.tensor(offsets, dtype=torch.int64)
+    offsets = offsets if wide else offsets.to(torch.int32)
+    x, weight = torch.randn(1, 11, 12), torch.randn(1, 12, 4)
+    right = offsets.tolist()
+    right = len(right) > 1 and right[0] == 0 and right[-1] == 11 and right == sorted(right)
+    for scan in (
+        lambda: min_gru_scan(x, x, cu_seqlens=offsets),
+        lambda: lstm_scan(torch.randn(1, 11, 16), torch.randn(1, 16, 4), cu_seqlens=offsets),
+        lambda: gru_scan(x, weight, cu_seqlens=offsets),
+    ):
+        if right:
+            assert scan()[0].isfinite().all()
+        else:
+            with pytest.raises(ValueError, match=r"cu_seqlens: expected"):
+                scan()

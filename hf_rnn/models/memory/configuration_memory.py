@@ -57,3 +57,7 @@ class MemoryRNNConfig(RecurrentConfig):
             raise ValueError(
                 f"feed_forward_factor: expected a finite number that leaves channels, got {self.feed_forward_factor}"
             )
+        self._check_width("feed_forward_factor", self.feed_forward_size)
+        self._check_width("num_memory_tokens", self.memory_size)
+        if self.updater_layers > 1000:
+            raise ValueError(f"updater_layers: expected at most 1,000, got {self.updater_layers}")

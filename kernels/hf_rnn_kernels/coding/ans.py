@@ -46,6 +46,8 @@ class Table:
     def from_bytes(cls, data: bytes) -> "Table":
         head = struct.calcsize("<IIBB")
         count, cut, k_gaps, k_counts = struct.unpack("<IIBB", data[:head])
+        if not 1 <= count <= min(MAX_SYMBOLS, 8 * len(data)) or max(k_gaps, k_counts) > exp_golomb.MAX_ORDER:
+            raise ValueError(f"{count} symbols of orders {k_gaps} and {k_counts}")
         gaps = exp_golomb.decode([data[head : head + cut]], [count], k_gaps)
         counts = exp_golomb.decode([data[head + cut :]], [count], k_counts) + 1
         values = np.concatenate([exp_golomb.unzigzag(gaps[:1]), gaps[1:] + 1]).cumsum()

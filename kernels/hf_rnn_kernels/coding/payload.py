@@ -5,6 +5,7 @@ Exp-Golomb order (u16), symbols a chunk (u32), bytes of the frequency table (u32
 (u32 each), CRC-32 of each chunk (u32 each), the table, CRC-32 of all before (u32); then the chunks.
 """
 
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Header:
 
     @property
     def numel(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def counts(self) -> list[int]:
@@ -126,17 +127,16 @@ def read_header(payload: Tensor, name: str = "payload") -> tuple[Header, np.ndar
     if version != _VERSION:
         raise CorruptPayloadError(f"{name}: version {version} of the format; this package reads {_VERSION}, upgrade it")
     damaged = CorruptPayloadError(f"{name}: the header is damaged; get the file again")
-    if chunk == 0 or data.size < head + 8 * dims:
+    if not 0 < chunk <= CHUNK or data.size < head + 8 * dims:  # so that few bytes do not stand for a terabyte
         raise damaged
     shape = struct.unpack(f"<{dims}Q", data[head : head + 8 * dims].tobytes())
-    numel = 1
-    for size in shape:
-        numel *= size
-    count = -(-numel // chunk)
+    count = -(-math.prod(shape) // chunk)
     end = head + 8 * dims + 8 * count + table
     if data.size < end + 4 or zlib.crc32(data[:end].data) != struct.unpack("<I", data[end : end + 4].tobytes())[0]:
         raise damaged
     if dtype >= len(_DTYPES) or coder >= len(_CODERS) or order > exp_golomb.MAX_ORDER or not -126 <= exponent <= 127:
+        raise damaged
+    if max(shape, default=0) >= 2**63 or (_CODERS[coder] != "raw" and _DTYPES[dtype] not in _FLOATS):
         raise damaged
     sizes = np.frombuffer(data[head + 8 * dims : end - table].tobytes(), "<u4")
     header = Header(

@@ -52,7 +52,9 @@ class RateSettings:
     )
     max_loss_increase: float | None = field(
         default=None,
-        metadata={"help": "as a share, 0.01 for 1%: the multiplier is steered at evaluations to what eval_loss allows"},
+        metadata={
+            "help": "as a share, 0.01 for 1%%: the multiplier is steered at evaluations to what eval_loss allows"
+        },
     )
     reference_loss: float | None = field(
         default=None, metadata={"help": "what max_loss_increase is over; default: of the first evaluation"}

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_rnn_trainers.reliability import RecurrentTrainer
 from hf_rnn_trainers.smt.memory_config import MemoryTrainingConfig
@@ -23,8 +23,11 @@ MEASURED = 64  # rows on which an evaluation measures the drift
 def load_teacher(path: str | Path) -> SMTTeacher:
     """From its folder, or from the `teacher` folder of a student's."""
     inside = Path(path) / TEACHER
+    folder = inside if inside.is_dir() else Path(path)
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).exists():  # it could name files elsewhere; no trainer writes one
+        raise ValueError(f"teacher: {folder} has its weights in several files; expected one, {SAFE_WEIGHTS_NAME}")
     try:
-        return SMTTeacher.from_pretrained(inside if inside.is_dir() else path)
+        return SMTTeacher.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"teacher: found none in {path} ({error})") from error
 
