@@ -53,7 +53,11 @@ def compare(name: str, folder: Path) -> None:
         network(ids, labels=ids, use_cache=False).loss.backward()
     for (key, p), q in zip(parts.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(whole(p.grad), q.grad, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
-    cut = ("in_proj", "up_proj", "down_proj", "lm_head") if name != "memory" else ("mixer.ff.", "mixer.out_proj", "lm_head")
+    cut = (
+        ("in_proj", "up_proj", "down_proj", "lm_head")
+        if name != "memory"
+        else ("mixer.ff.", "mixer.out_proj", "lm_head")
+    )
     for key, p in parts.named_parameters():
         if key.endswith("weight") and any(part in key for part in cut):
             assert p.to_local().numel() <= 0.6 * p.numel(), f"{name}: {key} is whole"

@@ -92,7 +92,9 @@ class XLSTMConfig(RecurrentConfig):
         if len(self.slstm_blocks) == self.num_hidden_layers:
             plan = {}
         if self.is_7b or self.slstm_blocks:
-            up, down = ("colwise_gather_output", "rowwise_split_input") if self.use_bias else ("packed_colwise", "rowwise")
+            up, down = (
+                ("colwise_gather_output", "rowwise_split_input") if self.use_bias else ("packed_colwise", "rowwise")
+            )
             plan |= {"layers.*.ff.up_proj": up, "layers.*.ff.down_proj": down}
         return plan
 

@@ -5,6 +5,7 @@ from typing import Any
 from hf_rnn_trainers.rate.rate_callback import RateCallback, settings_of
 from hf_rnn_trainers.rate.rate_config import RateConstrainedConfig
 from hf_rnn_trainers.reliability import NonFiniteGuard
+from hf_rnn_trainers.sharding import check_fsdp
 
 
 class RateConstrainedTrainer(NonFiniteGuard):
@@ -26,8 +27,9 @@ class RateConstrainedTrainer(NonFiniteGuard):
         # Before those that may raise, so that quantised weights are put back first
         rate = RateCallback(**settings_of(args))
         super().__init__(model=model, args=args, callbacks=[rate, *(callbacks or [])], **options)
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
-            raise ValueError("fsdp: version 1 flattens tensors into one; set fsdp_config={'fsdp_version': 2}")
+        check_fsdp(self)
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed: keeps weights of its own, which the rate step would not reach; use fsdp")
 
     @property
     def rate(self) -> RateCallback:

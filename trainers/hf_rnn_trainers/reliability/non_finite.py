@@ -7,6 +7,8 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_rnn_trainers.sharding import check_fsdp
+
 
 class NonFiniteLossError(FloatingPointError):
     """The training loss or its gradient was NaN or infinite. The weights are those before the step."""
@@ -76,3 +78,7 @@ class _GradientGuard(TrainerCallback):
 
 class RecurrentTrainer(NonFiniteGuard, Trainer):
     """transformers' Trainer that stops at a loss that is not finite."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_fsdp(self)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_rnn_trainers.reliability import NonFiniteGuard
+from hf_rnn_trainers.sharding import refuse_sharding
 from hf_rnn_trainers.smt.memory_config import MemoryTrainingConfig
 from hf_rnn_trainers.smt.rollouts import errors
 from hf_rnn_trainers.smt.teacher import SMTTeacher
@@ -66,6 +67,7 @@ class MemoryTrainer(NonFiniteGuard, ABC):
         if kwargs.get("model_init") is not None:
             raise ValueError("model_init: the teacher fits one student; pass a model")
         super().__init__(model, args, **kwargs)
+        refuse_sharding(self, "two networks train together, by single steps")
         if self.compute_loss_func is not None:
             raise ValueError("compute_loss_func: this trainer has its own loss; leave it out")
         if args.n_gpu > 1:

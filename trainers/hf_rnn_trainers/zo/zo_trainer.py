@@ -13,6 +13,7 @@ from transformers.utils import cached_file, logging
 
 from hf_rnn_kernels import Perturbed
 from hf_rnn_trainers.reliability import NonFiniteGuard, NonFiniteLossError
+from hf_rnn_trainers.sharding import refuse_sharding
 from hf_rnn_trainers.zo import replay_log
 from hf_rnn_trainers.zo.directions import Directions
 from hf_rnn_trainers.zo.estimators import estimate
@@ -82,8 +83,7 @@ class ZOTrainer(PerturbedLosses, NonFiniteGuard, Trainer):
             raise ValueError("model: expected parameters that require gradients, all are frozen")
         if args.n_gpu > 1:
             raise ValueError("DataParallel: its copies of the model know no perturbation; start a process for each GPU")
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("DeepSpeed, FSDP: they shard what a perturbation needs whole; use plain processes")
+        refuse_sharding(self, "they shard what a perturbation needs whole")
         if args.world_size % args.data_shards:
             raise ValueError(f"data_shards: expected a divisor of {args.world_size} processes, got {args.data_shards}")
         for name, p in trained:
