@@ -9,7 +9,7 @@ TESTS = Path(__file__).parent
 
 
 def launch(processes: int, script: Path, *arguments: str | Path, timeout: int = 280) -> None:
-    """Run `script` in so many gloo processes, or one by itself; what any of them raises fails the test, with its words."""
+    """Run `script` in so many gloo processes, or one by itself; what any of them raises fails the test."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     paths = [TESTS.parent, TESTS.parent / "kernels", TESTS.parent / "trainers", TESTS, TESTS / "trainers"]
     env = {

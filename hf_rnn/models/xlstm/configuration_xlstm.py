@@ -85,8 +85,8 @@ class XLSTMConfig(RecurrentConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """As `MinBlockConfig`'s, sLSTM cells whole on each process. A gated feed-forward's halves are cut alike, but with
-        biases, which transformers cuts in the middle ("packed_colwise" in 5.23), gathered."""
+        """As `MinBlockConfig`'s, sLSTM cells whole on each process. A gated feed-forward's halves are cut alike, but
+        gathered where it has biases, which transformers' "packed_colwise" (5.23) cuts as one."""
         into, back = ("in_proj", "out_proj") if self.is_7b else ("up_proj", "down_proj")
         plan = {f"layers.*.mixer.{into}": "colwise_gather_output", f"layers.*.mixer.{back}": "rowwise_split_input"}
         if len(self.slstm_blocks) == self.num_hidden_layers:
