@@ -8,6 +8,7 @@ COMMANDS = {
     "eval": "bits per byte of a checkpoint on a text",
     "compress": "quantise a checkpoint and code it in few bits; it loads like any other",
     "inspect": "a table of a checkpoint's tensors: shape, nu, bits, zeros",
+    "plan": "memory, traffic and time of a training step on many GPUs, on paper",
     "convert": "an xLSTM checkpoint from or to transformers' own xlstm, or the xlstm package's",
 }
 
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         from hf_rnn.cli.compress import main as command
     elif argv[0] == "inspect":
         from hf_rnn.cli.inspect import main as command
+    elif argv[0] == "plan":
+        from hf_rnn.cli.plan import main as command
     else:
         from hf_rnn.cli.convert import main as command
     try:
