@@ -49,38 +49,48 @@ class Count:
 
     Attributes:
         bytes: at the peak, beyond weights, gradients and what does not grow with the batch.
-        flops: of matrix products, those inside recurrences included.
-        operations: calls of kernels that one row makes one after another.
+        flops: of matrix products but those inside recurrences.
     """
 
     bytes: float
     flops: float
-    operations: float
 
 
 def count(run: Callable[[int], Any], sizes: tuple[int, int]) -> Count:
-    """What `run(n)` takes for each of n items: the slope between two sizes."""
+    """What `run(n)` takes for each of n items: the slope between two sizes, large enough for the batch to matter more
+    than a gradient of the head's weights. On the meta device large ones cost no more than small ones."""
+    found = [_totals(run, size) for size in sizes]
+    return Count(*((b - a) / (sizes[1] - sizes[0]) for a, b in zip(found[0], found[1], strict=True)))
+
+
+def _totals(run: Callable[[int], Any], size: int) -> tuple[int, int]:
+    flops = FlopCounterMode(display=False)
+    with flops, LiveBytes() as memory:
+        run(size)
+    return memory.peak, flops.get_total_flops()
+
+
+def operations(run: Callable[[int], Any], sizes: tuple[int, int] = (2, 4)) -> float:
+    """Kernels that each further token waits for, where time is a loop: calls of `run(tokens)` for each token."""
     found = []
     for size in sizes:
-        flops = FlopCounterMode(display=False)
-        with flops, LiveBytes() as memory:
+        with LiveBytes() as memory:
             run(size)
-        found.append((memory.peak, flops.get_total_flops(), memory.operations))
-    slopes = ((b - a) / (sizes[1] - sizes[0]) for a, b in zip(*found, strict=True))
-    return Count(*slopes)
+        found.append(memory.operations)
+    return (found[1] - found[0]) / (sizes[1] - sizes[0])
 
 
 def on_meta(make: Callable[[], Any], dtype: torch.dtype) -> Any:
-    """A model without weights, whose gradients are dropped as they come: they are counted by themselves."""
+    """A model without weights, whose gradients are not kept: they are counted by themselves."""
     with torch.device("meta"):
-        model = make().to(dtype)
+        return drop_gradients(make().to(dtype))
+
+
+def drop_gradients(model: Any) -> Any:
+    """The same model, each gradient gone as soon as it is there."""
     for p in model.parameters():
-        p.register_post_accumulate_grad_hook(_drop)
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     return model
-
-
-def _drop(p: Tensor) -> None:
-    p.grad = None
 
 
 def recurrence_flops(model: nn.Module) -> float:
@@ -101,12 +111,12 @@ def recurrent_layers(model: nn.Module) -> int:
     return sum(isinstance(getattr(m, "recurrent_weight", None), Tensor) for m in model.modules())
 
 
-def backpropagation(model: Any) -> Callable[[int], None]:
-    """Forward and backward of one row of n tokens, logits and their loss in float32 as transformers has it."""
+def backpropagation(model: Any, rows: int = 1) -> Callable[[int], None]:
+    """Forward and backward of rows of n tokens, logits and their loss in float32 as transformers has it."""
     dtype, width = model.lm_head.weight.dtype, model.config.hidden_size
 
     def run(n: int) -> None:
-        x = torch.empty(1, n, width, device="meta", dtype=dtype, requires_grad=True)
+        x = torch.empty(rows, n, width, device="meta", dtype=dtype, requires_grad=True)
         hidden = model.model(inputs_embeds=x, use_cache=False).last_hidden_state
         _loss(model.logits(hidden)).backward()
 
@@ -126,7 +136,7 @@ def evaluation(model: Any) -> Callable[[int], None]:
 
 def memory_training(student: Any, teacher: Any, context: int, future: int) -> Callable[[int], None]:
     """Forward and backward of n memories of SMT: two contexts encoded, a future decoded, a step and a readout made."""
-    tokens, size = student.memory_shape
+    tokens = student.memory_shape[0]
     width, dtype = teacher.config.hidden_size, teacher.lm_head.weight.dtype
 
     def run(n: int) -> None:

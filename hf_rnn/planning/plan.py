@@ -13,11 +13,12 @@ from hf_rnn_trainers import SMTConfig, SMTTeacher
 from hf_rnn_trainers.zo.evaluation import _LOGITS
 from hf_rnn_trainers.zo.perturbed_losses import LONGEST, SHORTEST, TOKENS
 
+LARGE = 2**15  # tokens of a batch that is counted
 TRAINERS = ("backpropagation", "rate", "zo", "smt")
 FLOAT, HALF = 4, 2  # bytes of what is kept and of what is computed in
-# Activations under autocast over those in bfloat16 alone: the residual stream and norms stay in float32. Measured by
-# `python benchmarks/planning.py`; FSDP computes in bfloat16 alone.
-AUTOCAST = {"hf_rnn_xlstm": 1.35}
+# Activations under autocast, which keeps residual stream and norms in float32, over those in bfloat16 alone, as FSDP
+# computes: measured by `python benchmarks/planning.py`, the second for xLSTM's "neurips" blocks.
+AUTOCAST, AUTOCAST_NEURIPS = 1.04, 1.31
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,19 @@ class Work:
     Attributes:
         parameters: of all networks that train. embedding: those of one vocabulary matrix. block: of the largest block.
         factors: signs of a low-rank direction. state: bytes of a row's recurrent state.
+        autocast: see `AUTOCAST`.
         counts: of the step, for each token (SMT: each memory). recurrence: flops of a token inside ops, forward.
         recurrent: layers whose steps wait for one another in one kernel.
         waits: operations that each token waits for, where a step is many kernels.
     """
 
     trainer: str
-    model_type: str
     parameters: int
     embedding: int
     block: int
     factors: int
     state: int
+    autocast: float
     counts: Count
     recurrence: float
     recurrent: int
@@ -79,7 +81,7 @@ class Work:
 
 @dataclass
 class Plan:
-    """Bytes in memory, bytes sent, and seconds, by what they are for; items (tokens, or memories) of all GPUs a step."""
+    """Bytes in memory, bytes sent, and seconds, by what they are for; items: tokens, or memories, of all GPUs."""
 
     memory: dict[str, float] = field(default_factory=dict)
     exchanged: dict[str, float] = field(default_factory=dict)
@@ -103,33 +105,40 @@ def measure(config: Any, trainer: str, gradient_checkpointing: bool = False) -> 
         raise ValueError(f"trainer: expected one of {TRAINERS}, got {trainer!r}")
     model = on_meta(lambda: AutoModelForCausalLM.from_config(config), torch.bfloat16)
     loops = config.model_type == "hf_rnn_memory"  # over time, in Python
-    sizes, networks = (4, 8) if loops else (128, 256), [model]
+    networks, waits = [model], 0.0
     if trainer == "smt":
         options = SMTConfig(output_dir="unused", report_to="none")
-        teacher = on_meta(lambda: SMTTeacher.for_student(model, encoder_layers=8, decoder_layers=4), torch.bfloat16)
+        paper = dict(encoder_layers=8, decoder_layers=4)
+        teacher = on_meta(lambda: SMTTeacher.for_student(model, **paper), torch.bfloat16)
         networks.append(teacher)
-        run, sizes = counting.memory_training(model, teacher, options.context_size, options.future_size), (2, 4)
+        run = counting.memory_training(model, teacher, options.context_size, options.future_size)
+        counts = counting.count(run, (64, 128))
     elif trainer == "zo":
         run = counting.evaluation(model.eval())
+        counts = counting.count(run, (4, 8) if loops else (LARGE, 2 * LARGE))
     else:
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        run = counting.backpropagation(model.train())
-    counts = counting.count(run, sizes)
+            # Reentrant: Trainer's own kind takes as much, but while counted its frames keep tensors too long
+            model.activation_checkpointing_enable({"use_reentrant": True})
+        run, time = counting.backpropagation(model.train()), 2 if loops else 128
+        wide = (counting.backpropagation(model, n * LARGE // time) for n in (1, 2))  # many rows, where time is a loop
+        counts = counting.count(lambda n: next(wide)(time), (LARGE, 2 * LARGE))
+    if loops and trainer != "smt":
+        waits = counting.operations(run)
     shapes = [tuple(p.shape) for p in model.parameters()]
     blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
     return Work(
         trainer=trainer,
-        model_type=config.model_type,
         parameters=sum(p.numel() for network in networks for p in network.parameters()),
         embedding=config.vocab_size * config.hidden_size,
         block=max(blocks),
         factors=sum(math.prod(s) if len(s) < 2 else math.prod(s[:-2]) * (s[-2] + s[-1]) for s in shapes),
         state=sum(FLOAT * math.prod(shape) for layer in model.model.layers for shape in layer.state_shapes),
+        autocast=AUTOCAST_NEURIPS if getattr(config, "block_layout", None) == "neurips" else AUTOCAST,
         counts=counts,
         recurrence=counting.recurrence_flops(model),
         recurrent=counting.recurrent_layers(model),
-        waits=counts.operations if loops else 0.0,
+        waits=waits,
     )
 
 
@@ -164,7 +173,7 @@ def make_plan(
 def _with_gradients(work: Work, gpus: int, rows: int, tokens: int, sharding: str, gpu: GPU) -> Plan:
     p, shards = work.parameters, gpus if sharding == "fsdp" else 1
     items = rows if work.trainer == "smt" else rows * tokens
-    autocast = 1.0 if sharding == "fsdp" else AUTOCAST.get(work.model_type, 1.35)
+    autocast = 1.0 if sharding == "fsdp" else work.autocast
     memory = {
         "weights, float32": FLOAT * p / shards,
         "gradients": FLOAT * p / shards,
