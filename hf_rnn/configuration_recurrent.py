@@ -167,6 +167,17 @@ class MinBlockConfig(RecurrentConfig):
         """Channels of the recurrence."""
         return int(self.hidden_size * self.expansion_factor)
 
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Matrices over processes. The recurrence between them has all its channels on each: its projection holds gates
+        side by side, and its state is one tensor, so outputs are gathered."""
+        plan = {"layers.*.mixer.in_proj": "colwise_gather_output"}
+        if self.output_projection:
+            plan["layers.*.mixer.out_proj"] = "rowwise_split_input"
+        if self.feed_forward_factor:
+            plan |= {"layers.*.ff.up_proj": "colwise", "layers.*.ff.down_proj": "rowwise"}
+        return plan
+
     def validate_architecture(self):
         super().validate_architecture()
         for name in ("expansion_factor", "feed_forward_factor", "forget_bias"):

@@ -78,7 +78,8 @@ class RecurrentBlock(GradientCheckpointingLayer):
         y, mixer_state = self.mixer(x if self.mixer_norm is None else self.mixer_norm(x), state, mask, cu_seqlens)
         if past_key_values is not None:
             past_key_values.update((*mixer_state, *new_state), self.layer_idx)
-        return self._after_mixer(x, y).view(shape)
+        y = self._after_mixer(x, y)
+        return y if cu_seqlens is None else y.view(shape)  # FSDP's hooks are on a tensor, and a view may lose them
 
     def _after_mixer(self, x: Tensor, y: Tensor) -> Tensor:
         x = self.dropout(y) if self.mixer_norm is None else x + self.dropout(y)
@@ -344,6 +345,7 @@ class RecurrentForCausalLM(MemoryProtocol, RecurrentPreTrainedModel, GenerationM
     model_class: type[RecurrentModel]
     supports_perturbed = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: RecurrentConfig):
         super().__init__(config)

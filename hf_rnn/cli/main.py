@@ -10,6 +10,7 @@ COMMANDS = {
     "inspect": "a table of a checkpoint's tensors: shape, nu, bits, zeros",
     "bundle": "write a checkpoint's code into its folder: it then loads without this package",
     "push": "check a checkpoint's folder and upload it to the Hub",
+    "plan": "memory, traffic and time of a training step on many GPUs, on paper",
     "convert": "an xLSTM checkpoint from or to transformers' own xlstm, or the xlstm package's",
 }
 
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         from hf_rnn.cli.bundle import main as command
     elif argv[0] == "push":
         from hf_rnn.cli.push import main as command
+    elif argv[0] == "plan":
+        from hf_rnn.cli.plan import main as command
     else:
         from hf_rnn.cli.convert import main as command
     try:

@@ -1,9 +1,5 @@
 """Rate-constrained training: the step by itself, and through Trainer."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -376,58 +372,3 @@ def test_bad_arguments(tmp_path):
         RateConstrainedTrainer(make_model(), TrainingArguments(**arguments(tmp_path)))
     with pytest.raises(ValueError, match="leaves no matrix"):
         make_trainer(tmp_path, rate_exclude=".").train()
-
-
-def make_even(folder, world: int) -> RateConstrainedTrainer:
-    """The same batches on any number of processes."""
-    settings = dict(rate_shrink=0.5, target_bits=3.0, rate_every=2, rate_step=2.0**-5)
-    settings |= dict(ddp_backend="gloo") if world > 1 else {}
-    trainer = make_trainer(folder, optim="sgd", per_device_train_batch_size=8 // world, **settings)
-    trainer.args.train_sampling_strategy = "sequential"
-    return trainer
-
-
-SCRIPT = """
-import os, sys
-sys.path[:0] = [os.environ["TESTS"]]
-import torch
-from safetensors.torch import save_file
-from torch.distributed.fsdp import fully_shard
-from test_rate import fit, make_even, make_model, moments, shrink
-
-folder, rank = sys.argv[1], os.environ["RANK"]
-trainer = make_even(f"{folder}/run-{rank}", 2)
-trainer.train()
-save_file({n: p.detach() for n, p in trainer.model.named_parameters()}, f"{folder}/ddp-{rank}")
-
-whole, sharded = make_model(), make_model()
-fully_shard(sharded, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
-both = []
-for model in (whole, sharded):
-    weights = [p.detach() for p in model.parameters() if p.dim() > 1]
-    both.append(moments(weights))
-    shrink(weights, fit(both[-1], "tensor"), [0.05] * len(weights), 0.1)
-torch.testing.assert_close(both[0], both[1], rtol=1e-12, atol=0)
-for a, b in zip(whole.parameters(), sharded.parameters(), strict=True):
-    torch.testing.assert_close(b.full_tensor(), a)
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_processes_agree(tmp_path):
-    """Two processes end with the same weights, those of one with the same batch; sharded tensors are shrunk alike."""
-    from safetensors.torch import load_file
-
-    (tmp_path / "train.py").write_text(SCRIPT)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TESTS": os.path.dirname(__file__)}
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "train.py")]
-    result = subprocess.run(
-        [sys.executable, *launch, str(tmp_path)], capture_output=True, text=True, timeout=240, env=env
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    one = make_even(tmp_path / "one", 1)
-    one.train()
-    first, second = (load_file(tmp_path / f"ddp-{rank}") for rank in (0, 1))
-    for name, p in one.model.named_parameters():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], p.detach(), rtol=1e-4, atol=1e-6)

@@ -40,6 +40,13 @@ class MemoryRNNConfig(RecurrentConfig):
         return int(self.hidden_size * self.feed_forward_factor)
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """The readout's matrices over processes. The updater is on each: its products wait for one another at every
+        token, and would wait for the network as well."""
+        plan = {"layers.*.mixer.out_proj": "rowwise_split_input"}
+        return plan | {"layers.*.mixer.ff.up_proj": "colwise", "layers.*.mixer.ff.down_proj": "rowwise"}
+
+    @property
     def memory_size(self) -> int:
         """Channels of the whole memory."""
         return self.num_memory_tokens * self.hidden_size

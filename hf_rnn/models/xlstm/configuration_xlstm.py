@@ -84,6 +84,21 @@ class XLSTMConfig(RecurrentConfig):
         return default | {name: size for name, size in told.items() if size is not None}
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """As `MinBlockConfig`'s, sLSTM cells whole on each process. A gated feed-forward's halves are cut alike, but
+        gathered where it has biases, which transformers' "packed_colwise" (5.23) cuts as one."""
+        into, back = ("in_proj", "out_proj") if self.is_7b else ("up_proj", "down_proj")
+        plan = {f"layers.*.mixer.{into}": "colwise_gather_output", f"layers.*.mixer.{back}": "rowwise_split_input"}
+        if len(self.slstm_blocks) == self.num_hidden_layers:
+            plan = {}
+        if self.is_7b or self.slstm_blocks:
+            up, down = (
+                ("colwise_gather_output", "rowwise_split_input") if self.use_bias else ("packed_colwise", "rowwise")
+            )
+            plan |= {"layers.*.ff.up_proj": up, "layers.*.ff.down_proj": down}
+        return plan
+
+    @property
     def epsilon(self) -> float:
         """Of the norms."""
         return self.norm_eps or (1e-6 if self.is_7b else 1e-5)

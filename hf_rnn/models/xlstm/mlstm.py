@@ -6,7 +6,7 @@ from transformers import initialization as init
 
 from hf_rnn.layers import BlockLinear, CausalConv, Mixer, MultiHeadNorm
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
-from hf_rnn_kernels import gated_norm, mlstm_scan
+from hf_rnn_kernels import mlstm_scan
 
 FORGET_BIASES = (3.0, 6.0)  # from the first head's to the last's: heads that keep for 20 to 400 tokens at first
 
@@ -48,7 +48,7 @@ class MLSTM(Mixer):
         i, f = gates.chunk(2, -1)
         C, n, m = state or (None, None, None)
         h, last = mlstm_scan(q, k, v, i, f, C, n, m, mask, cu_seqlens)
-        return self.out_proj(gated_norm(h, o, self.norm.weight, self.norm.eps)), last
+        return self.out_proj(self.norm(h, o)), last
 
 
 class UpProjectedMLSTM(Mixer):

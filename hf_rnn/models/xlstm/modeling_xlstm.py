@@ -1,6 +1,7 @@
 """xLSTM: exponential gates, in an LSTM with a matrix as memory (mLSTM) and in one that sees its state (sLSTM)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -31,8 +31,11 @@ class RateConstrainedTrainer(RecurrentTrainer):
         # Before those that may raise, so that quantised weights are put back first
         rate = RateCallback(**settings_of(args))
         super().__init__(model=model, args=args, callbacks=[rate, *(callbacks or [])], **options)
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
-            raise ValueError("fsdp: version 1 flattens tensors into one; set fsdp_config={'fsdp_version': 2}")
+
+    def check_sharding(self) -> None:
+        super().check_sharding()
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed: keeps weights of its own, which the rate step would not reach; use fsdp")
 
     @property
     def rate(self) -> RateCallback:

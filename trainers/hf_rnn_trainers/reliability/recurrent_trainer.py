@@ -4,6 +4,7 @@ from hf_rnn_trainers.model_card import ModelCardMixin
 from hf_rnn_trainers.reliability.checkpoints import AtomicCheckpoints
 from hf_rnn_trainers.reliability.non_finite import NonFiniteGuard
 from hf_rnn_trainers.reliability.signals import SaveOnSignal
+from hf_rnn_trainers.sharding import check_fsdp
 
 
 class RecurrentTrainer(NonFiniteGuard, SaveOnSignal, AtomicCheckpoints, ModelCardMixin):
@@ -18,3 +19,15 @@ class RecurrentTrainer(NonFiniteGuard, SaveOnSignal, AtomicCheckpoints, ModelCar
         args: `TrainingArguments`, or `RecurrentTrainingArguments`, which add `max_skipped_steps`.
         others: Trainer's; any model.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.check_sharding()
+
+    def check_sharding(self) -> None:
+        """Whether the method works with FSDP or DeepSpeed, where they are on.
+
+        Raises:
+            ValueError: it does not, with the reason.
+        """
+        check_fsdp(self)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_rnn_trainers.reliability import RecurrentTrainer
+from hf_rnn_trainers.sharding import refuse_sharding
 from hf_rnn_trainers.smt.memory_config import MemoryTrainingConfig
 from hf_rnn_trainers.smt.rollouts import errors
 from hf_rnn_trainers.smt.teacher import SMTTeacher
@@ -87,6 +88,9 @@ class MemoryTrainer(RecurrentTrainer, ABC):
         self._draws = (-1, 0)  # the step, and batches of it so far
         self._terms: dict[str, Tensor] = {}  # sum and number of each since the last log
         self._measured: list[tuple[int, dict[str, Tensor]]] = []  # rows and terms of the evaluation going on
+
+    def check_sharding(self) -> None:
+        refuse_sharding(self, "two networks train together, by single steps")
 
     @abstractmethod
     def new_teacher(self) -> SMTTeacher:

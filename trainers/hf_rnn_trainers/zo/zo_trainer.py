@@ -13,6 +13,7 @@ from transformers.utils import cached_file, logging
 
 from hf_rnn_kernels import Perturbed
 from hf_rnn_trainers.reliability import RecurrentTrainer
+from hf_rnn_trainers.sharding import refuse_sharding
 from hf_rnn_trainers.zo import replay_log
 from hf_rnn_trainers.zo.directions import Directions
 from hf_rnn_trainers.zo.estimators import estimate
@@ -85,14 +86,15 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
             f"{args.epsilon:g}{log})"
         )
 
+    def check_sharding(self) -> None:
+        refuse_sharding(self, "they shard what a perturbation needs whole")
+
     def _refuse(self) -> None:
         args, trained = self.args, [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if not trained:
             raise ValueError("model: expected parameters that require gradients, all are frozen")
         if args.n_gpu > 1:
             raise ValueError("DataParallel: its copies of the model know no perturbation; start a process for each GPU")
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("DeepSpeed, FSDP: they shard what a perturbation needs whole; use plain processes")
         if args.world_size % args.data_shards:
             raise ValueError(f"data_shards: expected a divisor of {args.world_size} processes, got {args.data_shards}")
         for name, p in trained:
