@@ -43,7 +43,6 @@ def check_card(path: Path) -> None:
         card = ModelCard.load(path)
         if not card.data.to_dict():
             raise ValueError("it has no metadata between lines of ---")
-        ModelCard(str(card))
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"card: {path} is no model card ({error}); mend it, or remove it to have one made") from error
 

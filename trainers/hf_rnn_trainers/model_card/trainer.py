@@ -62,7 +62,7 @@ class ModelCardMixin(Trainer):
         if not self.is_world_process_zero():
             return
         model = self.accelerator.unwrap_model(self.model)
-        if not hasattr(model, "config") or hasattr(model, "peft_config"):  # adapters: PEFT's card says how to load them
+        if hasattr(model, "peft_config"):  # adapters: PEFT's card says how to load them
             super().create_model_card(language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset)
             return
         folder = Path(str(self.args.output_dir))
@@ -115,7 +115,8 @@ class ModelCardMixin(Trainer):
     def _write_code(self) -> None:
         """By which the checkpoint loads without the package, where the model knows."""
         model = self.accelerator.unwrap_model(self.model)
-        if hasattr(model, "write_code") and self.is_world_process_zero():
+        knows = hasattr(model, "write_code") and not hasattr(model, "peft_config")
+        if knows and self.is_world_process_zero():
             model.write_code(str(self.args.output_dir))
 
 
