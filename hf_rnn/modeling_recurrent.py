@@ -141,7 +141,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             check_files(source)
         try:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except SafetensorError as error:
@@ -154,11 +154,14 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
-            config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            config: Any = kwargs.get("config") or cls.config_class.from_pretrained(  # type: ignore[union-attr]
+                pretrained_model_name_or_path, **kwargs
+            )
             with torch.device("meta"):
                 raise RuntimeError(find_wrong_shape(source, cls(config)) or str(error)) from error
         if output_loading_info:
-            return model, info
+            return loaded
+        model, info = loaded
         missing = sorted(info["missing_keys"])
         if cls.__name__ not in (model.config.architectures or []) and hasattr(model, cls.base_model_prefix):
             missing = [name for name in missing if name.startswith(f"{cls.base_model_prefix}.")]  # else: a new head

@@ -218,7 +218,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     if arguments.tokenizer is not None:
         return read_tokenizer(arguments.tokenizer)
     if Path(str(arguments.model)).is_dir() or "/" in str(arguments.model):
-        return read_tokenizer(arguments.model)
+        return read_tokenizer(str(arguments.model))
     return byte_tokenizer()
 
 
