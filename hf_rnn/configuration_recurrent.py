@@ -19,7 +19,8 @@ _TRANSFORMERS_NAMES = {
     "transformers_weights",
 }  # fmt: skip
 # What no model has, so that a damaged config.json is an error and not hours of building layers
-_MOST_LAYERS, _WIDEST = 10_000, 2**24
+_MOST_LAYERS = 10_000
+_WIDEST = 2**24
 
 
 class RecurrentConfig(PreTrainedConfig):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -141,10 +141,8 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         source = Path(str(pretrained_model_name_or_path)) / kwargs.get("subfolder", "")
         if pretrained_model_name_or_path is not None:
             check_files(source)
-        model: Any
-        info: Any
         try:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except SafetensorError as error:
@@ -157,11 +155,14 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
-            config: Any = kwargs.get("config") or AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            config: Any = kwargs.get("config") or cls.config_class.from_pretrained(  # type: ignore[union-attr]
+                pretrained_model_name_or_path, **kwargs
+            )
             with torch.device("meta"):
                 raise RuntimeError(find_wrong_shape(source, cls(config)) or str(error)) from error
         if output_loading_info:
-            return model, info
+            return loaded
+        model, info = loaded
         missing = sorted(info["missing_keys"])
         if cls.__name__ not in (model.config.architectures or []) and hasattr(model, cls.base_model_prefix):
             missing = [name for name in missing if name.startswith(f"{cls.base_model_prefix}.")]  # else: a new head

@@ -59,7 +59,7 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, list[int], str]]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in sorted(file.keys())}
                 yield from ((path, name, x.get_shape(), x.get_dtype()) for name, x in slices.items())
         except SafetensorError:
             continue

@@ -150,6 +150,8 @@ class XLSTMConfig(RecurrentConfig):
                 )
         if self.conv_kernel < 2:
             raise ValueError(f"conv_kernel: expected a width of at least 2, got {self.conv_kernel}")
+        if self.sizes["intermediate_size"] < 1:
+            raise ValueError(f"intermediate_size: expected at least 1, got {self.intermediate_size}")
         for name in ("intermediate_size", *used):
             self._check_width(name, self.sizes[name])
         self._check_width("conv_kernel", self.conv_kernel)

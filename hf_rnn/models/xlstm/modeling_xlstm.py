@@ -1,7 +1,6 @@
 """xLSTM: exponential gates, in an LSTM with a matrix as memory (mLSTM) and in one that sees its state (sLSTM)."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +87,9 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, RecurrentForCausalLM):
         """
         config, state_dict = from_package(state_dict)
         dtype = state_dict["lm_head.weight"].dtype
-        options: dict[str, Any] = dict(config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True)
-        model, info = cls.from_pretrained(None, **options)
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
+        )
         check_complete(info, "state_dict")
         return model
 
