@@ -53,6 +53,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/memory_language.py
 	$(BIN)/python benchmarks/rate_constrained.py
 	$(BIN)/python benchmarks/coding.py
+	$(BIN)/python benchmarks/planning.py
 
 # A card per architecture from the committed results.
 model-cards: $(STAMP)

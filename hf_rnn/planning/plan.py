@@ -18,7 +18,7 @@ TRAINERS = ("backpropagation", "rate", "zo", "smt")
 FLOAT, HALF = 4, 2  # bytes of what is kept and of what is computed in
 # Activations under autocast, which keeps residual stream and norms in float32, over those in bfloat16 alone, as FSDP
 # computes: measured by `python benchmarks/planning.py`, the second for xLSTM's "neurips" blocks.
-AUTOCAST, AUTOCAST_NEURIPS = 1.04, 1.31
+AUTOCAST, AUTOCAST_NEURIPS = 1.03, 1.26
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Work:
         counts: of the step, for each token (SMT: each memory). recurrence: flops of a token inside ops, forward.
         recurrent: layers whose steps wait for one another in one kernel.
         waits: operations that each token waits for, where a step is many kernels.
+        recomputed: whether gradient checkpointing makes every forward pass of a block twice.
     """
 
     trainer: str
@@ -77,6 +78,7 @@ class Work:
     recurrence: float
     recurrent: int
     waits: float
+    recomputed: bool
 
 
 @dataclass
@@ -139,6 +141,7 @@ def measure(config: Any, trainer: str, gradient_checkpointing: bool = False) -> 
         recurrence=counting.recurrence_flops(model),
         recurrent=counting.recurrent_layers(model),
         waits=waits,
+        recomputed=gradient_checkpointing,
     )
 
 
@@ -190,11 +193,13 @@ def _with_gradients(work: Work, gpus: int, rows: int, tokens: int, sharding: str
         exchanged = {"all-reduce": 2 * FLOAT * p * others}
     if work.trainer == "rate":
         memory["rate step"] = 2 * FLOAT * p / shards
-    inside = 0.0 if work.trainer == "smt" else 3 * work.recurrence
+    inside, step = (3 + work.recomputed) * work.recurrence, gpu.step_back + work.recomputed * gpu.step
+    if work.trainer == "smt":  # single steps, all at once
+        inside = step = 0.0
     seconds = {
         "matrix products": items * (work.counts.flops + inside) / (gpu.flops * gpu.share),
         "reading and writing weights": (3 * HALF * p + 7 * FLOAT * p / shards) / gpu.bandwidth,
-        "steps that wait": 0.0 if work.trainer == "smt" else tokens * _wait(work, gpu.step_back, gpu),
+        "steps that wait": tokens * _wait(work, step, gpu),
         "exchange": sum(exchanged.values()) / gpu.link(gpus),
     }
     return Plan(memory, exchanged, seconds, items * gpus)
@@ -215,7 +220,7 @@ def _zero_order(work: Work, gpus: int, rows: int, tokens: int, directions: int, 
     memory = {
         "weights, float32": FLOAT * p,
         "activations of a chunk": work.counts.bytes * alive,
-        "logits": (HALF + 2 * FLOAT) * min(_LOGITS, alive * work.embedding),
+        "logits": float((HALF + 2 * FLOAT) * _LOGITS),
         "recurrent states": together * rows * work.state,
         "directions": work.factors * max((1 + FLOAT) * together, 1.25 * directions),
     }

@@ -63,7 +63,8 @@ def make_trainer(kind: str, folder: Path, callbacks: list[TrainerCallback], save
     options = dict(train_dataset=data, eval_dataset=data, callbacks=callbacks)
     model = make_model(kind)
     if kind == "zo":  # the same rows for all, directions shared out
-        args = hf_rnn.ZOConfig(**common | dict(per_device_train_batch_size=BATCH, num_directions=13))
+        shared = dict(per_device_train_batch_size=BATCH, num_directions=13, directions_per_forward=2)
+        args = hf_rnn.ZOConfig(**common | shared)
         return hf_rnn.ZOTrainer(model, args, **options)
     if kind == "zo-data":
         args = hf_rnn.ZOConfig(**common, num_directions=8, data_shards=WORLD)
