@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 # Two at a time, with threads that do not spin while others wait for a core
 PYTEST = HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow lint bench model-cards setup clean
+.PHONY: demo test test-slow test-all lint bench model-cards setup clean
 
 setup: $(STAMP)
 
@@ -21,9 +21,14 @@ demo: $(STAMP)
 	$(BIN)/python -m hf_rnn.cli.demo
 
 test: $(STAMP)
-	$(PYTEST) -m 'not gpu and not slow'
+	$(PYTEST) -m 'not gpu and not slow and not exhaustive'
 
+# What `test` has no time for
 test-slow: $(STAMP)
+	$(PYTEST) -m 'slow and not gpu and not exhaustive'
+
+# Everything, hours of it
+test-all: $(STAMP)
 	$(PYTEST) -m 'not gpu'
 
 lint: $(STAMP)

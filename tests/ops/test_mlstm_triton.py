@@ -109,7 +109,7 @@ def quick(monkeypatch):
 
 
 @compiled
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=[pytest.mark.slow])])
+@pytest.mark.parametrize("which", ["not exhaustive", pytest.param("exhaustive", marks=[pytest.mark.exhaustive])])
 @pytest.mark.timeout(1800)
 def test_values_in_the_interpreter(which):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
@@ -154,7 +154,7 @@ class TestInterpreted:
         limits = (2e-6, 1e-5) if dtype == torch.float32 else (2e-2, 2e-2)
         check(errors(run_backend, inputs, make_states(1, inputs[0], inputs[2]), eps=0.1), *limits)
 
-    @pytest.mark.parametrize("eps", [1e-6, pytest.param(0.1, marks=[pytest.mark.slow])])
+    @pytest.mark.parametrize("eps", [1e-6, pytest.param(0.1, marks=[pytest.mark.exhaustive])])
     @pytest.mark.parametrize("low, high", [(-15.0, 15.0), (-15.0, -14.0), (30.0, 30.0), (10.0, 12.0)])
     def test_extreme_gates(self, low, high, eps):
         """Input gates from e^-15 to e^15, forget gates that keep nothing, everything, and all between."""
@@ -264,7 +264,7 @@ class TestInterpreted:
             for n in range(3):
                 assert a.shape == b.shape and (a[n] - b[n]).norm() <= limit * b[n].norm()
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.timeout(1200)
     @pytest.mark.parametrize("packed", [False, True])
     @pytest.mark.parametrize("masked", [False, True])
@@ -336,7 +336,7 @@ def test_compiles_without_spills(chip, sizes, full):
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("sizes", [(32, 64), (64, 64), (128, 256), (256, 512), (20, 100)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
@@ -348,7 +348,7 @@ def test_every_combination_compiles_without_spills(chip, dtype, sizes):
 
 
 @compiled
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=[pytest.mark.slow])])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=[pytest.mark.exhaustive])])
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 def test_other_lengths_batches_and_heads_compile_nothing_new(chip, full):
     for shape in [(2, 64, 2), (2, 1, 2), (16, 16, 1), (3, 20, 16), (1, 17, 3), (33, 300, 1)]:

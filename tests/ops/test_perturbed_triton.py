@@ -68,7 +68,7 @@ def check_scan(run, cell, x, weight, bias, states, mask, cu_seqlens, perturbatio
 
 
 @compiled
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=[pytest.mark.slow])])
+@pytest.mark.parametrize("which", ["not exhaustive", pytest.param("exhaustive", marks=[pytest.mark.exhaustive])])
 @pytest.mark.timeout(1800)
 def test_values_in_the_interpreter(which):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
@@ -150,7 +150,7 @@ class TestInterpretedScan:
             scan_backend.scan, "lstm", x.to(dtype), weight, bias, [], None, None, perturbation, tolerance
         )  # fmt: skip
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.timeout(900)
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize("size", [3, 16, 40])
@@ -212,7 +212,7 @@ def test_scan_compiles_without_spills(gone, cell, size, kernel):
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("sizes", [(16, 16), (512, 50257), (51, 19), (1, 256)], ids=str)
@@ -224,7 +224,7 @@ def test_every_linear_compiles_without_spills(gone, dtype, sizes, rank):
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("size", [16, 19, 64, 128, 768])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

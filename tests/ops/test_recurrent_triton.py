@@ -117,7 +117,7 @@ def bfloat16_dot(monkeypatch):
 
 
 @compiled
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=[pytest.mark.slow])])
+@pytest.mark.parametrize("which", ["not exhaustive", pytest.param("exhaustive", marks=[pytest.mark.exhaustive])])
 @pytest.mark.timeout(1800)
 def test_values_in_the_interpreter(which):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
@@ -161,7 +161,7 @@ class TestInterpreted:
         monkeypatch.setattr(backend, "STEPS", 1)
         check(errors(run_backend, "gru", *make("gru", 2, 6, 1, 3)))
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.timeout(900)
     @pytest.mark.parametrize("packed", [False, True])
     @pytest.mark.parametrize("masked", [False, True])
@@ -357,7 +357,7 @@ def test_compiles_without_spills(chip, cell, dtype, size, mask, packed, path):
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("size", [16, 19, 48, 64, 128, 768])
 @pytest.mark.parametrize("cell", CELLS)

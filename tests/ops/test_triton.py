@@ -129,7 +129,7 @@ def poison(monkeypatch):
 
 
 @compiled
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=[pytest.mark.slow])])
+@pytest.mark.parametrize("which", ["not exhaustive", pytest.param("exhaustive", marks=[pytest.mark.exhaustive])])
 @pytest.mark.timeout(1800)
 def test_values_in_the_interpreter(which):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
@@ -181,7 +181,8 @@ class TestInterpreted:
             assert torch.equal(a, b)
 
     @pytest.mark.parametrize(
-        "gates, time", [("min_gru", 200), *[pytest.param(gates, 2000, marks=pytest.mark.slow) for gates in GATES[1::2]]]
+        "gates, time",
+        [("min_gru", 200), *[pytest.param(gates, 2000, marks=pytest.mark.exhaustive) for gates in GATES[1::2]]],
     )
     @pytest.mark.timeout(900)
     def test_slow_gates(self, gates, time):
@@ -321,7 +322,7 @@ def test_compiles_without_spills(target, gates, dtype, mask, packed, monkeypatch
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("channels", [128, 51])
 @pytest.mark.parametrize("gates", GATES)
