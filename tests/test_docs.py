@@ -92,6 +92,7 @@ def test_commands_exist():
     assert len(helps) > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_run(path, tmp_path):
     few = ["--steps", "5"] if '"--steps"' in path.read_text() else []

@@ -28,7 +28,7 @@ def benchmark():
         return module
 
 
-@pytest.mark.parametrize("name", ["LSTM", "minGRU", "xLSTM"])
+@pytest.mark.parametrize("name", ["minGRU", *[pytest.param(n, marks=pytest.mark.slow) for n in ("LSTM", "xLSTM")]])
 def test_counted_is_what_a_step_takes(name, benchmark):
     """Bytes of activations for each token, within 2%: on paper and by a CPU's allocator, elementwise by torch."""
     config = benchmark.CONFIGS[name]

@@ -30,7 +30,9 @@ def run(code, tmp_path, *options):
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
 
 
-@pytest.mark.parametrize("architecture", ["gru", "memoryrnn", "xlstm"], indirect=True)
+@pytest.mark.parametrize(
+    "architecture", ["gru", *[pytest.param(n, marks=pytest.mark.slow) for n in ("memoryrnn", "xlstm")]], indirect=True
+)
 def test_with_the_package(model, tmp_path):
     folder = tmp_path / "checkpoint"
     model.save_pretrained(folder)

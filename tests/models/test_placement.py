@@ -52,11 +52,12 @@ def test_blocks_are_what_is_not_split(model):
     assert all(isinstance(layer, RecurrentBlock) for layer in model.model.layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cases",
     [
         ["lstm", "mingru", "minlstm-tied", "xlstm"],
-        pytest.param(["gru-bare", "xlstm-bias", "xlstm-neurips", "memory"], marks=pytest.mark.slow),
+        ["gru-bare", "xlstm-bias", "xlstm-neurips", "memory"],
     ],
     ids=["usual", "others"],
 )

@@ -177,6 +177,7 @@ def test_dropout(make_model, ids):
     assert torch.equal(model.eval()(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_compile_without_graph_breaks(architecture, model, ids):
     torch._dynamo.reset()  # tests share transformers' wrappers, and so their limit of recompilations
     ids = ids[:, :4] if architecture == "memoryrnn" else ids  # its loop over time is the graph's

@@ -239,6 +239,7 @@ def test_settings(settings, message):
         XLSTMConfig(**settings)
 
 
+@pytest.mark.slow
 def test_a_mixture_from_the_command_line(tmp_path):
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 60)
     config = "block_layout=neurips,hidden_size=32,num_hidden_layers=3,slstm_at=[0,2],norm_eps=1e-4"

@@ -228,6 +228,7 @@ def test_a_gate_that_forgets_everything(closed):
         assert relative_error(a, b) <= 1e-5
 
 
+@pytest.mark.slow
 def test_registration():
     leaves = [x.requires_grad_() for x in make(2, 20, 2, 4, 6)]
     torch.library.opcheck(torch.ops.hf_rnn.mlstm_scan, (*leaves[:5], leaves[5:], None, None, 1e-6, True))

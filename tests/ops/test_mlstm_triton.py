@@ -109,6 +109,7 @@ def quick(monkeypatch):
 
 
 @compiled
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["not exhaustive", pytest.param("exhaustive", marks=[pytest.mark.exhaustive])])
 @pytest.mark.timeout(1800)
 def test_values_in_the_interpreter(which):
@@ -328,7 +329,9 @@ def spilled(target, dtype, sizes):
 
 @compiled
 @pytest.mark.parametrize(
-    "target, sizes, full", [("sm_90", (128, 256), True), ("gfx942", (64, 64), False)], indirect=["target"]
+    "target, sizes, full",
+    [("sm_90", (128, 256), True), pytest.param("gfx942", (64, 64), False, marks=pytest.mark.slow)],
+    indirect=["target"],
 )
 def test_compiles_without_spills(chip, sizes, full):
     launch(sizes=sizes, full=full)

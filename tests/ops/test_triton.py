@@ -129,6 +129,7 @@ def poison(monkeypatch):
 
 
 @compiled
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["not exhaustive", pytest.param("exhaustive", marks=[pytest.mark.exhaustive])])
 @pytest.mark.timeout(1800)
 def test_values_in_the_interpreter(which):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import hf_rnn
 from hf_rnn_trainers.sharding import check_fsdp, refuse_sharding
 
-pytestmark = pytest.mark.timeout(600)  # on a busy machine
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # minutes on a busy machine
 KINDS = ["backpropagation", "zo", "zo-data", "smt", "dmt", "rate"]
 LOSS, WEIGHT = dict(rtol=1e-5, atol=1e-5), dict(rtol=0, atol=6 * 1e-2 * 1e-3)
 
@@ -81,14 +81,12 @@ def test_sharded_resumes(folder):
     assert_same(folder, "fsdp", "fsdp-third-2-0", "fsdp-straight-2-0")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_four_processes(kind, folder):
     work(4, folder, f"straight:{kind}")
     assert_same(folder, kind, f"{kind}-straight-4-0", f"{kind}-straight-1-0")
 
 
-@pytest.mark.slow
 def test_other_models_sharded(tmp_path):
     """Tied embeddings, and a model whose blocks are of another kind."""
     work(1, tmp_path, "straight:tied", "straight:xlstm")

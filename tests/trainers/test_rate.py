@@ -223,6 +223,7 @@ class TestTrainer:
             dict(max_loss_increase=0.01, eval_strategy="steps", eval_steps=2, eval_on_start=True),
         ],
     )
+    @pytest.mark.slow
     @pytest.mark.parametrize("accumulate", [1, 2])
     def test_resume_is_exact(self, settings, accumulate, tmp_path):
         settings |= dict(rate_shrink=0.5, rate_every=3, rate_step=2.0**-5, gradient_accumulation_steps=accumulate)

@@ -89,7 +89,7 @@ def copy(run, tmp_path):
 
 class TestExactResume:
     @pytest.mark.parametrize("name", list(TRAINERS))
-    @pytest.mark.parametrize("step", [1, 4, 6])
+    @pytest.mark.parametrize("step", [4, *[pytest.param(n, marks=pytest.mark.slow) for n in (1, 6)]])
     def test_bit_for_bit(self, name, step, tmp_path):
         """With dropout, in the middle of an epoch of six batches, and where one ends."""
         straight = make_trainer(tmp_path / "a", name, save_strategy="no")
@@ -423,6 +423,7 @@ class TestSignals:
         assert "SIGTERM: saving a checkpoint" in text and "Traceback" not in text
         assert load_file(path / "model.safetensors")
 
+    @pytest.mark.slow
     def test_the_workers_of_the_loader_get_it_as_well(self, tmp_path):
         """As from a service manager, which tells all processes of a service."""
         (tmp_path / "train.py").write_text(
@@ -443,6 +444,7 @@ class TestSignals:
         path, damages = newest_whole(tmp_path / "out")
         assert path is not None and not damages
 
+    @pytest.mark.slow
     def test_one_of_two_processes_is_told(self, tmp_path):
         """Both save the same step and exit."""
         (tmp_path / "train.py").write_text(

@@ -76,6 +76,9 @@ def test_resume_needs_the_teacher(tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=3)
     trainer.train()
     (tmp_path / "checkpoint-3" / "teacher" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-3: teacher/model.safetensors is missing"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    (tmp_path / "checkpoint-3" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-3 has no teacher"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
@@ -100,6 +103,7 @@ assert not any("teacher" in name for name, _ in model.named_parameters())
     assert same(load_teacher(tmp_path / "elsewhere"), trainer.teacher)
 
 
+@pytest.mark.slow
 def test_smt_then_dmt_learns_to_retrieve(tmp_path):
     """The one late label, by rollouts from the empty memory; DMT takes the teacher from the student's folder."""
     metrics = dict(compute_metrics=compute_metrics, preprocess_logits_for_metrics=preprocess_logits_for_metrics)

@@ -10,6 +10,7 @@ import torch
 
 from hf_rnn_trainers.zo.replay_log import read
 
+pytestmark = pytest.mark.slow
 SCRIPT = """
 import hashlib, os, sys
 sys.path[:0] = [os.environ["TESTS"]]

@@ -53,13 +53,13 @@ def same(a, b):
         dict(estimator="spsa15"),
         dict(estimator="es_sign", learning_rate=0.02),
         dict(estimator="es_rank", learning_rate=0.02),
-        dict(directions="sparse", num_directions=24),
-        dict(directions="gaussian"),
+        pytest.param(dict(directions="sparse", num_directions=24), marks=pytest.mark.slow),
+        pytest.param(dict(directions="gaussian"), marks=pytest.mark.slow),
         dict(rank=2, lr_scheduler_type="cosine", weight_decay=0.01),
         dict(optim="adamw_torch", learning_rate=0.01),
         dict(gradient_accumulation_steps=2, per_device_train_batch_size=4),
         dict(data_per_direction=True, per_device_train_batch_size=64, learning_rate=0.1),
-        dict(evaluation="in_place", directions="rademacher"),
+        pytest.param(dict(evaluation="in_place", directions="rademacher"), marks=pytest.mark.slow),
         dict(max_grad_norm=1.0),
         dict(bf16=True, epsilon=0.1),
     ],
@@ -207,7 +207,7 @@ class Reward(ZOTrainer):
         return float((tokens[:, 2:] != 7).float().mean())
 
 
-@pytest.mark.parametrize("cls", [Accuracy, Reward])
+@pytest.mark.parametrize("cls", [Accuracy, pytest.param(Reward, marks=pytest.mark.slow)])
 def test_objectives_without_gradients(cls, tmp_path):
     settings = dict(
         max_steps=16, num_directions=32, epsilon=0.3, estimator="es_sign", learning_rate=0.6, logging_steps=2
