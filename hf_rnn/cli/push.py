@@ -12,7 +12,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("repository", help="on the Hub: owner/name, or a name of your own")
     parser.add_argument("--private", action="store_true", help="if the repository is new, only you can see it")
     parser.add_argument("--revision", help="a branch, made if it is not there; default: main")
-    parser.add_argument("--license", help="of the weights, for a card that is made now: apache-2.0, mit, ...")
+    parser.add_argument("--license", help="of the weights, for the card: apache-2.0, mit, ...")
     parser.add_argument("--message", default="Upload by hf-rnn push", help="of the commit")
     a = parser.parse_args(argv)
     url = push(a.folder, a.repository, a.private or None, a.revision, a.license, a.message)

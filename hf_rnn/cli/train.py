@@ -277,7 +277,7 @@ def train(
 
 def check_output(folder: Path) -> None:
     """Refuse to write a checkpoint among files that are none of ours."""
-    ours = ("modeling_hf_rnn.py", "checkpoint-*", "_saving", "zo_replay.jsonl", "non_finite_*")
+    ours = ("modeling_hf_rnn.py", "checkpoint-*", "_saving", "zo_replay.jsonl", "_non_finite_*")
     if folder.is_dir() and any(folder.iterdir()) and not any(any(folder.glob(pattern)) for pattern in ours):
         raise ValueError(f"output_dir: {folder} holds files and no checkpoint; choose another, or empty it")
 

@@ -14,11 +14,12 @@ from hf_rnn.hub.bundle import bundle, is_coded, is_ours, read_config
 from hf_rnn.hub.damage import find_damaged_file
 from hf_rnn.hub.loading import load
 from hf_rnn_trainers.model_card import make_card
+from hf_rnn_trainers.model_card.card import NO_LICENCE
 
 # What a checkpoint is made of. Not among it: optimizer states and pickles (.pt, .bin, .pth, training_args.bin)
 UPLOADED = ["*.json", "*.jsonl", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "*.png", "modeling_hf_rnn.py"]
 UPLOADED += [".eval_results/*.yaml", "LICENSE*"]
-NOT_UPLOADED = ["checkpoint-*", "*/checkpoint-*", ".tmp-*", "non_finite_*", ".cache/*"]
+NOT_UPLOADED = ["checkpoint-*", "*/checkpoint-*", ".tmp-*", "_*", ".cache/*"]
 
 
 def write_code(folder: str | Path) -> None:
@@ -47,12 +48,27 @@ def check_card(path: Path) -> None:
         raise ValueError(f"card: {path} is no model card ({error}); mend it, or remove it to have one made") from error
 
 
+def _adopt_card(path: Path, name: str, repository: str, licence: str | None) -> None:
+    """Have a card that a trainer wrote load the model by its name on the Hub, and state the licence if one is given."""
+    text = path.read_text()
+    for before, after in ((f"\n# {name}\n", f"\n# {repository}\n"), (f'"{name}"', f'"{repository}"')):
+        text = text.replace(before, after)
+    if licence is not None:
+        text = text.replace(f"Weights: {NO_LICENCE}.", f"Weights: {licence}.")
+    path.write_text(text)
+    if licence is not None:
+        check_card(path)
+        card = ModelCard.load(path)
+        card.data.license = licence
+        card.save(path)
+
+
 def prepare(folder: str | Path, repository: str, licence: str | None = None) -> list[str]:
     """Make a folder ready to be shared: weights that load, code for those without the package, a card.
 
     Args:
         repository: the name by which a card that is made here loads the model.
-        licence: of the weights, for such a card.
+        licence: of the weights, for the card.
 
     Returns:
         The names of what is to be uploaded.
@@ -70,7 +86,9 @@ def prepare(folder: str | Path, repository: str, licence: str | None = None) -> 
     model = load(str(folder))
     write_code(folder)
     card = folder / "README.md"
-    if not card.exists():
+    if card.exists():
+        _adopt_card(card, folder.resolve().name, repository, licence)
+    else:
         make_card(repository, model, licence=licence, coded=is_coded(config)).save(card)
     check_card(card)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -149,3 +149,19 @@ def test_papers():
     for key, entry in BIBTEX.items():
         assert re.match(rf"@(article|inproceedings)\{{{key},", entry) and entry.count("{") == entry.count("}")
         assert all(re.search(rf"\b{name} = \{{.+\}}", entry, re.DOTALL) for name in ("title", "author", "year"))
+
+
+def test_a_run_s_card_is_pushed_under_its_name_on_the_hub(tmp_path):
+    """The snippet then loads the repository, and a licence that is given is stated in both places."""
+    rows = [{"input_ids": torch.arange(12), "labels": torch.arange(12)}]
+    args = TrainingArguments(tmp_path / "run", max_steps=1, use_cpu=True, report_to="none", save_strategy="no")
+    trainer = hf_rnn.RecurrentTrainer(hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(**SMALL)), args, train_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    card = tmp_path / "run" / "README.md"
+    assert 'from_pretrained("run"' in card.read_text()
+    prepare(tmp_path / "run", "me/mine", "mit")
+    text = card.read_text()
+    assert 'from_pretrained("me/mine"' in text and "\n# me/mine\n" in text and '"run"' not in text
+    assert ModelCard.load(card).data.license == "mit" and "Weights: mit." in text

@@ -65,7 +65,7 @@ folder = Path("folder")
 small("MemoryRNN").save_pretrained(folder)
 tokenizer.save_pretrained(folder)
 for name in ("checkpoint-7/model.safetensors", "checkpoint-7/optimizer.pt", "training_args.bin", "optimizer.pt",
-             "old/checkpoint-8/config.json", "non_finite_batch.safetensors", "notes.txt", "data.pkl", "secret.env"):
+             "old/checkpoint-8/config.json", "_non_finite_batch.safetensors", "notes.txt", "data.pkl", "secret.env"):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes((folder / "model.safetensors").read_bytes() if ".safe" in name else b"x")
 assert main(["push", "folder", "me/folder", "--revision", "v1", "--license", "apache-2.0"]) == 0

@@ -43,7 +43,7 @@ def test_stops_with_step_batch_and_advice(tmp_path):
         trainer.train()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    (batch,) = tmp_path.glob("non_finite_batch_step_5_*.safetensors")
+    (batch,) = tmp_path.glob("_non_finite_batch_step_5_*.safetensors")
     assert load_file(batch)["input_ids"].shape == (2, 9)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
     assert all(torch.isfinite(p).all() for p in loaded.parameters())

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 import hf_rnn
 from hf_rnn import GRUConfig, GRUForCausalLM, NonFiniteLossError, RecurrentTrainer, RecurrentTrainingArguments
+from hf_rnn_trainers.reliability import manifest
 from hf_rnn_trainers.reliability.checkpoints import CheckpointError, sweep
 from hf_rnn_trainers.reliability.manifest import checkpoints, find_damage, newest_whole
 
@@ -46,11 +47,19 @@ class At(TrainerCallback):
             self.action(control)
 
 
+class Rows(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
 def stop(control):
     control.should_save = control.should_training_stop = True
 
 
-def make_trainer(folder, name="backpropagation", base=None, callbacks=None, **settings):
+def make_trainer(folder, name="backpropagation", base=None, callbacks=None, stream=False, **settings):
     trainer_class, args_class, own = TRAINERS[name]
     torch.manual_seed(0)
     sizes = dict(vocab_size=60, hidden_size=16, num_hidden_layers=1, hidden_dropout=0.2, conv_kernel=0)
@@ -59,13 +68,13 @@ def make_trainer(folder, name="backpropagation", base=None, callbacks=None, **se
     defaults = dict(max_steps=7, save_steps=2, per_device_train_batch_size=2, logging_steps=1, learning_rate=1e-2)
     defaults |= dict(report_to="none", use_cpu=True, disable_tqdm=True, output_dir=str(folder))
     data = [{"input_ids": row, "labels": row} for row in rows]
+    rows = data[:3]
     options = {}
+    data = Rows(data) if stream else data
     if name == "dmt":
         options["teacher"] = hf_rnn.SMTTeacher.for_student(model, hidden_size=16, encoder_layers=1, decoder_layers=1)
     args = args_class(**defaults | own | settings)
-    return (base or trainer_class)(
-        model, args, train_dataset=data, eval_dataset=data[:3], callbacks=callbacks, **options
-    )
+    return (base or trainer_class)(model, args, train_dataset=data, eval_dataset=rows, callbacks=callbacks, **options)
 
 
 def same(a, b):
@@ -112,10 +121,21 @@ class TestExactResume:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert same(straight, resumed)
 
+    @pytest.mark.parametrize("step", [2, 3, 5])
+    def test_streams(self, step, tmp_path):
+        """Of a length that nobody knows, in the second pass over it as well."""
+        straight = make_trainer(tmp_path / "a", save_strategy="no", stream=True)
+        straight.train()
+        make_trainer(tmp_path / "b", callbacks=[At(step, stop)], save_strategy="no", stream=True).train()
+        resumed = make_trainer(tmp_path / "b", save_strategy="no", stream=True)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 7 and same(straight, resumed)
+
     def test_a_finished_run_makes_no_further_step(self, copy, run):
         trainer = make_trainer(copy)
-        trainer.train(resume_from_checkpoint=True)
+        output = trainer.train(resume_from_checkpoint=True)
         assert trainer.state.global_step == 7 and same(trainer, run[1])
+        assert math.isnan(output.training_loss)
 
     def test_is_the_stock_trainer(self, run, tmp_path):
         args = run[1].args
@@ -139,10 +159,10 @@ class TestCheckpoints:
         assert not (folder / "_saving").exists()
         for path in checkpoints(folder):
             assert find_damage(path) is None
-        manifest = json.loads((folder / "checkpoint-7/manifest.json").read_text())
+        content = json.loads((folder / "checkpoint-7/manifest.json").read_text())
         names = {str(path.relative_to(folder / "checkpoint-7")) for path in (folder / "checkpoint-7").rglob("*")}
-        assert set(manifest["files"]) == names - {"manifest.json"}
-        assert (manifest["step"], manifest["world_size"]) == (7, 1)
+        assert set(content["files"]) == names - {"manifest.json"}
+        assert (content["order"], content["world_size"], content["batch"]) == (4, 1, 4)
 
     @pytest.mark.parametrize("how", ["removed", "cut", "flipped"])
     def test_every_file_counts(self, copy, how):
@@ -215,8 +235,6 @@ class TestCheckpoints:
         assert not staging.exists() and find_damage(copy / "checkpoint-7") is None
 
     def test_a_manifest_names_only_what_is_inside(self, copy, tmp_path):
-        from hf_rnn_trainers.reliability import manifest
-
         (tmp_path / "outside").write_text("x")
         content = manifest.read_manifest(copy / "checkpoint-7")
         content["files"]["../../outside"] = {"size": 1, "sha256": manifest._digest(tmp_path / "outside")}
@@ -231,6 +249,66 @@ class TestCheckpoints:
         best = Path(trainer.state.best_model_checkpoint)
         assert best.parent == tmp_path and find_damage(best) is None
         assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+
+    def test_the_latest_is_the_one_saved_last(self, copy):
+        """Not the one of the highest step: a run that went back, or another one in the same folder."""
+        back = make_trainer(copy, learning_rate=1e-3, callbacks=[At(3, stop)], save_strategy="no", save_total_limit=2)
+        back.train(resume_from_checkpoint=str(copy / "checkpoint-2"))
+        assert newest_whole(copy)[0] == copy / "checkpoint-3"
+        assert [path.name for path in checkpoints(copy)] == ["checkpoint-3", "checkpoint-7"]
+
+    def test_a_save_that_fails_at_its_very_end_loses_nothing(self, copy, monkeypatch):
+        """The checkpoint of the same step, from before, is back in its place; and all was flushed."""
+        trainer = make_trainer(copy)
+        replace, flushed = os.replace, []
+        fsync = os.fsync
+
+        def fail(source, target):
+            if "_saving" in str(source) and str(target).endswith("run/checkpoint-2") and "replaced" not in str(source):
+                raise OSError(5, "Input/output error")
+            return replace(source, target)
+
+        monkeypatch.setattr(os, "replace", fail)
+
+        def noted(file):
+            flushed.append(os.readlink(f"/proc/self/fd/{file}"))
+            fsync(file)
+
+        monkeypatch.setattr(os, "fsync", noted)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            trainer.train()
+        assert find_damage(copy / "checkpoint-2") is None and len(checkpoints(copy)) == 4
+        names = {Path(path).name for path in flushed}
+        assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "manifest.json", "checkpoint-2"} <= names
+
+    def test_a_disk_that_cannot_be_read(self, copy, monkeypatch):
+        digest = manifest._digest
+
+        def broken(path):
+            if "checkpoint-7" in str(path):
+                raise OSError(5, "Input/output error")
+            return digest(path)
+
+        monkeypatch.setattr(manifest, "_digest", broken)
+        path, damages = newest_whole(copy)
+        assert path == copy / "checkpoint-6" and "cannot be read" in damages["checkpoint-7"]
+
+    def test_another_batch_is_told(self, copy, caplog):
+        trainer = make_trainer(copy, per_device_train_batch_size=4, save_strategy="no")
+        with caplog.at_level("WARNING", logger="hf_rnn_trainers"):
+            trainer.train(resume_from_checkpoint=str(copy / "checkpoint-2"))
+        assert "was trained with 4 sequences a step, this run has 8" in caplog.text
+
+    def test_a_damaged_best_one(self, tmp_path):
+        settings = dict(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="loss")
+
+        class Damage(TrainerCallback):
+            def on_save(self, args, state, control, **kwargs):
+                for path in tmp_path.glob("checkpoint-*/model.safetensors"):
+                    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+        with pytest.raises(CheckpointError, match="load_best_model_at_end: .*model.safetensors was changed"):
+            make_trainer(tmp_path, callbacks=[Damage()], **settings).train()
 
     def test_disk_full(self, tmp_path, monkeypatch):
         """The reason is named, the last checkpoint stays the newest, nothing half is left."""
@@ -326,7 +404,7 @@ class TestNonFinite:
     def test_the_loss_logged_is_that_of_the_other_steps(self, tmp_path):
         kept = make_trainer(tmp_path, base=Poisoned, save_strategy="no", max_skipped_steps=7)
         kept.loss_at = (0, 2)
-        kept.train()
+        assert 3 < kept.train().training_loss < 5
         losses = [entry["loss"] for entry in kept.state.log_history if "loss" in entry]
         assert [math.isnan(x) for x in losses] == [True, False, True, False, False, False, False]
         whole = make_trainer(tmp_path, base=Poisoned, save_strategy="no", max_skipped_steps=7, logging_steps=7)
@@ -404,6 +482,33 @@ class TestSignals:
         resumed.train(resume_from_checkpoint=True)
         assert same(resumed, run[1])
 
+    def test_at_the_end_of_an_epoch_its_evaluation_comes_first(self, tmp_path):
+        settings = dict(eval_strategy="epoch", save_strategy="epoch")
+        trainer = make_trainer(tmp_path, callbacks=[At(3, lambda _: os.kill(os.getpid(), signal.SIGTERM))], **settings)
+        with pytest.raises(SystemExit):
+            trainer.train()
+        resumed = make_trainer(tmp_path, **settings)
+        resumed.train(resume_from_checkpoint=True)
+        assert [entry["step"] for entry in resumed.state.log_history if "eval_loss" in entry] == [3, 6, 7]
+
+    def test_while_the_run_is_being_ended(self, tmp_path):
+        class Tell(TrainerCallback):
+            def on_train_end(self, args, state, control, **kwargs):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        before = signal.getsignal(signal.SIGCHLD)
+        with pytest.raises(SystemExit) as stopped:
+            make_trainer(tmp_path, callbacks=[Tell()]).train()
+        assert stopped.value.code == 143 and newest_whole(tmp_path)[0] == tmp_path / "checkpoint-7"
+        assert signal.getsignal(signal.SIGCHLD) is before
+
+    def test_what_a_signal_saves_is_whole(self, tmp_path):
+        settings = dict(save_only_model=True, save_strategy="no")
+        tell = At(3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            make_trainer(tmp_path, callbacks=[tell], **settings).train()
+        make_trainer(tmp_path, **settings).train(resume_from_checkpoint=True)
+
     def test_from_the_command_line(self, tmp_path):
         """SIGTERM to `hf-rnn train`, then the same command goes on."""
         (tmp_path / "text.txt").write_text("to be or not to be " * 400)
@@ -470,8 +575,7 @@ class TestSignals:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_injected_faults(tmp_path):
-    """All kinds, at random moments, in processes of their own; nothing is lost, nothing goes wrong. Without arguments the
-    benchmark goes over all trainers."""
+    """All kinds, at random moments, in processes of their own; nothing is lost, nothing goes wrong."""
     output = tmp_path / "faults.json"
     command = [sys.executable, str(ROOT / "benchmarks/faults.py"), "--kills", "10", "--output", str(output)]
     command += ["--trainers", "backpropagation"]

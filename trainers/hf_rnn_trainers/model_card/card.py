@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_rnn_trainers.model_card.papers import ARCHITECTURES, BIBTEX, Architecture
 
 TEMPLATE = Path(__file__).with_name("template.md")
+NO_LICENCE = "no licence is stated here; ask who shared them"
 CODE_LICENCE = "The code of hf_rnn is under the Apache License, Version 2.0."
 PACKAGES = ("hf-rnn", "torch", "transformers", "accelerate", "huggingface_hub", "numba", "triton")
 
@@ -162,7 +163,7 @@ def make_card(
         where + hardware(),
         installed_versions(),
         limits(training),
-        f"{CODE_LICENCE} Weights: {licence or 'no licence is stated here; ask who shared them'}.",
+        f"{CODE_LICENCE} Weights: {licence or NO_LICENCE}.",
     )
 
 

@@ -10,8 +10,8 @@ class RecurrentTrainingArguments(TrainingArguments):
     max_skipped_steps: int = field(
         default=0,
         metadata={
-            "help": "steps of a run that are left out, their loss or gradient not being finite, before one stops it; "
-            "0: the first does"
+            "help": "steps that are left out since the run was started, their loss or gradient not being finite, "
+            "before one stops it; 0: the first does"
         },
     )
     logging_nan_inf_filter: bool = field(

@@ -1,15 +1,17 @@
 """Checkpoints that are whole or not there, and runs that go on from a whole one or say why not."""
 
+import math
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import Trainer, set_seed
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 from hf_rnn_trainers.reliability.manifest import (
@@ -19,6 +21,9 @@ from hf_rnn_trainers.reliability.manifest import (
     find_missing,
     flush,
     newest_whole,
+    next_order,
+    order_of,
+    read_manifest,
     write_manifest,
 )
 
@@ -65,7 +70,7 @@ class AtomicCheckpoints(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
                 check_readable(staged)
-                write_manifest(staged, self.state.global_step, self.args.world_size)
+                write_manifest(staged, next_order(run), self.args.world_size, self._batch())
                 flush(staged)
                 put_in_place(staged, final)
                 shutil.rmtree(run / STAGING, ignore_errors=True)
@@ -78,7 +83,7 @@ class AtomicCheckpoints(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
-            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _note_best(self, run: Path, final: Path) -> None:
         """Where the best checkpoint lies, under the name that it has or is about to have."""
@@ -101,7 +106,8 @@ class AtomicCheckpoints(Trainer):
         if self.is_world_process_zero():
             try:
                 found[0] = self._find_checkpoint(run, resume_from_checkpoint)
-            except ValueError as error:
+                self._compare_batch(found[0])
+            except (ValueError, OSError) as error:
                 found[1] = str(error)
         path, error = broadcast_object_list(found)
         if error is not None:
@@ -140,6 +146,35 @@ class AtomicCheckpoints(Trainer):
                 "of output_dir; to start anew from weights alone, load them with from_pretrained"
             )
 
+    def _batch(self) -> int:
+        """Sequences of an optimizer step, over all processes."""
+        return self.get_total_train_batch_size(self.args)
+
+    def _compare_batch(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (Path(checkpoint) / "manifest.json").exists():
+            return
+        before, now = read_manifest(Path(checkpoint))["batch"], self._batch()
+        if before != now:
+            logger.warning(
+                f"resume_from_checkpoint: {checkpoint} was trained with {before} sequences a step, this run has {now}: "
+                "it skips by steps, so some data is seen twice in an epoch or not at all"
+            )
+
+    def _init_training_state(self, max_steps, steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial):
+        """Trainer's, and for a stream, whose epochs have a length that nobody knows, where in which epoch it stood."""
+        at = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is None or num_train_epochs != sys.maxsize or self.args.ignore_data_skip:
+            return at
+        saved = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
+        epoch = saved.epoch or 0.0  # counted as if one had max_steps steps
+        return int(epoch), round(epoch % 1 * saved.max_steps) * self.args.gradient_accumulation_steps
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if (damage := find_damage(best)) is not None and damage != "manifest.json is missing":
+            raise CheckpointError(f"load_best_model_at_end: {best}: {damage}. The last checkpoint is what it was")
+        super()._load_best_model()
+
     def _run_epoch(self, *args, **kwargs) -> None:
         """Trainer's, which makes a step more where a run goes on that was at its last."""
         if self.state.global_step >= self.state.max_steps:
@@ -158,10 +193,10 @@ class AtomicCheckpoints(Trainer):
         """As Trainer's; after a change of the number of processes, which random streams belong to, new ones."""
         args = self.args
         name = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
-        if checkpoint is None or (Path(checkpoint) / name).is_file():
+        before = 0 if checkpoint is None else len(list(Path(checkpoint).glob("rng_state*.pth")))
+        if checkpoint is None or (before == args.world_size and (Path(checkpoint) / name).is_file()):
             super()._load_rng_state(checkpoint)
             return
-        before = len(list(Path(checkpoint).glob("rng_state*.pth")))
         if before == args.world_size:
             raise ValueError(f"resume_from_checkpoint: {checkpoint}: {name} is missing")
         logger.warning(
@@ -177,12 +212,33 @@ def put_in_place(staged: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.replace(final, old)
-    os.replace(staged, final)
+    try:
+        os.replace(staged, final)
+    except OSError:
+        if old.exists():
+            os.replace(old, final)
+        raise
     descriptor = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rotate(run: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints until `limit` are left, but not the latest, nor the best.
+
+    transformers' own goes by times of folders, or by steps: in a folder that another run has used, it could remove the
+    one just saved.
+    """
+    found = checkpoints(run)
+    kept = {path for path in found if order_of(path) < math.inf}
+    protected = {path for path in (next((p for p in found if p in kept), None), Path(best) if best else None) if path}
+    spare = len(found) - max(limit, len(protected)) if limit and limit > 0 else 0
+    for path in [*reversed([p for p in found if p in kept]), *[p for p in found if p not in kept]]:
+        if spare > 0 and path not in protected:
+            shutil.rmtree(path, ignore_errors=True)
+            spare -= 1
 
 
 def sweep(run: Path) -> None:

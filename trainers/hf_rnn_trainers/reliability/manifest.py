@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import zipfile
@@ -16,14 +17,19 @@ _NEEDED = {"trainer_state.json": ["trainer_state.json"], "rng_state.pth": ["rng_
 _NEEDED |= {"optimizer.pt": ["optimizer*", "global_step*"], "scheduler.pt": ["scheduler.pt", "global_step*"]}
 
 
-def write_manifest(folder: Path, step: int, world_size: int) -> None:
-    """Write `manifest.json`: size and SHA-256 of every file below `folder`, the step and the number of processes."""
+def write_manifest(folder: Path, order: int, world_size: int, batch: int) -> None:
+    """Write `manifest.json`: size and SHA-256 of every file below `folder`, and of the run what resuming has to know.
+
+    Args:
+        order: of this checkpoint among those of the run's folder, by which the latest is known; steps can go back.
+        world_size, batch: processes, and sequences of a step over all of them.
+    """
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _digest(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / NAME
     }
-    content = {"step": step, "world_size": world_size, "files": files}
+    content = {"order": order, "world_size": world_size, "batch": batch, "files": files}
     (folder / NAME).write_text(json.dumps({**content, "sha256": _own_digest(content)}, indent=1))
 
 
@@ -75,10 +81,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def find_damage(folder: Path) -> str | None:
     """What keeps a run from going on from `folder`, as far as its manifest tells; None where nothing does."""
     try:
-        files = read_manifest(folder)["files"]
+        return _find_damage(folder)
     except ValueError as error:
         return str(error)
-    for name, expected in files.items():
+    except OSError as error:  # of the disk
+        return f"it cannot be read ({error})"
+
+
+def _find_damage(folder: Path) -> str | None:
+    for name, expected in read_manifest(folder)["files"].items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -98,9 +109,23 @@ def find_missing(folder: Path) -> str | None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The folders `checkpoint-N` of a run, the latest step first."""
+    """The folders `checkpoint-N` of a run, the one saved last first; before it those whose manifest does not say."""
     found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run.glob("checkpoint-*")]
-    return [path for m, path in sorted(found, key=lambda x: -int(x[0][1]) if x[0] else 0) if m and path.is_dir()]
+    ordered = sorted(((order_of(path), int(m[1]), path) for m, path in found if m and path.is_dir()), reverse=True)
+    return [path for _, _, path in ordered]
+
+
+def order_of(folder: Path) -> float:
+    """Which one it was of those that were saved to its run's folder; infinity where the manifest does not say."""
+    try:
+        return read_manifest(folder)["order"]
+    except (ValueError, KeyError, OSError):
+        return math.inf
+
+
+def next_order(run: Path) -> int:
+    """For the checkpoint that is saved now."""
+    return 1 + max([int(order) for path in checkpoints(run) if (order := order_of(path)) < math.inf], default=0)
 
 
 def newest_whole(run: Path) -> tuple[Path | None, dict[str, str]]:

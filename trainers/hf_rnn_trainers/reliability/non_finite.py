@@ -38,9 +38,11 @@ class NonFiniteGuard(Trainer):
         self._skips = False  # this step is one of them
         self._step_loss = torch.zeros(())  # what this step's batches added to the loss so far
         self._since_log = [0, 0]  # steps, and those without a finite loss
+        self._since_start = [0, 0]
 
     def train(self, *args, **kwargs):
-        self._skipped, self._skips, self._step_loss, self._since_log = 0, False, torch.zeros(()), [0, 0]
+        self._skipped, self._skips, self._step_loss = 0, False, torch.zeros(())
+        self._since_log, self._since_start = [0, 0], [0, 0]
         return super().train(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -73,7 +75,7 @@ class NonFiniteGuard(Trainer):
         tensors = {name: x.detach().cpu().contiguous() for name, x in inputs.items() if torch.is_tensor(x)}
         path = (
             Path(self.args.output_dir or ".")
-            / f"non_finite_batch_step_{step}_process_{self.args.process_index}.safetensors"
+            / f"_non_finite_batch_step_{step}_process_{self.args.process_index}.safetensors"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: x.clone() for name, x in tensors.items()}, path)
@@ -103,6 +105,14 @@ class NonFiniteGuard(Trainer):
                 logs = logs | {"skipped_steps": self._skipped}
         super().log(logs, start_time)
 
+    def _finalize_training(self, *args, **kwargs):
+        """Trainer's, with a `train_loss` of the steps that had one; NaN where none had."""
+        steps, without_loss = self._since_start
+        factor = steps / (steps - without_loss) if steps > without_loss else float("nan")
+        self._total_loss_scalar *= factor
+        self._tr_loss *= factor
+        return super()._finalize_training(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         bad = [name for name, p in self.model.named_parameters() if not _is_finite(p)]
         number = torch.tensor([len(bad)], device=self.args.device)
@@ -124,8 +134,9 @@ class _GradientGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         trainer = self.trainer
-        trainer._since_log[0] += 1
-        trainer._since_log[1] += trainer._skips
+        for counts in (trainer._since_log, trainer._since_start):
+            counts[0] += 1
+            counts[1] += trainer._skips
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # Under fp16 the scaler skips such steps, by design
         if not trainer._skips and trainer.accelerator.scaler is None:

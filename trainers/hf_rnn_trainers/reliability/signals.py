@@ -25,19 +25,24 @@ class SaveOnSignal(Trainer):
     """
 
     _signal = 0
-    _saved_at: int | None = None
+    _saved_at: tuple[int, int] | None = None
+    _looked_at: int | None = None
 
     def train(self, *args, **kwargs):
         with self._signals_noted():
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        if self._signal:  # while the run was being ended
+            raise SystemExit(128 + self._signal)
+        return output
 
     @contextmanager
     def _signals_noted(self) -> Iterator[None]:
-        self._signal, self._saved_at = 0, None
+        self._signal, self._saved_at, self._looked_at = 0, None, None
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        before[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD)
         try:
             yield
         finally:
@@ -54,12 +59,24 @@ class SaveOnSignal(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
-        self._saved_at = self.state.global_step
+        self._saved_at = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        """The step, and what was logged: an evaluation changes what a checkpoint holds."""
+        return self.state.global_step, len(self.state.log_history)
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-        if number := self._received():
+        first, self._looked_at = self._looked_at != self.state.global_step, self.state.global_step
+        number = self._received()
+        # After the last step of an epoch comes another call, for what is due at its end
+        if number and not (first and (self.state.epoch or 0.5) % 1 == 0):
             self._save_and_exit(number, model, trial)
+
+    def _finalize_training(self, trial, *args, **kwargs):
+        if number := self._received():
+            self._save_and_exit(number, self.model_wrapped, trial)
+        return super()._finalize_training(trial, *args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs):
         """Trainer's. Where its workers got the signal as well, and are gone, the last step is the one to save."""
@@ -71,7 +88,8 @@ class SaveOnSignal(Trainer):
             self._save_and_exit(self._signal, self.model_wrapped, None)
 
     def _save_and_exit(self, number: int, model, trial) -> NoReturn:
-        if self._saved_at != self.state.global_step:
+        if self._saved_at != self._now() or self.args.save_only_model:
+            self.args.save_only_model = False  # the run is to go on from here
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self._finish_current_push()
