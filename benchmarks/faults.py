@@ -355,7 +355,7 @@ def main() -> None:
         "poisoned": poisoned,
         "world sizes": lambda name, folder, straight: world_sizes(name, folder),
     }
-    rows = []
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in options.trainers:
             found = Child(run, name, Path(folder) / name / "straight").wait()[1]
@@ -367,14 +367,20 @@ def main() -> None:
                 print(f"{name:16} {kind:12} {row['faults']:4} faults, {row['lost']} lost, {row['wrong']} wrong")
                 for note in row["notes"]:
                     print(f"    {note}")
+            total = report(rows, options.output)
+    sys.exit(bool(total["lost"] or total["wrong"]))
+
+
+def report(rows: list[dict], output: Path | None) -> dict[str, int]:
+    """Print and keep what there is so far: the whole takes long."""
     total = {key: sum(row[key] for row in rows) for key in ("faults", "lost", "wrong")}
     print(f"{total['faults']} faults injected, {total['lost']} checkpoints lost, {total['wrong']} wrong resumes")
     results = {"total": total, "rows": rows}
-    if options.output is None:
+    if output is None:
         save("faults", results)
     else:
-        options.output.write_text(json.dumps(results, indent=1))
-    sys.exit(bool(total["lost"] or total["wrong"]))
+        output.write_text(json.dumps(results, indent=1))
+    return total
 
 
 if __name__ == "__main__":
