@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from hf_rnn.planning import counting
 from hf_rnn.planning.counting import Count, on_meta
 from hf_rnn_trainers import SMTConfig, SMTTeacher
-from hf_rnn_trainers.zo.evaluation import _LOGITS
+from hf_rnn_trainers.zo.evaluation import LOGITS
 from hf_rnn_trainers.zo.perturbed_losses import LONGEST, SHORTEST, TOKENS
 
 LARGE = 2**15  # tokens of a batch that is counted
@@ -220,7 +220,7 @@ def _zero_order(work: Work, gpus: int, rows: int, tokens: int, directions: int, 
     memory = {
         "weights, float32": FLOAT * p,
         "activations of a chunk": work.counts.bytes * alive,
-        "logits": float((HALF + 2 * FLOAT) * _LOGITS),
+        "logits": float((HALF + 2 * FLOAT) * LOGITS),
         "recurrent states": together * rows * work.state,
         "directions": work.factors * max((1 + FLOAT) * together, 1.25 * directions),
     }

@@ -12,7 +12,7 @@ from hf_rnn_kernels import Perturbed
 from hf_rnn_trainers.zo.directions import Directions
 
 Member = tuple[int, int]  # a direction, and the sign of its epsilon (0: the weights themselves)
-_LOGITS = 2**24  # elements of the largest tensor of logits
+LOGITS = 2**24  # elements of the largest tensor of logits
 
 
 class _Call(nn.Module):
@@ -123,5 +123,5 @@ def stream_losses(model: Any, inputs: dict[str, Tensor], chunk_size: int) -> tup
 
 def _pieces(hidden: Tensor, targets: Tensor, vocabulary: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Cut along time so that logits of a piece are not too many."""
-    time = max(1, _LOGITS // (hidden.shape[0] * vocabulary))
+    time = max(1, LOGITS // (hidden.shape[0] * vocabulary))
     return hidden.split(time, 1), targets.split(time, 1)
