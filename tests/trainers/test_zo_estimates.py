@@ -51,9 +51,10 @@ def gradient(model, inputs):
 
 @pytest.mark.parametrize(
     "kind, n",
-    [("low_rank", 96), ("low_rank", 512), pytest.param("low_rank", 2048, marks=pytest.mark.slow)]
-    + [pytest.param("rademacher", n, marks=pytest.mark.slow) for n in (96, 512, 2048)]
-    + [pytest.param("gaussian", n, marks=pytest.mark.slow) for n in (96, 512)],
+    [("low_rank", 96), ("low_rank", 512), pytest.param("rademacher", 96, marks=pytest.mark.slow)]
+    + [pytest.param("low_rank", 2048, marks=pytest.mark.exhaustive)]
+    + [pytest.param("rademacher", n, marks=pytest.mark.exhaustive) for n in (512, 2048)]
+    + [pytest.param("gaussian", n, marks=pytest.mark.exhaustive) for n in (96, 512)],
 )
 def test_cosine_law(kind, n, tmp_path):
     """E cos(g^, g) = sqrt(n / (n + d - 1)) and E |g^|^2 = |g|^2 (1 + (d - 1) / n), 8 seeds."""
