@@ -302,7 +302,8 @@ def world_sizes(name: str, folder: Path) -> dict:
         for rank in range(world):
             shared = dict(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank))
             shared |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            until = dict(stop_at=step, per_device_train_batch_size=2 // world)
+            rows = 2 if name == "zo" else 2 // world  # ZO's processes share directions, and each reads the whole batch
+            until = dict(stop_at=step, per_device_train_batch_size=rows)
             until |= dict(ddp_backend="gloo") if world > 1 else {}
             arguments = dict(resume=step > 3 or None, **plain | until)
             children.append(Child(_until, name, here, environment=shared if world > 1 else {}, **arguments))
