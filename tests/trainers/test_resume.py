@@ -1,0 +1,66 @@
+"""A run that is interrupted and resumed is the run that was not, bit for bit."""
+
+import math
+
+import pytest
+from runs import TRAINERS, At, make_trainer, same, stop
+from transformers import Trainer
+
+from hf_rnn import RecurrentTrainingArguments
+from hf_rnn_trainers.reliability.manifest import checkpoints
+
+
+class TestExactResume:
+    @pytest.mark.parametrize("name", list(TRAINERS))
+    @pytest.mark.parametrize("step", [4, *[pytest.param(n, marks=pytest.mark.slow) for n in (1, 6)]])
+    def test_bit_for_bit(self, name, step, tmp_path):
+        """With dropout, in the middle of an epoch of six batches, and where one ends."""
+        straight = make_trainer(tmp_path / "a", name, save_strategy="no")
+        straight.train()
+        make_trainer(tmp_path / "b", name, callbacks=[At(step, stop)], save_strategy="no").train()
+        assert [path.name for path in checkpoints(tmp_path / "b")] == [f"checkpoint-{step}"]
+        resumed = make_trainer(tmp_path / "b", name, save_strategy="no")
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 7
+        assert same(straight, resumed)
+        losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (straight, resumed)]
+        assert losses[0] == losses[1]
+
+    def test_an_evaluation_at_the_end_of_an_epoch_changes_nothing(self, tmp_path):
+        """The checkpoint of the epoch's last step is from before the evaluation, which draws a random number."""
+        settings = dict(eval_strategy="epoch", save_steps=3, gradient_accumulation_steps=2)
+        straight = make_trainer(tmp_path, **settings)
+        straight.train()
+        resumed = make_trainer(tmp_path / "b", **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert same(straight, resumed)
+
+    @pytest.mark.parametrize("step", [2, 3, 5])
+    def test_streams(self, step, tmp_path):
+        """Of a length that nobody knows, in the second pass over it as well."""
+        straight = make_trainer(tmp_path / "a", save_strategy="no", stream=True)
+        straight.train()
+        make_trainer(tmp_path / "b", callbacks=[At(step, stop)], save_strategy="no", stream=True).train()
+        resumed = make_trainer(tmp_path / "b", save_strategy="no", stream=True)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 7 and same(straight, resumed)
+
+    def test_a_finished_run_makes_no_further_step(self, copy, run):
+        trainer = make_trainer(copy)
+        output = trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 7 and same(trainer, run[1])
+        assert math.isnan(output.training_loss)
+
+    def test_is_the_stock_trainer(self, run, tmp_path):
+        args = run[1].args
+        args = RecurrentTrainingArguments(
+            **{k: getattr(args, k) for k in ("max_steps", "learning_rate", "use_cpu")},
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=2,
+            output_dir=str(tmp_path),
+            report_to="none",
+        )
+        base = make_trainer(tmp_path)
+        stock = Trainer(base.model, args, train_dataset=base.train_dataset)
+        stock.train()
+        assert same(stock, run[1])
