@@ -15,6 +15,7 @@ from ops import test_triton as shared  # noqa: E402
 from triton import language as tl  # noqa: E402
 
 from hf_rnn_kernels.recurrent_scan import triton as backend  # noqa: E402
+from hf_rnn_kernels.recurrent_scan import triton_tiles  # noqa: E402
 
 compiled, gpu, interpreted = shared.compiled, shared.gpu, shared.interpreted
 poison, reverse, target = shared.poison, shared.reverse, shared.target
@@ -97,9 +98,10 @@ def quick(monkeypatch):
     """The interpreter takes half a millisecond to enter a function: enter only kernels. Streamed tiles are small."""
     monkeypatch.setattr(backend, "UNITS", 16)
     monkeypatch.setattr(backend, "DEPTH", 32)
-    for name, value in list(vars(backend).items()):
-        if type(value).__name__ == "InterpretedFunction" and value not in HELD + STREAMED:
-            monkeypatch.setattr(backend, name, value.fn)
+    for module in (backend, triton_tiles):
+        for name, value in list(vars(module).items()):
+            if type(value).__name__ == "InterpretedFunction" and value not in HELD + STREAMED:
+                monkeypatch.setattr(module, name, value.fn)
 
 
 @pytest.fixture
