@@ -7,7 +7,7 @@ def register_lora_targets(model_type: str) -> None:
     """Let `LoraConfig()` without `target_modules` adapt every linear layer but the head.
 
     PEFT has a table of what to adapt by model type, for transformers' own models. Called when a model is made, by when
-    whoever adapts it has imported PEFT; importing it here would take over a second.
+    whoever adapts it has imported PEFT, which is not imported here for everybody else.
     """
     if (constants := sys.modules.get("peft.utils.constants")) is not None:
         constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, "all-linear")

@@ -27,8 +27,7 @@ class GPU:
 
     Attributes:
         flops: bfloat16, dense.
-        share: of these that a whole step attains. An assumption: large matrix products alone reach about twice as much,
-            and the rest of a step waits for memory.
+        share: of these that a whole step attains. An assumption, with nothing measured behind it here.
         bandwidth, memory: of its own memory.
         nvlink: to the GPUs of its node, each way. network: to other nodes, each way, 400 Gb/s for each GPU.
         per_node: GPUs that NVLink joins.

@@ -86,6 +86,13 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match="checkpoint-7: (optimizer.pt|rng_state.pth) is missing"):
             make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
+    def test_weights_alone_can_be_the_best_ones(self, tmp_path):
+        settings = dict(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="loss")
+        trainer = make_trainer(tmp_path, save_only_model=True, save_total_limit=1, **settings)
+        trainer.train()
+        assert find_damage(Path(trainer.state.best_model_checkpoint)) is None
+        assert len(checkpoints(tmp_path)) <= 2
+
     def test_a_save_that_was_interrupted(self, copy, caplog):
         """Half of one is removed; a whole one, not yet in place, is put there."""
         staging = copy / "_saving"

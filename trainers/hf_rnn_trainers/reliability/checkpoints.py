@@ -15,6 +15,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 from hf_rnn_trainers.reliability.manifest import (
+    NO_MANIFEST,
     check_readable,
     checkpoints,
     find_damage,
@@ -137,9 +138,10 @@ class AtomicCheckpoints(Trainer):
         if not folder.is_dir():
             raise ValueError(f"resume_from_checkpoint: expected the folder of a checkpoint, got {folder}")
         damage = find_damage(folder)
-        if damage == "manifest.json is missing":  # another Trainer's
+        if damage == NO_MANIFEST:  # another Trainer's
             logger.warning(f"resume_from_checkpoint: {folder} has no manifest.json; its files are taken as they are")
-            damage = find_missing(folder)
+            damage = None
+        damage = damage or find_missing(folder)
         if damage is not None:
             raise ValueError(
                 f"resume_from_checkpoint: {folder}: {damage}. resume_from_checkpoint=True takes the latest whole one "
@@ -171,7 +173,7 @@ class AtomicCheckpoints(Trainer):
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
-        if (damage := find_damage(best)) is not None and damage != "manifest.json is missing":
+        if (damage := find_damage(best)) not in (None, NO_MANIFEST):
             raise CheckpointError(f"load_best_model_at_end: {best}: {damage}. The last checkpoint is what it was")
         super()._load_best_model()
 
@@ -231,14 +233,13 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
     transformers' own goes by times of folders, or by steps: in a folder that another run has used, it could remove the
     one just saved.
     """
-    found = checkpoints(run)
-    kept = {path for path in found if order_of(path) < math.inf}
-    protected = {path for path in (next((p for p in found if p in kept), None), Path(best) if best else None) if path}
-    spare = len(found) - max(limit, len(protected)) if limit and limit > 0 else 0
-    for path in [*reversed([p for p in found if p in kept]), *[p for p in found if p not in kept]]:
-        if spare > 0 and path not in protected:
-            shutil.rmtree(path, ignore_errors=True)
-            spare -= 1
+    if not limit or limit < 0:
+        return
+    found = [path for path in checkpoints(run) if order_of(path) < math.inf]  # the others are not this trainer's
+    protected = {found[0], *([Path(best)] if best else [])}
+    spare = [path for path in reversed(found) if path not in protected]
+    for path in spare[: max(0, len(found) - max(limit, len(protected)))]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep(run: Path) -> None:

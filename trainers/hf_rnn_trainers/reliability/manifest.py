@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 NAME = "manifest.json"
+NO_MANIFEST = f"{NAME} is missing"
 # What a resumed run needs besides weights, by the names that it may have
 _NEEDED = {"trainer_state.json": ["trainer_state.json"], "rng_state.pth": ["rng_state*.pth"]}
 _NEEDED |= {"optimizer.pt": ["optimizer*", "global_step*"], "scheduler.pt": ["scheduler.pt", "global_step*"]}
@@ -62,7 +63,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / NAME
     if not path.is_file():
-        raise ValueError(f"{NAME} is missing")
+        raise ValueError(NO_MANIFEST)
     try:
         content = json.loads(path.read_bytes())
         own = content.pop("sha256")
@@ -79,7 +80,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What keeps a run from going on from `folder`, as far as its manifest tells; None where nothing does."""
+    """Which file in `folder` is not what its manifest tells; None where all are."""
     try:
         return _find_damage(folder)
     except ValueError as error:
@@ -97,7 +98,7 @@ def _find_damage(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
         if _digest(path) != expected["sha256"]:
             return f"{name} was changed since it was written"
-    return find_missing(folder)
+    return None
 
 
 def find_missing(folder: Path) -> str | None:
@@ -129,10 +130,10 @@ def next_order(run: Path) -> int:
 
 
 def newest_whole(run: Path) -> tuple[Path | None, dict[str, str]]:
-    """The latest checkpoint that is whole, and what is wrong with those after it, by name."""
+    """The latest checkpoint that is whole and that a run can go on from; what is wrong with those after it, by name."""
     damages: dict[str, str] = {}
     for path in checkpoints(run):
-        damage = find_damage(path)
+        damage = find_damage(path) or find_missing(path)
         if damage is None:
             return path, damages
         damages[path.name] = damage
