@@ -1,8 +1,9 @@
 """A checkpoint's classes as one file that needs torch and transformers alone.
 
 The file is made from the package's sources: every definition that the classes reach, in the order in which modules
-import each other, comments and docstrings included. Kernels are replaced by `hf_rnn.hub.portable`. What two modules
-call alike gets its module's name in front.
+import each other, comments and docstrings included. Each operator (`op.py`) is replaced by the function of the same
+name in its `reference.py`, and what has none there by that in `hf_rnn.hub.portable`. What two modules call alike gets
+its module's name in front.
 """
 
 import ast
@@ -84,17 +85,32 @@ def resolve(module: str, name: str) -> Definition | Imported | str | None:
     """What a name means in a module: a definition, something imported from outside, a module of the package by its
     full name, or (None) something local or builtin."""
     if name in source(module).definitions:
-        return Definition(module, name)
+        return portable(Definition(module, name))
     if name not in source(module).imports:
         return None
     target, original = source(module).imports[name]
     if not target.startswith("hf_rnn"):
         return Imported(target, original)
-    if target == "hf_rnn_kernels" or original == "write_remote_code":
-        return Definition(PORTABLE, original)
-    if importlib.util.find_spec(target).submodule_search_locations and importlib.util.find_spec(f"{target}.{original}"):  # type: ignore[union-attr]
-        return f"{target}.{original}"
-    return resolve(target, original)
+    if target != module and (found := resolve(target, original)) is not None:
+        return found  # as for Python, before a submodule of that name
+    is_module = importlib.util.find_spec(f"{target}.{original}") if is_package(target) else None
+    return f"{target}.{original}" if is_module else None
+
+
+def is_package(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.submodule_search_locations is not None
+
+
+def portable(definition: Definition) -> Definition:
+    """What takes a definition's place where there are no kernels: another one, or itself."""
+    module, name = definition
+    if name == "write_remote_code" or (module.startswith("hf_rnn_kernels") and name in source(PORTABLE).definitions):
+        return Definition(PORTABLE, name)
+    reference = f"{module.removesuffix('.op')}.reference"
+    if module.endswith(".op") and name in source(reference).definitions:
+        return Definition(reference, name)
+    return definition
 
 
 def references(definition: Definition) -> Iterator[tuple[ast.expr, Definition | Imported]]:
@@ -154,7 +170,7 @@ def final_names(definitions: list[Definition]) -> dict[Definition, str]:
     names = [definition.name for definition in definitions]
     final = {}
     for d in definitions:
-        folder = d.module.split(".")[-2].removesuffix("_scan") if d.module.endswith(".reference") else ""
+        folder = d.module.split(".")[1].removesuffix("_scan") if d.module.startswith("hf_rnn_kernels.") else ""
         final[d] = f"_{folder}_{d.name.lstrip('_')}" if folder and names.count(d.name) > 1 else d.name
     assert len(set(final.values())) == len(final), "two definitions of one name"
     return final

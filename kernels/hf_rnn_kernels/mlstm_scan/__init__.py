@@ -1,12 +1,14 @@
-"""mLSTM: a matrix memory with exponential input gates, computed for all tokens of a chunk at once."""
+"""mLSTM: a matrix memory with exponential input gates, computed for all tokens of a chunk at once.
+
+Runs as numba code on a CPU, as Triton kernels on a GPU, and as plain torch anywhere else, for any T.
+"""
 
 import torch
 from torch import Tensor
 
 from hf_rnn_kernels.checks import refuse_forward_mode
 from hf_rnn_kernels.mlstm_scan import op, reference
-
-States = tuple[Tensor, Tensor, Tensor]
+from hf_rnn_kernels.mlstm_scan.reference import States
 
 
 def mlstm_scan(
@@ -30,9 +32,8 @@ def mlstm_scan(
     memory that C and n stand for is C e^m and n e^m; but for eps, h does not depend on m.
 
     Shapes: B batch, T time, H heads, K and V channels of a head's keys and values, N sequences (B, or
-    len(cu_seqlens) - 1 when packed). Takes float32, bfloat16 or float16 (states and gates in float32) or float64, gives
-    the gradient of every floating argument, and runs as numba code on a CPU, as Triton kernels on a GPU, and as plain
-    torch anywhere else; in chunks of tokens, for any T.
+    len(cu_seqlens) - 1 when packed). Takes float32, bfloat16 or float16 (states and gates in float32) or float64, and
+    gives the gradient of every floating argument.
 
     Args:
         q, k: (B, T, H, K). v: (B, T, H, V). One dtype.
@@ -79,4 +80,4 @@ def mlstm_step(
     Returns:
         h (B, H, V) in the dtype of q, and the states after it, in float32 (float64 for float64 inputs).
     """
-    return op.step(q, k, v, i, f, C, n, m, eps)
+    return op.decode(q, k, v, i, f, C, n, m, eps)

@@ -166,15 +166,11 @@ def _(q, k, v, i, f, C, n, m, eps):
     return v.new_empty(v.shape, dtype=q.dtype), *(s.new_empty(s.shape, dtype=torch.float32) for s in (C, n, m))
 
 
-def step(
+def decode(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, eps: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """See `mlstm_step`. On a CPU a dozen torch calls, which an operator around them would only slow down."""
-    dtype = state_dtype(q)
-    if q.is_cuda and _HAS_TRITON and dtype != torch.float64:
+    if q.is_cuda and _HAS_TRITON and q.dtype != torch.float64:
         h, *states = triton_step(q, k, v, i, f, C, n, m, eps)
         return h, (states[0], states[1], states[2])
-    log_f = torch.nn.functional.logsigmoid(f.to(dtype))
-    token = (q.to(dtype), k.to(dtype), v.to(dtype), i.to(dtype), log_f)
-    h, _, new = reference.step(token, (C.to(dtype), n.to(dtype), m.to(dtype)), eps)
-    return h.to(q.dtype), new
+    return reference.decode(q, k, v, i, f, C, n, m, eps)

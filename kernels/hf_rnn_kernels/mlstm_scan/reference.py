@@ -39,6 +39,17 @@ def step(token: Token, states: States, eps: float) -> tuple[Tensor, Tensor, Stat
     return h, normalizer, (C, n, m)
 
 
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, eps: float
+) -> tuple[Tensor, States]:
+    """One token; as `op.decode`."""
+    dtype = state_dtype(q)
+    log_f = torch.nn.functional.logsigmoid(f.to(dtype))
+    token = (q.to(dtype), k.to(dtype), v.to(dtype), i.to(dtype), log_f)
+    h, _, new = step(token, (C.to(dtype), n.to(dtype), m.to(dtype)), eps)
+    return h.to(q.dtype), new
+
+
 def step_back(
     token: Token, before: States, eps: float, grad: Tensor, grads: States
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, States]:
