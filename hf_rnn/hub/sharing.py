@@ -50,9 +50,8 @@ def check_card(path: Path) -> None:
 
 def _adopt_card(path: Path, name: str, repository: str, licence: str | None) -> None:
     """Have a card that a trainer wrote load the model by its name on the Hub, and state the licence if one is given."""
-    text = path.read_text()
-    for before, after in ((f"\n# {name}\n", f"\n# {repository}\n"), (f'"{name}"', f'"{repository}"')):
-        text = text.replace(before, after)
+    text = path.read_text().replace(f'from_pretrained("{name}"', f'from_pretrained("{repository}"')
+    text = text.replace(f"\n# {name}\n", f"\n# {repository.split('/')[-1]}\n")
     if licence is not None:
         text = text.replace(f"Weights: {NO_LICENCE}.", f"Weights: {licence}.")
     path.write_text(text)

@@ -163,5 +163,5 @@ def test_a_run_s_card_is_pushed_under_its_name_on_the_hub(tmp_path):
     assert 'from_pretrained("run"' in card.read_text()
     prepare(tmp_path / "run", "me/mine", "mit")
     text = card.read_text()
-    assert 'from_pretrained("me/mine"' in text and "\n# me/mine\n" in text and '"run"' not in text
+    assert 'from_pretrained("me/mine"' in text and "\n# mine\n" in text and '"run"' not in text
     assert ModelCard.load(card).data.license == "mit" and "Weights: mit." in text

@@ -89,8 +89,9 @@ class SaveOnSignal(Trainer):
 
     def _save_and_exit(self, number: int, model, trial) -> NoReturn:
         if self._saved_at != self._now() or self.args.save_only_model:
-            self.args.save_only_model = False  # the run is to go on from here
+            asked, self.args.save_only_model = self.args.save_only_model, False  # the run is to go on from here
             self._save_checkpoint(model, trial)
+            self.args.save_only_model = asked
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self._finish_current_push()
         logger.warning(
