@@ -123,12 +123,21 @@ def table(title: str, rows: dict[str, dict]) -> None:
         )
 
 
+def device_name() -> str:
+    """The GPU's, or the CPU's with the number of threads."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+
+
+def results_path(question: str) -> Path:
+    """`results/<question>_<cpu or gpu>.json`."""
+    return RESULTS / f"{question}_{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
+
+
 def save(question: str, results: dict) -> Path:
     """Write `results/<question>_<cpu or gpu>.json` with device, date, commit, versions and command."""
-    gpu = torch.cuda.is_available()
     record = {
         "question": question,
-        "device": torch.cuda.get_device_name() if gpu else _cpu_name(),
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
         "commit": _git("rev-parse", "HEAD")
@@ -138,8 +147,8 @@ def save(question: str, results: dict) -> Path:
         "command": " ".join(["python", *sys.argv]),
         "results": results,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{question}_{'gpu' if gpu else 'cpu'}.json"
+    path = results_path(question)
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nsaved {path}")
     return path

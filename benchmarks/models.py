@@ -1,0 +1,77 @@
+"""The language models that are compared, every one at the same number of parameters.
+
+Ours with their default blocks, four of them; Mamba and a Transformer (Llama's block) by transformers, Mamba with
+mambapy's parallel scan where no CUDA kernel is there: its own loop over time takes ten times as long at 128 tokens.
+What is searched for is the width.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+
+import hf_rnn
+
+LAYERS = 4
+
+
+def _ours(name: str, **settings) -> Callable[..., PreTrainedModel]:
+    def build(width: int, **common) -> PreTrainedModel:
+        config = getattr(hf_rnn, f"{name}Config")(hidden_size=width, num_hidden_layers=LAYERS, **settings, **common)
+        return getattr(hf_rnn, f"{name}ForCausalLM")(config)
+
+    return build
+
+
+def _mamba(width: int, **common) -> PreTrainedModel:
+    config = MambaConfig(hidden_size=width, num_hidden_layers=LAYERS, use_mambapy=True, **common)
+    return MambaForCausalLM(config)
+
+
+def _transformer(width: int, **common) -> PreTrainedModel:
+    config = LlamaConfig(
+        hidden_size=width,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=8 * width // 3,
+        max_position_embeddings=2**17,
+        **common,
+    )
+    return LlamaForCausalLM(config)
+
+
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "LSTM": _ours("LSTM"),
+    "GRU": _ours("GRU"),
+    "minGRU": _ours("MinGRU"),
+    "minLSTM": _ours("MinLSTM"),
+    "xLSTM": _ours("XLSTM", num_heads=4),
+    "Mamba (transformers)": _mamba,
+    "Transformer (transformers)": _transformer,
+}
+
+
+@cache
+def width(name: str, parameters: int, vocab_size: int) -> int:
+    """The width that comes closest to so many parameters."""
+
+    def count(width: int) -> int:
+        with torch.device("meta"):
+            return MODELS[name](width, **_tokens(vocab_size)).num_parameters()
+
+    step = 8 if name in ("xLSTM", "Transformer (transformers)") else 2  # four heads, of even widths
+    low, high = 2, 1024
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(step * middle) <= parameters else (low, middle)
+    return step * min((low, high), key=lambda n: abs(count(step * n) - parameters))
+
+
+def make(name: str, parameters: int, vocab_size: int) -> PreTrainedModel:
+    """A model of `MODELS` with random weights."""
+    return MODELS[name](width(name, parameters, vocab_size), **_tokens(vocab_size))
+
+
+def _tokens(vocab_size: int) -> dict:
+    return dict(vocab_size=vocab_size, pad_token_id=None, bos_token_id=None, eos_token_id=None)
