@@ -1,73 +1,155 @@
-"""What does a token cost after a prefix of 128 to 65,536 tokens, in time and in memory?
+"""What does a token cost after 128 to 65,536 tokens, in time and in memory, alone and for 64 sequences at once?
 
     python benchmarks/decoding.py
 
-A step of the model from a returned state, and generate() beside it, which also carries the growing list of tokens.
+Models of a million parameters (ten million on a GPU), one step from the state or the keys and values that are there.
+The states of ours are those after the prefix, read once; keys and values are random, since only their number matters,
+and so is Mamba's state, which does not grow. Then `generate()` with its defaults, a prompt of 128 and 64 new tokens.
+Then each architecture beside the same by others with the same weights (benchmarks/peers.py).
 """
 
-import statistics
-import time
+import copy
+from collections.abc import Callable
 
-import psutil
 import torch
-from driver import save
+from driver import GPU, compare, measure, ratios, relative_error, save, table
+from models import MODELS, make
+from peers import PEERS, pair
+from torch import Tensor, nn
+from transformers import DynamicCache
 
-from hf_rnn import MinGRUConfig, MinGRUForCausalLM
+import hf_rnn
 
-PREFIXES = [128, 1024, 8192, 65536]
-STEPS, NEW_TOKENS = 300, 64
+DEVICE = "cuda" if GPU else "cpu"
+PARAMETERS, VOCABULARY = 10_000_000 if GPU else 1_000_000, 256
+PREFIXES, BATCHES = (128, 1024, 8192, 65536), (1, 64)
+LARGEST_CACHE = 40 * 2**30 if GPU else 4 * 2**30  # bytes of keys and values
+NEW_TOKENS = 64
+OTHERS = [name for name in MODELS if "transformers" in name]
+ACCEPTED = {
+    "Transformer (transformers)": "another architecture, which grows: it is left behind with longer prefixes",
+}
+
+
+class Decoder:
+    """One model with what it knows of a prefix; a call is a step."""
+
+    def __init__(self, model: nn.Module, ids: Tensor):
+        with torch.no_grad():
+            output = model(ids, use_cache=True, logits_to_keep=1)
+        self.model, self.token = model, ids[:, :1]
+        self.key = next(key for key in ("past_key_values", "cache_params") if output.get(key) is not None)
+        self.cache = output[self.key]
+        self.prefix = ids.shape[1]
+
+    def __call__(self) -> list[Tensor]:
+        with torch.no_grad():
+            logits = self.model(self.token, use_cache=True, **{self.key: self.cache}).logits
+        if isinstance(self.cache, DynamicCache) and self.cache.get_seq_length() > self.prefix + NEW_TOKENS:
+            self.cache.crop(self.prefix)
+        return [logits]
+
+    def state_bytes(self) -> int:
+        """Of the state, or of keys and values."""
+        if isinstance(self.cache, hf_rnn.RecurrentCache):
+            return sum(x.nbytes for layer in self.cache.states for x in layer)
+        parts = [part for layer in self.cache.layers for part in vars(layer).values()]
+        tensors = [x for part in parts for x in (part.values() if isinstance(part, dict) else [part])]
+        return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
+
+
+def decoder(name: str, model: nn.Module, prefix: int, batch: int) -> Decoder:
+    """With the state after `prefix` random tokens; Mamba's after 128, keys and values random."""
+    if "Transformer" in name:
+        made, config = Decoder(model, torch.zeros(batch, 1, dtype=torch.long, device=DEVICE)), model.config
+        made.cache, made.prefix = DynamicCache(config=config), prefix
+        for layer in range(config.num_hidden_layers):
+            shape = (batch, config.num_key_value_heads, prefix, config.head_dim)
+            made.cache.update(torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE), layer)
+        return made
+    if "Mamba" in name:
+        return Decoder(model, torch.zeros(batch, 128, dtype=torch.long, device=DEVICE))
+    made = Decoder(model, torch.randint(0, VOCABULARY, (1, prefix), device=DEVICE))
+    made.cache.batch_repeat_interleave(batch)
+    made.token = made.token.expand(batch, 1)
+    return made
+
+
+def key_value_bytes(model: nn.Module, prefix: int, batch: int) -> int:
+    config = model.config
+    return 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * prefix * batch
+
+
+def check(model: nn.Module) -> float:
+    """Relative error of a step after 128 zeros against all of them at once in float64."""
+    zeros = torch.zeros(1, 129, dtype=torch.long, device=DEVICE)
+    return relative_error(Decoder(model, zeros[:, :-1])()[0], last_logits(model, zeros))
+
+
+@torch.no_grad()
+def last_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return copy.deepcopy(model).double()(ids, use_cache=False).logits[:, -1:]
+
+
+def generation(model: nn.Module) -> Callable[[], None]:
+    prompt = torch.ones(1, 128, dtype=torch.long, device=DEVICE)
+
+    def run():
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+
+    return run
+
+
+def against_others(rows: dict[str, dict]) -> dict[str, dict]:
+    """A table for each of ours."""
+    others = {name: rows[name] for name in OTHERS if name in rows}
+    return {
+        name: ratios({"hf_rnn": row, **others}, "hf_rnn", ACCEPTED) for name, row in rows.items() if name not in OTHERS
+    }
 
 
 def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    model = MinGRUForCausalLM(MinGRUConfig()).to(device).eval()
-    token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    prompts = {n: torch.randint(0, 256, (1, n), device=device) for n in PREFIXES}
-    with torch.no_grad():
-        states = {n: model(ids, logits_to_keep=1).past_key_values for n, ids in prompts.items()}
-        state_bytes = {
-            n: sum(x.untyped_storage().nbytes() for layer in s.states for x in layer) for n, s in states.items()
-        }
-        times: dict[int, list[float]] = {n: [] for n in PREFIXES}
-        rss = {}
-        for round_ in range(STEPS + 20):
-            for n in PREFIXES:  # in turn, so that a drifting machine is unfair to none
-                start = time.perf_counter()
-                model(token, past_key_values=states[n])
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                if round_ >= 20:
-                    times[n].append(1e3 * (time.perf_counter() - start))
-        for n in PREFIXES:
-            before = psutil.Process().memory_info().rss
-            for _ in range(STEPS):
-                model(token, past_key_values=states[n])
-            rss[n] = (psutil.Process().memory_info().rss - before) / 2**20
-        generated = {}
-        for n, ids in prompts.items():
-            state = model(ids, logits_to_keep=1).past_key_values
-            state.seen_tokens -= 1  # generate() reads the last token itself
-            start = time.perf_counter()
-            model.generate(ids, past_key_values=state, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
-            generated[n] = 1e3 * (time.perf_counter() - start) / NEW_TOKENS
-    rows = {
-        n: {
-            "step_ms": statistics.median(times[n]),
-            "ratio_to_shortest": statistics.median(times[n]) / statistics.median(times[PREFIXES[0]]),
-            "state_bytes": state_bytes[n],
-            "memory_growth_mib": rss[n],
-            "generate_ms_per_token": generated[n],
-        }
-        for n in PREFIXES
-    }
-    print(f"{'prefix':>8} {'ms a step':>10} {'ratio':>7} {'state bytes':>12} {'growth MiB':>11} {'generate() ms':>14}")
-    for n, row in rows.items():
-        print(
-            f"{n:8} {row['step_ms']:10.3f} {row['ratio_to_shortest']:7.3f} {row['state_bytes']:12}"
-            f" {row['memory_growth_mib']:11.2f} {row['generate_ms_per_token']:14.3f}"
-        )
-    save("decoding", {str(n): row for n, row in rows.items()})
+    models, results = {}, {}
+    for name in MODELS:
+        torch.manual_seed(0)
+        models[name] = make(name, PARAMETERS, VOCABULARY).to(DEVICE).eval()
+    errors = {name: check(model) for name, model in models.items()}
+    results["parameters"] = {name: model.num_parameters() for name, model in models.items()}
+    for batch in BATCHES:
+        for prefix in PREFIXES:
+            decoders, left_out = {}, {}
+            for name, model in models.items():
+                if "Transformer" in name and (size := key_value_bytes(model, prefix, batch)) > LARGEST_CACHE:
+                    left_out[name] = {"error": None, "state_bytes": size, "refused": "more memory than there is"}
+                    continue
+                decoders[name] = decoder(name, model, prefix, batch)
+            sizes = {name: step.state_bytes() for name, step in decoders.items()}
+            rows = measure(decoders, repeats=40, seconds=8) | left_out
+            for name, size in sizes.items():
+                rows[name] |= {"state_bytes": size, "error": errors[name]}
+                if not errors[name] <= 1e-3:
+                    rows[name]["refused"] = f"wrong: relative error {errors[name]:.2e}"
+            for name, trio in against_others(rows).items():
+                title = f"{name}, a token after {prefix}, batch {batch}"
+                results[title] = trio
+                table(title, trio)
+    rows = measure({name: generation(model) for name, model in models.items()}, repeats=5)
+    for name, trio in against_others(rows).items():
+        for row in trio.values():
+            row["ms_per_token"] = row["ms"] / NEW_TOKENS
+        results[f"{name}, generate() of {NEW_TOKENS} after 128"] = trio
+        table(f"{name}, generate()", trio)
+    for name, peer in PEERS.items():
+        ours, theirs = (model.to(DEVICE).eval() for model in pair(name, PARAMETERS, VOCABULARY))
+        zeros = torch.zeros(1, 129, dtype=torch.long, device=DEVICE)
+        steps = {"hf_rnn": Decoder(ours, zeros[:, :-1]), peer: Decoder(theirs, zeros[:, :-1])}
+        title = f"{name} and the same of {peer}, a token"
+        results[title] = compare(steps, [last_logits(ours, zeros)], 1e-3, repeats=40)
+        table(title, results[title])
+    save("decoding", results)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,38 @@
 """One way to measure, for every benchmark: correct first, then contestants in turn, medians and ratios, one JSON file.
 
-A contestant is a function without arguments that does the work once and returns tensors to check. Whoever is wrong is
-not timed; the result says so.
+A contestant is a function without arguments that does the work once and returns tensors to check, or None if its work
+is another (a bare matrix product, say). Whoever is wrong is not timed; the result says so.
 """
 
+import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import date
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-import psutil
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, tells of every start
+
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).with_name("results")
-PACKAGES = ("torch", "transformers", "numba", "triton", "minGRU-pytorch", "accelerated-scan", "fla-core")
+# `suite.py check` measures anew without touching what is committed
+RESULTS = Path(os.environ.get("HF_RNN_RESULTS", Path(__file__).with_name("results")))
+GPU = torch.cuda.is_available()
+PACKAGES = (
+    "torch", "transformers", "numba", "triton", "minGRU-pytorch", "xlstm", "mlstm_kernels", "flashrnn", "mambapy",
+    "accelerated-scan", "fla-core",
+)  # fmt: skip
+Rows = dict[str, dict[str, Any]]
 
 
 def relative_error(x: Tensor, reference: Tensor) -> float:
@@ -30,85 +41,154 @@ def relative_error(x: Tensor, reference: Tensor) -> float:
     return float((x - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt().clamp_min(1e-300))
 
 
-def compare(
-    contestants: dict[str, Callable[[], list[Tensor]]],
-    reference: list[Tensor] | None = None,
+def compare(contestants: dict[str, Callable[[], list[Tensor] | None]], *arguments, **settings) -> Rows:
+    """Measure contestants side by side, as `measure`, with ratios to the first of them."""
+    return ratios(measure(contestants, *arguments, **settings), next(iter(contestants)))
+
+
+def measure(
+    contestants: dict[str, Callable[[], list[Tensor] | None]],
+    reference: list[Tensor] | dict[str, list[Tensor]] | None = None,
     tolerance: float = 1e-4,
-    repeats: int = 10,
-    warmup: int = 2,
-) -> dict[str, dict]:
-    """Measure contestants side by side.
+    repeats: int = 15,
+    warmup: int = 1,
+    seconds: float = 10.0,
+) -> Rows:
+    """Check contestants, then time them in turn.
 
     Args:
-        contestants: name to function; the first is what the others are ratios to.
-        reference: what each must return, to `tolerance` in relative RMS error; None for contestants of other work
-            (a bare matrix product, say), which return nothing.
+        contestants: name to function.
+        reference: what each must return, in float64, to `tolerance` in relative RMS error; by name where contestants
+            answer differently; None where there is nothing to check.
         repeats: rounds; in each every contestant runs once, so that a drifting machine is unfair to none.
+        seconds: after so many of them no new round is begun, but three there are.
 
     Returns:
-        Per contestant: error, milliseconds (median, min, max), peak_mib beyond what was there before, and ratio, its
-        median over the first's.
+        Per contestant: error, peak_mib beyond what was there before, and times, milliseconds of each round; or refused,
+        why it was not timed. `other_work` marks those that return None.
     """
-    rows: dict[str, dict] = {}
+    rows: Rows = {}
     for name, run in contestants.items():
-        for _ in range(warmup):
-            outputs = run()
-        error = None
-        if reference is not None and outputs is not None:
-            error = max(relative_error(x, y) for x, y in zip(outputs, reference, strict=True))
-        rows[name] = {"error": error, "peak_mib": peak_mib(run)}
-        if error is not None and not error <= tolerance:
-            rows[name]["refused"] = f"wrong: relative error {error:.2e} > {tolerance:.0e}"
+        rows[name] = row = {"error": None}
+        expected = reference.get(name) if isinstance(reference, dict) else reference
+        try:
+            for _ in range(warmup):
+                outputs = run()
+            row["peak_mib"] = peak_bytes(run) / 2**20
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            row["refused"] = f"failed: {type(error).__name__}: {error}".splitlines()[0][:200]
+            continue
+        if outputs is None:
+            row["other_work"] = True
+        elif expected is not None:
+            row["error"] = max(relative_error(x, y) for x, y in zip(outputs, expected, strict=True))
+            if not row["error"] <= tolerance:
+                row["refused"] = f"wrong: relative error {row['error']:.2e} > {tolerance:.0e}"
         del outputs
     timed = {name: run for name, run in contestants.items() if "refused" not in rows[name]}
-    times: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(repeats):
+    for name in timed:
+        rows[name]["times"] = []
+    begun = time.perf_counter()
+    for round_ in range(repeats):
+        if round_ >= 3 and time.perf_counter() - begun > seconds:
+            break
         for name, run in timed.items():
-            _synchronize()
-            start = time.perf_counter()
-            run()
-            _synchronize()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    first = statistics.median(next(iter(times.values())))
-    for name, milliseconds in times.items():
-        rows[name] |= {
-            "ms": statistics.median(milliseconds),
-            "ms_min": min(milliseconds),
-            "ms_max": max(milliseconds),
-            "ratio": statistics.median(milliseconds) / first,
-        }
+            rows[name]["times"].append(milliseconds(run))
     return rows
 
 
+def ratios(rows: Rows, first: str, accepted: dict[str, str] | None = None) -> Rows:
+    """What `measure` returned with the median, min and max ms, and ratio: the median over rounds of a contestant's time
+    over that of `first` in the same round. Where another is faster, `accepted` says why that is accepted."""
+    summary: Rows = {}
+    for name in (first, *(name for name in rows if name != first)):
+        row = {key: value for key, value in rows[name].items() if key != "times"}
+        if "times" in rows[name]:
+            times, base = rows[name]["times"], rows[first].get("times")
+            row |= {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times)}
+            if base:
+                row["ratio"] = statistics.median(t / b for t, b in zip(times, base, strict=True))
+                if row["ratio"] < 1 and name in (accepted or {}):
+                    row["accepted"] = accepted[name]  # type: ignore[index]
+        summary[name] = row
+    return summary
+
+
+def milliseconds(run: Callable) -> float:
+    """Of one call."""
+    _synchronize()
+    start = time.perf_counter()
+    run()
+    _synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
 def _synchronize() -> None:
-    if torch.cuda.is_available():
+    if GPU:
         torch.cuda.synchronize()
 
 
-def peak_mib(run: Callable) -> float:
-    """Peak memory of one run beyond what was in use before: the GPU's, or else the process's, sampled."""
-    if torch.cuda.is_available():
+def peak_bytes(run: Callable) -> int:
+    """Of tensors at the peak of one call, beyond those that were there before, by what the allocator reports."""
+    if GPU:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    process, peak, done = psutil.Process(), 0, threading.Event()
-    before = process.memory_info().rss
-
-    def watch():
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    return max(0, peak - before) / 2**20
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes, initial=0))
 
 
-def table(title: str, rows: dict[str, dict]) -> None:
+@cache
+def limits() -> dict[str, float]:
+    """What this machine allows: bytes copied and float32 (bfloat16 on a GPU) operations of a product, each a second."""
+    device, dtype = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+    source, target = torch.ones(2**26, device=device), torch.empty(2**26, device=device)
+    size = 8192 if GPU else 2048
+    x = torch.randn(size, size, device=device, dtype=dtype)
+    out = torch.empty_like(x)
+    copies = [milliseconds(lambda: target.copy_(source)) for _ in range(10)]
+    products = [milliseconds(lambda: torch.mm(x, x, out=out)) for _ in range(10)]
+    return {
+        "bytes_per_second": 2 * source.nbytes / (min(copies) / 1e3),
+        "operations_per_second": 2 * size**3 / (min(products) / 1e3),
+    }
+
+
+def share_of_limit(row: dict, bytes_: float, operations: float) -> None:
+    """Add to a row how near it comes to the time that its traffic or its products alone would take."""
+    if "ms" in row:
+        bound = max(bytes_ / limits()["bytes_per_second"], operations / limits()["operations_per_second"])
+        row |= {"limit_ms": 1e3 * bound, "share_of_limit": 1e3 * bound / row["ms"]}
+
+
+@contextmanager
+def compilations():
+    """Yields a list that gets an entry for each kernel compiled, by numba or by Triton."""
+    found: list[str] = []
+    if GPU:
+        from triton import knobs
+
+        hook, knobs.runtime.jit_post_compile_hook = (
+            knobs.runtime.jit_post_compile_hook,
+            lambda *_, repr=None, **__: found.append(str(repr)),
+        )
+        try:
+            yield found
+        finally:
+            knobs.runtime.jit_post_compile_hook = hook
+        return
+    from numba.core import event
+
+    with event.install_recorder("numba:compile") as recorder:
+        yield found
+    found += [str(entry) for _, entry in recorder.buffer]
+
+
+def table(title: str, rows: Rows) -> None:
     """Print what `compare` returned."""
     print(f"\n{title}")
     print(f"  {'':34} {'median ms':>10} {'min':>9} {'max':>9} {'ratio':>8} {'MiB':>8} {'error':>9}")
@@ -118,19 +198,20 @@ def table(title: str, rows: dict[str, dict]) -> None:
             continue
         error = "" if row["error"] is None else f"{row['error']:9.1e}"
         print(
-            f"  {name:34} {row['ms']:10.3f} {row['ms_min']:9.3f} {row['ms_max']:9.3f} {row['ratio']:8.2f}"
-            f" {row['peak_mib']:8.1f} {error}"
+            f"  {name:34} {row['ms']:10.3f} {row['ms_min']:9.3f} {row['ms_max']:9.3f} {row.get('ratio', 0):8.2f}"
+            f" {row['peak_mib']:8.1f} {error}",
+            flush=True,
         )
 
 
 def device_name() -> str:
     """The GPU's, or the CPU's with the number of threads."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return torch.cuda.get_device_name() if GPU else _cpu_name()
 
 
 def results_path(question: str) -> Path:
     """`results/<question>_<cpu or gpu>.json`."""
-    return RESULTS / f"{question}_{'gpu' if torch.cuda.is_available() else 'cpu'}.json"
+    return RESULTS / f"{question}_{'gpu' if GPU else 'cpu'}.json"
 
 
 def save(question: str, results: dict) -> Path:
@@ -140,8 +221,7 @@ def save(question: str, results: dict) -> Path:
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
-        "commit": _git("rev-parse", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "--", "hf_rnn", "kernels", "trainers") else ""),
+        "commit": commit(),
         "python": platform.python_version(),
         "versions": {name: v for name in PACKAGES if (v := _version(name))},
         "command": " ".join(["python", *sys.argv]),
@@ -152,6 +232,12 @@ def save(question: str, results: dict) -> Path:
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nsaved {path}")
     return path
+
+
+def commit() -> str:
+    """The checkout's, marked where the package is not as committed."""
+    changed = _git("status", "--porcelain", "--", "hf_rnn", "kernels", "trainers")
+    return _git("rev-parse", "HEAD") + ("+changes" if changed else "")
 
 
 def _version(name: str) -> str | None:

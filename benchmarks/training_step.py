@@ -1,65 +1,45 @@
-"""How fast is a whole training step, against minGRU-pytorch's layer in the same frame and against its matrix products?
+"""How fast is a training step of each architecture at equal parameters, in how much memory, and how does it grow?
 
     python benchmarks/training_step.py
 
-3 layers, width 384, batch 8, 512 tokens, vocabulary 256, expansion 1, no convolution, no feed-forward, AdamW included.
-Both models are ours but for the layer: embedding, norms, head, loss and optimizer are the same, weights too.
+A million parameters on a CPU, ten and a hundred million on a GPU, forward, backward and AdamW, vocabulary 256, the
+default blocks (benchmarks/models.py); 4,096 tokens as 64 sequences of 64, 8 of 512 or one, and one of 16,384. Beside
+Mamba and a Transformer of the same size from transformers; Mamba at 64 tokens only, where no CUDA kernel is there. Then
+each architecture beside the same by others with the same weights (benchmarks/peers.py), 8 sequences of 512, where
+"matrix products alone" are those of minGRU's step and nothing else.
 """
 
+import argparse
 import copy
+from collections.abc import Callable
 
 import torch
-from driver import compare, save, table
-from minGRU_pytorch.minGRU import minGRU
-from torch import nn
+from driver import GPU, compare, measure, ratios, save, table
+from models import MODELS, make
+from peers import PEERS, pair
+from torch import Tensor, nn
 
-from hf_rnn import MinGRUConfig, MinGRUForCausalLM
-
-BATCH, TIME, WIDTH, LAYERS, VOCABULARY = 8, 512, 384, 3, 256
-
-
-class PeerMixer(nn.Module):
-    """minGRU-pytorch's layer with the weights of ours."""
-
-    def __init__(self, ours: nn.Module):
-        super().__init__()
-        self.layer = minGRU(WIDTH)
-        gate, candidate = ours.in_proj.weight.detach().chunk(2)
-        self.layer.to_hidden_and_gate.weight.data = torch.cat([candidate, gate])
-
-    def forward(self, x, state, mask, cu_seqlens):
-        return self.layer(x), ()
+DEVICE = "cuda" if GPU else "cpu"
+PARAMETERS = (10_000_000, 100_000_000) if GPU else (1_000_000,)
+SHAPES = [(64, 512), (8, 4096), (1, 32768)] if GPU else [(64, 64), (8, 512), (1, 4096), (1, 16384)]
+VOCABULARY = 256
+OTHERS = [name for name in MODELS if "transformers" in name]
+LONGEST_CHECKED = 4096  # tokens in float64
+ACCEPTED = {
+    "Transformer (transformers)": "another architecture, without a recurrence: it is left behind as sequences grow",
+    "torch.nn.LSTM": "the same kernel of oneDNN's, by either way",
+}
 
 
-def make_models() -> tuple[nn.Module, nn.Module]:
-    torch.manual_seed(0)
-    config = MinGRUConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        conv_kernel=0,
-        feed_forward_factor=0,
-        output_projection=False,
-        use_bias=False,
-        learned_initial_state=False,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    ours = MinGRUForCausalLM(config).train()
-    peer = copy.deepcopy(ours)
-    for layer in peer.model.layers:
-        layer.mixer = PeerMixer(layer.mixer)
-    return ours, peer
-
-
-def training_step(model: nn.Module, ids: torch.Tensor):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+def training_step(model: nn.Module, ids: Tensor) -> Callable[[], list[Tensor]]:
+    """Loss and the embedding's gradient, with an optimizer step that changes nothing."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
     def step():
-        loss = model(ids, labels=ids).loss
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=GPU):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        grad = model.model.embed_tokens.weight.grad.clone()
+        grad = model.get_input_embeddings().weight.grad.clone()
         optimizer.step()
         optimizer.zero_grad()
         return [loss.detach(), grad]
@@ -67,15 +47,24 @@ def training_step(model: nn.Module, ids: torch.Tensor):
     return step
 
 
-def matrix_products(device: str):
-    """The step's matrix products and nothing else: forward, and both gradients, of each projection and of the head."""
-    x = torch.randn(BATCH * TIME, WIDTH, device=device)
-    weights = [torch.randn(2 * WIDTH, WIDTH, device=device) for _ in range(LAYERS)]
-    weights.append(torch.randn(VOCABULARY, WIDTH, device=device))
-    grads = [torch.randn(BATCH * TIME, w.shape[0], device=device) for w in weights]
+def expected(model: nn.Module, ids: Tensor) -> list[Tensor] | None:
+    """What `training_step` returns, in float64."""
+    if ids.numel() > LONGEST_CHECKED:
+        return None
+    double = copy.deepcopy(model).double()
+    loss = double(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), double.get_input_embeddings().weight.grad]
+
+
+def matrix_products(model: nn.Module, tokens: int) -> Callable[[], None]:
+    """Those of a step, forward and both gradients of each linear layer."""
+    weights = [m.weight.detach() for m in model.modules() if isinstance(m, nn.Linear)]
+    inputs = [torch.randn(tokens, w.shape[1], device=DEVICE) for w in weights]
+    grads = [torch.randn(tokens, w.shape[0], device=DEVICE) for w in weights]
 
     def run():
-        for w, g in zip(weights, grads, strict=True):
+        for w, x, g in zip(weights, inputs, grads, strict=True):
             x @ w.T
             g @ w
             g.T @ x
@@ -83,24 +72,57 @@ def matrix_products(device: str):
     return run
 
 
+def architectures(parameters: int) -> dict[str, dict]:
+    """Each of ours beside Mamba and the Transformer, all measured in turn."""
+    results: dict[str, dict] = {}
+    for batch, time in SHAPES:
+        ids = torch.randint(0, VOCABULARY, (batch, time), device=DEVICE)
+        contestants, references = {}, {}
+        for name in MODELS:
+            if "Mamba" in name and time > 64 and not GPU:
+                continue
+            torch.manual_seed(0)
+            model = make(name, parameters, VOCABULARY).to(DEVICE).train()
+            results.setdefault("parameters", {})[name] = model.num_parameters()
+            contestants[name] = training_step(model, ids)
+            if (reference := expected(model, ids)) is not None:
+                references[name] = reference
+        rows = measure(contestants, references, 3e-2 if GPU else 1e-3, seconds=25)
+        for name in [name for name in rows if name not in OTHERS]:
+            trio = {"hf_rnn": rows[name]} | {other: rows[other] for other in OTHERS if other in rows}
+            title = f"{name}, {batch} x {time} tokens"
+            results[title] = ratios(trio, "hf_rnn", ACCEPTED)
+            for row in results[title].values():
+                if "ms" in row:
+                    row["tokens_per_second"] = 1e3 * ids.numel() / row["ms"]
+                    row["bytes_per_token"] = row["peak_mib"] * 2**20 / ids.numel()
+            table(title, results[title])
+    return results
+
+
+def same_architecture(parameters: int) -> dict[str, dict]:
+    results = {}
+    ids = torch.randint(0, VOCABULARY, (8, 512), device=DEVICE)
+    for name, peer in PEERS.items():
+        ours, theirs = (model.to(DEVICE).train() for model in pair(name, parameters, VOCABULARY))
+        contestants: dict[str, Callable] = {"hf_rnn": training_step(ours, ids), peer: training_step(theirs, ids)}
+        if name == "minGRU":
+            contestants["matrix products alone"] = matrix_products(ours, ids.numel())
+        # minGRU-pytorch's gradients, in log space, are off by nearly 1e-3
+        rows = compare(contestants, expected(ours, ids), 5e-2 if GPU else 1e-2, seconds=10)
+        results[f"{name} and the same of {peer}"] = rows
+        table(f"{name}, {ours.num_parameters():,} parameters, 8 x 512 tokens", rows)
+    return results
+
+
 def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ours, peer = make_models()
-    ours, peer = ours.to(device), peer.to(device)
-    ids = torch.randint(0, VOCABULARY, (BATCH, TIME), device=device)
-    double = copy.deepcopy(ours).double()
-    loss = double(ids, labels=ids).loss
-    loss.backward()
-    expected = [loss.detach(), double.model.embed_tokens.weight.grad]
-    contestants = {
-        "hf_rnn": training_step(ours, ids),
-        "minGRU-pytorch's layer": training_step(peer, ids),
-        "matrix products alone": matrix_products(device),
-    }
-    rows = compare(contestants, expected, tolerance=1e-2, repeats=15)
-    title = f"training step, {ours.num_parameters():,} parameters, batch {BATCH}, {TIME} tokens"
-    table(title, rows)
-    save("training_step", {title: rows})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=int, nargs="+", default=PARAMETERS)
+    options = parser.parse_args()
+    results = {}
+    for parameters in options.parameters:
+        results[f"{parameters:,} parameters"] = architectures(parameters) | same_architecture(parameters)
+    save("training_step", results)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""xLSTM beside transformers' own, with the same weights: a training step, a prompt, a token, and how they grow.
+"""xLSTM beside transformers' own, with the same weights: a training step, a prompt, and how they grow.
 
     python benchmarks/xlstm.py
 
-Vocabulary 256, width 256, 4 layers, 4 heads, batch 4, 512 tokens; decoding at batch 1. "Matrix products alone" are all
+Vocabulary 256, width 256, 4 layers, 4 heads, batch 4, 512 tokens; growth at batch 1. "Matrix products alone" are all
 of ours, the cell's included, by torch. The `xlstm` package is hidden, since transformers' class changes when it is
 there.
 """
 
 import importlib.util
-import statistics
-import time
 
 _find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "xlstm" else _find_spec(name, *rest)
@@ -104,22 +102,6 @@ def matrix_products(batch: int, time_: int, backward: bool):
     return run
 
 
-def decoding(model: nn.Module, prefix: int, steps: int = 100) -> float:
-    """Milliseconds a token at batch 1, from the state after a prefix; median."""
-    ids, times = torch.randint(0, VOCABULARY, (1, prefix), device=DEVICE), []
-    with torch.no_grad():
-        output = model.eval()(ids, use_cache=True)
-        name = "past_key_values" if "past_key_values" in output else "cache_params"
-        state, token = output[name], ids[:, :1]
-        for _ in range(steps + 10):
-            start = time.perf_counter()
-            model(token, use_cache=True, **{name: state})
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[10:])
-
-
 def main() -> None:
     ours, peer = make_models()
     results = {}
@@ -151,16 +133,12 @@ def main() -> None:
         results[f"prompt of {length}"] = rows
         table(f"prompt, batch {BATCH}, {length} tokens", rows)
     both = {"hf_rnn": ours, "transformers": peer}
-    results["decoding"] = {n: {name: decoding(model, n) for name, model in both.items()} for n in (64, 1024, 16384)}
-    print("\ndecoding at batch 1, ms a token, after a prefix")
-    for n, row in results["decoding"].items():
-        print(f"  {n:6} " + "  ".join(f"{name} {ms:.3f}" for name, ms in row.items()))
     for what, make in (("prompt", prompt), ("training step", training_step)):
         results[f"{what} by length"] = {}
         print(f"\n{what} at batch 1, microseconds a token")
         for length in (512, 1024, 4096, 16384):
             ids = torch.randint(0, VOCABULARY, (1, length), device=DEVICE)
-            rows = compare({name: make(model, ids) for name, model in both.items()}, repeats=3, warmup=1)
+            rows = compare({name: make(model, ids) for name, model in both.items()}, make(peer, ids)(), 1e-3, repeats=3)
             results[f"{what} by length"][length] = rows
             print(
                 f"  {length:6} "

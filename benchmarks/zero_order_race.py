@@ -16,12 +16,15 @@ import argparse
 import math
 import pydoc_data.topics
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 
 import matplotlib
+import psutil
 import torch
 from datasets import Dataset
-from driver import RESULTS, peak_mib, save
+from driver import RESULTS, save
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_rnn import LSTMConfig, LSTMForCausalLM, ZOConfig, ZOTrainer
@@ -37,6 +40,24 @@ METHODS = {
 }
 TASKS = {"overfit": 400, "copy": 200, "reverse": 200, "sort": 200, "add": 200, "text": 150}  # most steps
 THRESHOLD = 0.1
+
+
+def peak_mib(run: Callable) -> float:
+    """Resident memory of the process at its peak during a call, beyond what it was before; sampled."""
+    process, peak, done = psutil.Process(), 0, threading.Event()
+    before = process.memory_info().rss
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run()
+    done.set()
+    watcher.join()
+    return max(0, peak - before) / 2**20
 
 
 def transduction(task: str, rows: int, seed: int) -> Dataset:

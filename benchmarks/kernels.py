@@ -1,0 +1,301 @@
+"""How fast is each recurrence over T at a constant number of tokens, and over batch sizes? How near to the limit?
+
+    python benchmarks/kernels.py
+
+65,536 tokens as 128 sequences of 512, 16 of 4,096, one of 65,536, and 512 tokens at batch 1 and 8; forward, and
+forward + backward, float32 on a CPU, bfloat16 on a GPU. Beside it minGRU-pytorch's parallel scan, torch's own LSTM and
+GRU with the input projection on both sides, FlashRNN's vanilla backend (a loop over time, at 512 tokens), mlstm_kernels
+and on a GPU what else is installed. All are checked against the equation in float64 first.
+
+The limit is what the larger takes, of the bytes of arguments, results and gradients at the speed of a copy, and of the
+matrix products at that of a large one; both are measured in the same run. The first call of each op in a process is
+timed with nothing compiled yet and with what an earlier process left on disk; then with other T and B, where nothing
+may be compiled again.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from driver import GPU, compare, compilations, limits, milliseconds, save, share_of_limit, table
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_rnn_kernels import gru_scan, linear_scan, lstm_scan, min_gru_scan, min_lstm_scan, mlstm_scan, slstm_scan
+
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+TOLERANCE = 5e-2 if GPU else 1e-4
+SHAPES = [(128, 512), (32, 2048), (8, 8192), (1, 65536), (1, 512), (8, 512)] if GPU else [
+    (128, 512), (16, 4096), (1, 65536), (1, 512), (8, 512),
+]  # fmt: skip
+WIDTH = 1024 if GPU else 64
+HEADS = 16 if GPU else 2
+KEYS, VALUES = (128, 256) if GPU else (32, 64)  # of each head of mLSTM
+
+Function = Callable[..., Tensor]
+
+
+@dataclass
+class Op:
+    """A recurrence: random arguments for (B, T), ours and its peers from them to h, and what a token takes."""
+
+    make: Callable[[int, int], list[Tensor]]
+    ours: Function
+    arguments: int  # numbers read for each token
+    results: int  # numbers written for each token
+    products: int = 0  # multiplications with additions for each token, of the forward pass
+    peers: dict[str, Function] = field(default_factory=dict)
+    slow_peers: dict[str, Function] = field(default_factory=dict)  # loops over time: at 512 tokens only
+    tolerance: float = TOLERANCE
+
+
+def gates(count: int, positive: bool = False) -> Callable[[int, int], list[Tensor]]:
+    def make(batch: int, time: int) -> list[Tensor]:
+        inputs = [torch.randn(batch, time, WIDTH) for _ in range(count)]
+        return [x.sigmoid() for x in inputs] if positive else inputs
+
+    return make
+
+
+def log_scan(a: Tensor, b: Tensor) -> Tensor:
+    """minGRU-pytorch's parallel scan, of logarithms."""
+    from minGRU_pytorch.minGRU import heinsen_associative_scan_log
+
+    return heinsen_associative_scan_log(a, b)
+
+
+def peer_min_gru(gate: Tensor, candidate: Tensor) -> Tensor:
+    """minGRU-pytorch's minGRU from its pre-activations on, as in its forward."""
+    from minGRU_pytorch.minGRU import log_g
+
+    return log_scan(-F.softplus(gate), -F.softplus(-gate) + log_g(candidate))
+
+
+def peer_min_lstm(forget: Tensor, input_: Tensor, candidate: Tensor) -> Tensor:
+    """minGRU-pytorch's minLSTM from its pre-activations on, as in its forward."""
+    from minGRU_pytorch.minGRU import log_g
+
+    difference = F.softplus(-forget) - F.softplus(-input_)
+    return log_scan(-F.softplus(difference), -F.softplus(-difference) + log_g(candidate))
+
+
+def accelerated_scan(a: Tensor, b: Tensor) -> Tensor:
+    from accelerated_scan.triton import scan
+
+    return scan(a.mT.contiguous(), b.mT.contiguous()).mT
+
+
+def dense(gates_: int) -> Callable[[int, int], list[Tensor]]:
+    """x, W, R and b of an RNN of torch's, with one bias."""
+
+    def make(batch: int, time: int) -> list[Tensor]:
+        weights = [torch.randn(gates_ * WIDTH, WIDTH) / (2 * math.sqrt(WIDTH)) for _ in range(2)]
+        return [torch.randn(batch, time, WIDTH), *weights, torch.randn(gates_ * WIDTH)]
+
+    return make
+
+
+def projected(scan: Function) -> Function:
+    return lambda x, w, r, b: scan(F.linear(x, w), r[None], b)[0]
+
+
+def library(name: str) -> Function:
+    """torch.lstm or torch.gru, whose second bias is zero here."""
+
+    def run(x, w, r, b):
+        state = x.new_zeros(1, x.shape[0], WIDTH)
+        hx = (state, state) if name == "lstm" else state
+        return getattr(torch, name)(x, hx, [w, r, torch.zeros_like(b), b], True, 1, 0.0, True, False, True)[0]
+
+    return run
+
+
+def with_heads(batch: int, time: int) -> list[Tensor]:
+    """x, R and b of sLSTM."""
+    size = WIDTH // HEADS
+    weight = torch.randn(HEADS, 4 * size, size) / (2 * math.sqrt(size))
+    return [torch.randn(batch, time, 4 * WIDTH), weight, torch.randn(4 * WIDTH)]
+
+
+def flash_rnn(backend: str) -> Function:
+    """FlashRNN's sLSTM, from our layout."""
+
+    def run(x, weight, bias):
+        from flashrnn import flashrnn
+
+        heads, size = weight.shape[0], weight.shape[2]
+        wx = x.unflatten(2, (heads, 4, size)).transpose(2, 3)
+        r, b = weight.unflatten(1, (4, size)).transpose(0, 1), bias.view(heads, 4, size).transpose(0, 1)
+        dtype = str(DTYPE).removeprefix("torch.")
+        return flashrnn(wx, r, b, function="slstm", backend=backend, dtype=dtype)[0][0].flatten(2)
+
+    return run
+
+
+def matrix_memory(batch: int, time: int) -> list[Tensor]:
+    """q, k, v, i and f of mLSTM."""
+    q, k, v = (torch.randn(batch, time, HEADS, n) for n in (KEYS, KEYS, VALUES))
+    return [q, k, v, torch.randn(batch, time, HEADS), torch.randn(batch, time, HEADS) + 4]
+
+
+def mlstm_kernels(kernel: str) -> Function:
+    def run(*inputs):
+        from mlstm_kernels.torch import get_mlstm_kernel
+
+        q, k, v, i, f = (x.transpose(1, 2) for x in inputs)
+        call = get_mlstm_kernel(f"chunkwise--{kernel}")
+        return call(q, k, v, i=i, f=f, autocast_kernel_dtype=DTYPE).transpose(1, 2)
+
+    return run
+
+
+def simple_gla(q, k, v, i, f):
+    """flash-linear-attention's nearest: no input gate, no normaliser."""
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return chunk_simple_gla(q, k, v, F.logsigmoid(f))[0]
+
+
+def first_of(scan: Function) -> Function:
+    return lambda *inputs: scan(*inputs)[0]
+
+
+FUSED = {"flashrnn triton_fused": flash_rnn("triton_fused"), "flashrnn cuda_fused": flash_rnn("cuda_fused")}
+LOG_SPACE = 5e-2  # how far gradients of minGRU-pytorch's are off at thousands of tokens; the error is shown
+OPS = {
+    "linear_scan": Op(
+        gates(2, positive=True), first_of(linear_scan), 2 * WIDTH, WIDTH,
+        peers={"minGRU-pytorch": lambda a, b: log_scan(a.log(), b.log())}
+        | ({"accelerated-scan": accelerated_scan} if GPU else {}),
+        tolerance=LOG_SPACE,
+    ),
+    "min_gru_scan": Op(
+        gates(2), first_of(min_gru_scan), 2 * WIDTH, WIDTH,
+        peers={"minGRU-pytorch": peer_min_gru}, tolerance=LOG_SPACE,
+    ),
+    "min_lstm_scan": Op(
+        gates(3), first_of(min_lstm_scan), 3 * WIDTH, WIDTH,
+        peers={"minGRU-pytorch": peer_min_lstm}, tolerance=LOG_SPACE,
+    ),
+    "lstm_scan and its projection": Op(
+        dense(4), projected(lstm_scan), WIDTH, WIDTH, 8 * WIDTH**2, peers={"torch.nn.LSTM": library("lstm")}
+    ),
+    "gru_scan and its projection": Op(
+        dense(3), projected(gru_scan), WIDTH, WIDTH, 6 * WIDTH**2, peers={"torch.nn.GRU": library("gru")}
+    ),
+    "slstm_scan": Op(
+        with_heads, first_of(slstm_scan), 4 * WIDTH, WIDTH, 4 * WIDTH**2 // HEADS,
+        peers=FUSED if GPU else {}, slow_peers={} if GPU else {"flashrnn vanilla": flash_rnn("vanilla")},
+    ),
+    "mlstm_scan": Op(
+        matrix_memory, first_of(mlstm_scan), HEADS * (2 * KEYS + VALUES + 2), HEADS * VALUES, 2 * HEADS * KEYS * VALUES,
+        peers={"mlstm_kernels triton_xl_chunk": mlstm_kernels("triton_xl_chunk"), "fla simple_gla": simple_gla}
+        if GPU else {"mlstm_kernels native_autograd": mlstm_kernels("native_autograd")},
+    ),
+}  # fmt: skip
+OTHER_WORK = {"fla simple_gla"}  # less than mLSTM's
+
+
+def arguments(op: Op, batch: int, time: int, dtype: torch.dtype = DTYPE) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [x.to(DEVICE, dtype).requires_grad_() for x in op.make(batch, time)]
+
+
+def call(function: Function, inputs: list[Tensor], grad: Tensor | None) -> list[Tensor]:
+    """h, and with `grad` the gradients of all arguments."""
+    if grad is None:
+        with torch.no_grad():
+            return [function(*inputs)]
+    h = function(*inputs)
+    return [h.detach(), *torch.autograd.grad(h, inputs, grad)]
+
+
+def measure(name: str, batch: int, time: int) -> dict[str, dict]:
+    """The op at one shape, beside its peers."""
+    op, results = OPS[name], {}
+    inputs = arguments(op, batch, time)
+    double = [x.detach().double().requires_grad_() for x in inputs]
+    h = op.ours(*double)
+    grad = torch.randn(h.shape)
+    expected = [h.detach(), *torch.autograd.grad(h, double, grad.to(h))]
+    grad = grad.to(DEVICE, DTYPE)
+    peers = op.peers | (op.slow_peers if time == 512 else {})
+    for what, given in (("forward", None), ("forward + backward", grad)):
+        contestants: dict[str, Callable] = {"hf_rnn": partial(call, op.ours, inputs, given)}
+        for peer, function in peers.items():
+            run = partial(call, function, inputs, given)
+            contestants[peer] = (lambda run=run: run() and None) if peer in OTHER_WORK else run
+        rows = compare(contestants, expected[:1] if given is None else expected, op.tolerance, seconds=4)
+        size, back = inputs[0].element_size(), given is not None
+        moved = op.arguments + op.results + back * (2 * op.arguments + 2 * op.results)
+        share_of_limit(rows["hf_rnn"], moved * size * batch * time, 2 * op.products * batch * time * (3 if back else 1))
+        results[f"{name} {what}, {batch} x {time}"] = rows
+        table(f"{name}, {what}, {batch} x {time} tokens", rows)
+    return results
+
+
+def first_call(name: str) -> dict[str, float | int]:
+    """In a process of its own: milliseconds of the first call, forward + backward; what other T and B compile."""
+    op = OPS[name]
+
+    def once(batch: int, time: int) -> float:
+        inputs = arguments(op, batch, time)
+        return milliseconds(lambda: op.ours(*inputs).sum().backward())
+
+    with compilations() as first:
+        ms = once(4, 256)
+    with compilations() as later:
+        for shape in ((4, 512), (3, 257), (17, 64), (1, 4096), (64, 33)):
+            once(*shape)
+    return {"ms": ms, "compiled": len(first), "compiled_again": len(later)}
+
+
+def first_calls(name: str) -> dict[str, dict]:
+    """`first_call` with empty caches of compiled kernels, and with what that left there."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"NUMBA_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+        command = [sys.executable, __file__, "--first-call", name]
+        found = {}
+        for what in ("nothing compiled", "compiled before"):
+            output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+            found[what] = json.loads(output.splitlines()[-1])
+            print(f"{name}: first call, {what}: {found[what]}", flush=True)
+    return found
+
+
+def compile_peers() -> None:
+    """FlashRNN compiles its CUDA kernels at the first call."""
+    inputs = arguments(OPS["slstm_scan"], *SHAPES[0])
+    for name, function in FUSED.items():
+        print(name, flush=True)
+        call(function, inputs, torch.ones_like(OPS["slstm_scan"].ours(*inputs)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first-call", metavar="OP", help="print what the first call takes, and end")
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
+    options = parser.parse_args()
+    if options.first_call:
+        print(json.dumps(first_call(options.first_call)))
+        return
+
+    results: dict[str, dict] = {"limits": limits(), "first call": {}}
+    print(f"{limits()['bytes_per_second'] / 1e9:.1f} GB/s, {limits()['operations_per_second'] / 1e9:.0f} GFLOP/s")
+    for name in options.ops:
+        results["first call"][name] = first_calls(name)
+        for batch, time in SHAPES:
+            results |= measure(name, batch, time)
+    save("kernels", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The questions, one after another, each in a process of its own.
+
+    python benchmarks/suite.py speed                        # make bench
+    python benchmarks/suite.py quality --data text.txt      # make bench-quality
+    python benchmarks/suite.py gpu                          # make bench-gpu
+    python benchmarks/suite.py check                        # make bench-check
+
+"quality" goes on where it was interrupted, run by run; "gpu" question by question: what has results of this commit is
+not measured again. "check" measures the speed questions anew, elsewhere, and compares ratios with the committed ones;
+a question in which something is more than 15% worse is measured once more, and what is worse both times is named.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SPEED = [
+    "kernels",
+    "layers",
+    "recurrent",
+    "training_step",
+    "decoding",
+    "xlstm",
+    "min_against_traditional",
+    "zero_order",
+]
+QUALITY = [
+    "quality", "state_tracking", "language_model", "zero_order_memory", "zero_order_race", "memory_scaling",
+    "memory_retrieval", "memory_drift", "memory_tasks", "memory_language", "rate_constrained", "coding", "planning",
+    "faults",
+]  # fmt: skip
+WITH_DATA = {"quality"}  # questions about a text
+GPU_SECONDS = 480  # for each question
+WORSE = 0.15
+
+
+def measure(question: str, *arguments: str, results: Path | None = None, timeout: float | None = None) -> bool:
+    """Whether it went well."""
+    start = time.perf_counter()
+    print(f"\n=== {question}", flush=True)
+    environment = os.environ | ({"HF_RNN_RESULTS": str(results)} if results else {})
+    command = [sys.executable, str(HERE / f"{question}.py"), *arguments]
+    try:
+        code = subprocess.run(command, env=environment, timeout=timeout).returncode
+    except subprocess.TimeoutExpired:
+        code = f"longer than {timeout:.0f} s"
+    print(f"=== {question}: {time.perf_counter() - start:.0f} s{f', FAILED ({code})' if code else ''}", flush=True)
+    return code == 0
+
+
+def find_ratios(results: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float | None]]:
+    """Every contestant's ratio, by where it is; None where it was not timed."""
+    if isinstance(results, dict):
+        if "ratio" in results or "refused" in results:
+            yield path, results.get("ratio")
+            return
+        for name, value in results.items():
+            yield from find_ratios(value, (*path, name))
+
+
+def worse(committed: object, measured: object) -> list[str]:
+    """What fell behind: a peer's time over ours is more than 15% less than it was, or ours is not there any more."""
+    now, found = dict(find_ratios(measured)), []
+    for path, before in find_ratios(committed):
+        if before is None or path[-1] == "hf_rnn":
+            continue
+        name, after = " / ".join(path), now.get(path)
+        if after is None:
+            found.append(f"{name}: was {before:.2f} times ours, now not measured")
+        elif after < before * (1 - WORSE):
+            found.append(f"{name}: {before:.2f} times ours, now {after:.2f}, {100 * (1 - after / before):.0f}% worse")
+    return found
+
+
+def check(questions: list[str]) -> int:
+    import driver
+
+    behind: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for question in questions:
+            committed = json.loads(driver.results_path(question).read_text())
+            if committed["device"] != driver.device_name():
+                print(f"{question}: committed on {committed['device']}, this is {driver.device_name()}")
+            names: set[str] | None = None
+            for _ in range(2):
+                if not measure(question, results=Path(folder)):
+                    names = {"failed"}
+                    break
+                measured = json.loads((Path(folder) / driver.results_path(question).name).read_text())
+                lines = worse(committed["results"], measured["results"])
+                places = {line.partition(": ")[0] for line in lines}
+                names = places if names is None else names & places
+                if not names:
+                    break
+            lines = [line for line in lines if line.partition(": ")[0] in names] if names != {"failed"} else ["failed"]
+            behind += [f"{question}: {line}" for line in lines]
+    print("\n" + ("\n".join(["Worse by more than 15%:", *behind]) if behind else "Nothing is worse by more than 15%."))
+    return 1 if behind else 0
+
+
+def gpu(questions: list[str]) -> int:
+    """FlashRNN's kernels are compiled first, since that takes minutes."""
+    import driver
+
+    if not driver.GPU:
+        print("no GPU that torch can use")
+        return 1
+    compile_ = [sys.executable, "-c", "import kernels; kernels.compile_peers()"]
+    subprocess.run(compile_, cwd=HERE, timeout=GPU_SECONDS)
+    commit, failed = driver.commit(), []
+    for question in questions:
+        path = driver.results_path(question)
+        if path.exists() and json.loads(path.read_text())["commit"] == commit:
+            print(f"{question}: measured at this commit already")
+        elif not measure(question, timeout=GPU_SECONDS):
+            failed.append(question)
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "quality", "gpu", "check"])
+    parser.add_argument("--data", help="a text file; default: CPython's documentation")
+    parser.add_argument("--questions", nargs="+", help="only these")
+    options = parser.parse_args()
+    questions = options.questions or (QUALITY if options.what == "quality" else SPEED)
+    if options.what == "check":
+        return check(questions)
+    if options.what == "gpu":
+        return gpu(questions)
+    data = ["--data", options.data] if options.data else []
+    done = [measure(question, *(data if question in WITH_DATA else [])) for question in questions]
+    return 0 if all(done) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
