@@ -83,7 +83,7 @@ def speed(stem: str) -> Evaluation:
     header = ["what", "hf_rnn, ms", "transformers' xlstm, ms", "matrix products alone, ms"]
     cells = [
         [what, *(f"{rows[what][who]['ms']:.0f}" for who in ("hf_rnn", "transformers", "matrix products alone"))]
-        for what in ("training step", "prompt of 512", "prompt of 575")
+        for what in ("training step of 512", "prompt of 512", "prompt of 575")
     ]
     text = "Beside transformers' own class with the same weights: vocabulary 256, width 256, 4 layers, batch 4"
     return Evaluation("Speed", f"{text}. {source('xlstm')}", header, cells)

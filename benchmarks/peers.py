@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import hf_rnn
+from hf_rnn.models.xlstm.conversion_xlstm import to_transformers_config
 
 # transformers' class changes when the `xlstm` package is there: this asks for its own
 _find_spec = importlib.util.find_spec
@@ -86,16 +87,8 @@ def pair(name: str, parameters: int, vocab_size: int) -> tuple[PreTrainedModel, 
     tokens = dict(vocab_size=vocab_size, pad_token_id=None, bos_token_id=None, eos_token_id=None)
     size = dict(hidden_size=width(name, parameters, vocab_size), num_hidden_layers=LAYERS)
     if name == "xLSTM":
-        from hf_rnn.models.xlstm.conversion_xlstm import to_transformers_config
-
         size["hidden_size"] = max(128, size["hidden_size"] // 128 * 128)  # theirs fails at others
-        theirs = xLSTMForCausalLM(to_transformers_config(hf_rnn.XLSTMConfig(num_heads=4, **size, **tokens)))
-        with torch.no_grad():
-            for parameter in theirs.parameters():  # their own initial weights leave parts at zero
-                parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.add_(0.01)
-        with tempfile.TemporaryDirectory() as folder:
-            theirs.save_pretrained(folder)
-            return hf_rnn.XLSTMForCausalLM.from_pretrained(folder), theirs
+        return xlstm_pair(hf_rnn.XLSTMConfig(num_heads=4, **size, **tokens))
     stem = name.replace("min", "Min")
     config = getattr(hf_rnn, f"{stem}Config")(**FRAMES[name], **size, **tokens)
     ours = getattr(hf_rnn, f"{stem}ForCausalLM")(config)
@@ -103,3 +96,14 @@ def pair(name: str, parameters: int, vocab_size: int) -> tuple[PreTrainedModel, 
     for layer in theirs.model.layers:
         layer.mixer = PeerMixer(layer.mixer, name)
     return ours, theirs
+
+
+def xlstm_pair(config: hf_rnn.XLSTMConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Ours, read from a checkpoint of transformers' own class, and that."""
+    theirs = xLSTMForCausalLM(to_transformers_config(config))
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # their own initial weights leave parts at zero
+            parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.add_(0.01)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return hf_rnn.XLSTMForCausalLM.from_pretrained(folder), theirs

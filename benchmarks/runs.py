@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-from driver import device_name, results_path
+from driver import commit, device_name, results_path
 from tqdm import tqdm
 
 
@@ -25,9 +25,9 @@ def run_all(question: str, function: Callable[..., dict], jobs: dict[str, tuple]
         jobs: a name that says what the run is, to arguments.
 
     Returns:
-        Name to what the function returned, in the order of `jobs`. Runs that an earlier call finished on the same
-        device are taken from `results/<question>_<device>.partial.json`; remove that file to begin anew, or
-        `finish(question)` does when the results are saved.
+        Name to what the function returned and the commit it ran at, in the order of `jobs`. Runs that an earlier call
+        finished on the same device are taken from `results/<question>_<device>.partial.json`; remove that file to
+        begin anew, or `finish(question)` does when the results are saved.
     """
     path, done = partial_path(question), {}
     if path.exists():
@@ -41,7 +41,7 @@ def run_all(question: str, function: Callable[..., dict], jobs: dict[str, tuple]
     with pool, tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=question, unit="run") as bar:
         futures = {pool.submit(function, *arguments): name for name, arguments in missing.items()}
         for future in as_completed(futures):
-            done[futures[future]] = future.result()
+            done[futures[future]] = future.result() | {"commit": commit()}
             path.write_text(json.dumps({"device": device_name(), "runs": done}, indent=1))
             bar.update()
     return {name: done[name] for name in jobs}

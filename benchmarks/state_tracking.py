@@ -2,8 +2,9 @@
 
     python benchmarks/state_tracking.py
 
-xLSTM (arXiv 2405.04517) of two "neurips" blocks: sLSTM alone, mLSTM alone, one of each in either order; for reference
-LSTM and minGRU of two layers, with as many channels as come closest to the parameters of one of each. Two tasks:
+xLSTM (arXiv 2405.04517) of two "neurips" blocks: sLSTM alone, mLSTM alone, one of each in either order; LSTM, GRU,
+minGRU and minLSTM of two layers, with as many channels as come closest to the parameters of one of each; a Transformer
+and, with one seed, Mamba from transformers, as large. Three tasks:
 
 parity: is the number of ones so far odd? A regular language, one bit of state (Delétang et al., arXiv 2207.02098).
     Trained at every position of 2 to 40 bits; the score is of the last position, chance 1/2.
@@ -11,10 +12,12 @@ recall: multi-query associative recall (Arora et al., arXiv 2312.04927). Pairs o
     every key again in another order, each to be answered with its value. Trained with 2 to 16 pairs, scored at the
     queries; who guesses is right in 1 of 64, or of the values it saw, in 1 of as many as there are pairs. Longer here
     is more pairs: more to hold at once.
+selective copying: four of eight symbols among blanks, to be said in order at the end (arXiv 2312.00752), trained up to
+    32 tokens. Chance is 1/8; the commonest symbol of a row is right about 0.4 of the time.
 
 New data in every batch, of a random size; the largest grows from 4 to full over the first half of the steps. The same
 data, steps, learning rate and schedule for all; after 50 batches in a row without an error in the second half a run
-stops.
+stops. One thread a run, as many at once as there are cores; an interrupted measurement goes on run by run.
 """
 
 import argparse
@@ -23,15 +26,19 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from driver import RESULTS, save
+from runs import finish, run_all
 from torch import Tensor, nn
-from transformers import PreTrainedModel, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel, set_seed
 
 import hf_rnn
+from hf_rnn.tasks import SelectiveCopying
 
 KEYS, VALUES = 64, 64
-SIZES = {"parity": 40, "recall": 16}  # the largest of training
+SIZES = {"parity": 40, "recall": 16, "selective copying": 32}  # the largest of training
+SMALLEST = {"parity": 2, "recall": 2, "selective copying": 8}
 FACTORS = [0.25, 0.5, 1, 2, 3, 4]  # times that in the tests
 BATCH, LEARNING_RATE, WARMUP, PATIENCE = 64, 1e-2, 50, 50
 
@@ -52,7 +59,17 @@ def recall(batch: int, size: int, generator: torch.Generator) -> tuple[Tensor, T
     return tokens, torch.cat([torch.full_like(pairs, -100), values.gather(1, order)], 1)
 
 
-TASKS = {"parity": parity, "recall": recall}
+def selective_copying(batch: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens and labels, (batch, size); labels are -100 but for the last four."""
+    task = SelectiveCopying(length=size)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    rows = [task.row(np.random.default_rng([seed, row])) for row in range(batch)]
+    tokens, labels = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    return tokens.long(), labels.long()
+
+
+TASKS = {"parity": parity, "recall": recall, "selective copying": selective_copying}
+VOCABULARIES = {"parity": 2, "recall": KEYS + VALUES, "selective copying": SelectiveCopying(length=32).vocab_size}
 
 
 def xlstm(slstm_at: list[int] | str, **common) -> PreTrainedModel:
@@ -61,17 +78,37 @@ def xlstm(slstm_at: list[int] | str, **common) -> PreTrainedModel:
 
 
 def reference(name: str, **common) -> PreTrainedModel:
-    """LSTM or minGRU as large as `xlstm([0])`."""
+    """One of our others as large as `xlstm([0])`, by its channels."""
 
     def build(channels: int) -> PreTrainedModel:
         factor = channels / common["hidden_size"]
         config = getattr(hf_rnn, f"{name}Config")(**common, expansion_factor=factor, feed_forward_factor=0)
         return getattr(hf_rnn, f"{name}ForCausalLM")(config)
 
+    return _as_large(build, range(16, 257, 2), common)
+
+
+def mamba(**common) -> PreTrainedModel:
+    rest = {name: value for name, value in common.items() if name != "hidden_size"}
+    return _as_large(
+        lambda width: MambaForCausalLM(MambaConfig(hidden_size=width, use_mambapy=True, **rest)), range(16, 257), common
+    )
+
+
+def transformer(**common) -> PreTrainedModel:
+    rest = {name: value for name, value in common.items() if name != "hidden_size"}
+
+    def build(inner: int) -> PreTrainedModel:
+        return LlamaForCausalLM(LlamaConfig(hidden_size=56, intermediate_size=inner, num_attention_heads=4, **rest))
+
+    return _as_large(build, range(16, 513), common)
+
+
+def _as_large(build: Callable[[int], PreTrainedModel], sizes: range, common: dict) -> PreTrainedModel:
     with torch.device("meta"):
         target = xlstm([0], **common).num_parameters()
-        channels = min(range(16, 257, 2), key=lambda n: abs(build(n).num_parameters() - target))
-    return build(channels)
+        size = min(sizes, key=lambda n: abs(build(n).num_parameters() - target))
+    return build(size)
 
 
 CONTESTANTS: dict[str, Callable[..., PreTrainedModel]] = {
@@ -81,17 +118,22 @@ CONTESTANTS: dict[str, Callable[..., PreTrainedModel]] = {
     "mLSTM, sLSTM": partial(xlstm, [1]),
     "LSTM, LSTM": partial(reference, "LSTM"),
     "minGRU, minGRU": partial(reference, "MinGRU"),
+    "GRU, GRU": partial(reference, "GRU"),
+    "minLSTM, minLSTM": partial(reference, "MinLSTM"),
+    "Transformer (transformers)": transformer,
+    "Mamba (transformers)": mamba,
 }
 
 
 def train(model: PreTrainedModel, task: str, steps: int, seed: int) -> int:
     """Returns the steps it took."""
-    generator, right, size = torch.Generator().manual_seed(seed), 0, SIZES[task]
+    generator, right, size, smallest = torch.Generator().manual_seed(seed), 0, SIZES[task], SMALLEST[task]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / WARMUP, 1 - n / steps))
     for step in range(steps):
-        largest = min(size, 4 + (size - 4) * 2 * step // steps)
-        tokens, labels = TASKS[task](BATCH, int(torch.randint(2, largest + 1, (), generator=generator)), generator)
+        largest = max(smallest, min(size, 4 + (size - 4) * 2 * step // steps))
+        drawn = int(torch.randint(smallest, largest + 1, (), generator=generator))
+        tokens, labels = TASKS[task](BATCH, drawn, generator)
         logits = model(input_ids=tokens).logits  # labels are of the same position, not of the next as transformers'
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
@@ -127,8 +169,8 @@ def picture(results: dict) -> None:
     except ImportError:
         print("no picture: pip install matplotlib")
         return
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, (task, rows) in zip(figure.subplots(1, 2), results.items(), strict=True):
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    for axes, (task, rows) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
         sizes = [int(SIZES[task] * factor) for factor in FACTORS]
         for name, row in rows.items():
             values = [score(row, task, factor) for factor in FACTORS]
@@ -136,10 +178,28 @@ def picture(results: dict) -> None:
             axes.fill_between(sizes, [min(v) for v in values], [max(v) for v in values], alpha=0.15)
         axes.axvline(SIZES[task], color="gray", linestyle=":")
         axes.set(title=task, ylim=(-0.02, 1.03), ylabel="accuracy")
-        axes.set_xlabel("bits" if task == "parity" else "pairs")
+        axes.set_xlabel({"parity": "bits", "recall": "pairs"}.get(task, "tokens"))
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(RESULTS / "state_tracking.png", dpi=80)
+
+
+def run(task: str, name: str, steps: int, seed: int) -> dict:
+    """Train one and test it at every size."""
+    set_seed(seed)
+    tokens = dict(vocab_size=VOCABULARIES[task], pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    model = CONTESTANTS[name](hidden_size=64, num_hidden_layers=2, **tokens).train()
+    start = time.perf_counter()
+    done = train(model, task, steps, seed)
+    seconds = time.perf_counter() - start
+    model.eval()
+    return {
+        "seed": seed,
+        "steps": done,
+        "seconds": seconds,
+        "accuracy": {str(factor): test(model, task, int(SIZES[task] * factor)) for factor in FACTORS},
+        "parameters": model.num_parameters(),
+    }
 
 
 def main() -> None:
@@ -147,28 +207,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    results: dict[str, dict] = {task: {name: {"runs": []} for name in CONTESTANTS} for task in TASKS}
-    for seed in range(options.seeds):
-        for task, rows in results.items():
-            for name, build in CONTESTANTS.items():
-                set_seed(seed)
-                model = build(
-                    vocab_size={"parity": 2, "recall": KEYS + VALUES}[task],
-                    hidden_size=64,
-                    num_hidden_layers=2,
-                    pad_token_id=None,
-                    bos_token_id=None,
-                    eos_token_id=None,
-                )
-                start = time.perf_counter()
-                steps = train(model.train(), task, options.steps, seed)
-                run = {"seed": seed, "steps": steps, "seconds": time.perf_counter() - start}
-                model.eval()
-                run["accuracy"] = {str(factor): test(model, task, int(SIZES[task] * factor)) for factor in FACTORS}
-                rows[name]["parameters"] = model.num_parameters()
-                rows[name]["runs"].append(run)
-                accuracies = [score(rows[name], task, factor)[-1] for factor in FACTORS]
-                print(f"{task}, {name}, seed {seed}: {steps} steps, {run['seconds']:.0f} s,", accuracies, flush=True)
+    jobs = {
+        (task, name, seed): (task, name, options.steps, seed)
+        for seed in range(options.seeds)
+        for task in TASKS
+        for name in CONTESTANTS
+        if seed == 0 or "Mamba" not in name
+    }
+    named = {f"{task}, {name}, seed {seed}": arguments for (task, name, seed), arguments in jobs.items()}
+    runs = dict(zip(jobs, run_all("state_tracking", run, named).values(), strict=True))
+    results: dict[str, dict] = {}
+    for (task, name, _), result in runs.items():
+        row = results.setdefault(task, {}).setdefault(name, {"runs": [], "parameters": result["parameters"]})
+        row["runs"].append({key: value for key, value in result.items() if key != "parameters"})
     for task, rows in results.items():
         print(f"\n{task}, accuracy at 1, 2 and 4 times the size of training: mean (worst) of {options.seeds} seeds\n")
         print("| cells | parameters | " + " | ".join(str(SIZES[task] * n) for n in (1, 2, 4)) + " | steps |")
@@ -180,6 +231,7 @@ def main() -> None:
             print(f"| {name} | {row['parameters']:,} | {cells} | {steps} |")
     picture(results)
     save("state_tracking", results)
+    finish("state_tracking")
 
 
 if __name__ == "__main__":

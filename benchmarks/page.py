@@ -1,0 +1,349 @@
+"""docs/performance.md and its pictures, from the committed results.
+
+    python benchmarks/page.py        # make performance
+
+Nothing on the page is written by hand but what stands here; a test checks that the page is what this makes.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from published import published_rows
+
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "performance.md"
+PICTURES = HERE.parent / "docs" / "pictures"
+Results = dict[str, Any]
+
+TITLES = {
+    "kernels": "Kernels",
+    "recurrent": "LSTM and GRU beside torch's, and with heads",
+    "layers": "Norms and convolutions",
+    "training_step": "Training steps at equal parameters",
+    "xlstm": "xLSTM beside transformers' own class",
+    "decoding": "Decoding",
+    "min_against_traditional": "Minimal cells against traditional ones",
+    "zero_order": "Losses of many perturbed copies",
+    "quality": "Quality at equal budget",
+    "state_tracking": "State tracking, recall and selective copying",
+}
+
+
+def load(question: str, device: str = "cpu") -> Results | None:
+    path = RESULTS / f"{question}_{device}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(record: Results, question: str) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    device = "gpu" if "_gpu" in question else "cpu"
+    path = f"../benchmarks/results/{question.removesuffix('_gpu')}_{device}.json"
+    return (
+        f"By `{record['command']}` on {record['date']}, {record['device']}, commit {record['commit'][:9]}"
+        f"{' with changes' if '+' in record['commit'] else ''}, {versions}: [results]({path})."
+    )
+
+
+def number(x: float, digits: int = 3) -> str:
+    """So many significant digits, none before the point dropped."""
+    if x == 0:
+        return "0"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(x))))
+    return f"{x:,.{places}f}"
+
+
+def tables(results: Results, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Results]]:
+    """Every comparison, by where it is."""
+    for name, value in results.items():
+        if not isinstance(value, dict):
+            continue
+        if any(isinstance(row, dict) and ("ms" in row or "refused" in row) for row in value.values()):
+            yield ", ".join((*path, name)), value
+        else:
+            yield from tables(value, (*path, name))
+
+
+def beside(rows: Results, notes: list[str]) -> str:
+    """Every other contestant's time over the first one's."""
+    cells = []
+    for name, row in list(rows.items())[1:]:
+        if "refused" in row:
+            cells.append(f"{name}: not timed, {row['refused']}")
+            continue
+        remark = " (other work)" if row.get("other_work") else ""
+        if (row.get("error") or 0) > 1e-4:
+            remark = f" (error {row['error']:.0e})"
+        if "accepted" in row:
+            if row["accepted"] not in notes:
+                notes.append(row["accepted"])
+            remark += f" [{notes.index(row['accepted']) + 1}]"
+        cells.append(f"{name} {row['ratio']:.2f}{remark}")
+    return "; ".join(cells)
+
+
+def generic(results: Results) -> str:
+    """A row for every comparison: ours in milliseconds, the others as ratios."""
+    notes: list[str] = []
+    found = list(tables(results))
+    limited = any("share_of_limit" in rows[next(iter(rows))] for _, rows in found)
+    header = [
+        "what",
+        "ms (min to max)",
+        *(["share of the limit"] if limited else []),
+        "MiB",
+        "beside it, times as long",
+    ]
+    lines = []
+    for title, rows in found:
+        ours = rows[next(iter(rows))]
+        share = [f"{100 * ours['share_of_limit']:.0f}%" if "share_of_limit" in ours else ""] if limited else []
+        spread = f"{number(ours['ms'])} ({number(ours['ms_min'])} to {number(ours['ms_max'])})"
+        lines.append([title, spread, *share, number(ours["peak_mib"], 2), beside(rows, notes)])
+    return markdown(header, lines) + footnotes(notes)
+
+
+def footnotes(notes: list[str]) -> str:
+    return "".join(f"\n\n[{n}] {note}" for n, note in enumerate(notes, 1))
+
+
+def kernels(results: Results) -> str:
+    limits = results["limits"]
+    text = (
+        f"A copy moves {limits['bytes_per_second'] / 1e9:.1f} GB/s here, a large matrix product does "
+        f"{limits['operations_per_second'] / 1e9:.0f} GFLOP/s; the share is of whichever bounds the op.\n\n"
+        "![tokens per second over the length of sequences](pictures/kernels.png)\n\n"
+    )
+    first = [
+        [
+            op,
+            number(row["nothing compiled"]["ms"] / 1e3),
+            number(row["compiled before"]["ms"] / 1e3),
+            str(row["compiled before"]["compiled_again"] + row["nothing compiled"]["compiled_again"]),
+        ]
+        for op, row in results["first call"].items()
+    ]
+    header = ["first call in a process", "seconds, nothing compiled", "compiled before", "compiled at other T and B"]
+    return text + generic(results) + "\n\n" + markdown(header, first)
+
+
+def by_shape(results: Results, separator: str, value) -> tuple[list[str], dict[str, list[str]]]:
+    """Contestants of 'name, shape' tables: columns, and a row for each of ours and of the others."""
+    columns: list[str] = []
+    lines: dict[str, dict[str, str]] = {}
+    for title, rows in results.items():
+        name, _, shape = title.partition(separator)
+        if not shape:
+            continue
+        if shape not in columns:
+            columns.append(shape)
+        for who, row in rows.items():
+            lines.setdefault(name if who == "hf_rnn" else who, {})[shape] = value(row)
+    ordered = sorted(lines, key=lambda name: "transformers" in name)
+    return columns, {name: [lines[name].get(column, "") for column in columns] for name in ordered}
+
+
+def training_step(results: Results) -> str:
+    parts = ["![tokens per second over the length of sequences](pictures/training_step.png)"]
+    for size, found in results.items():
+        across = {title: rows for title, rows in found.items() if " x " in title}
+        parameters = found["parameters"]
+        for what, value in (
+            ("tokens a second", lambda row: f"{row['tokens_per_second']:,.0f}" if "ms" in row else row["refused"]),
+            ("bytes for each token", lambda row: f"{row['bytes_per_token']:,.0f}" if "ms" in row else ""),
+        ):
+            columns, lines = by_shape(across, ", ", value)
+            rows = [[name, f"{parameters[name]:,}", *cells] for name, cells in lines.items()]
+            parts.append(f"{size}, {what}:\n\n" + markdown(["", "parameters", *columns], rows))
+        parts.append("Times, and how many times as long the others take:\n\n" + generic(found))
+    return "\n\n".join(parts)
+
+
+def decoding(results: Results) -> str:
+    parts = ["![milliseconds a token over the prefix](pictures/decoding.png)"]
+    tokens = {title: rows for title, rows in results.items() if ", a token after " in title}
+    for what, value in (
+        ("milliseconds a token", lambda row: number(row["ms"]) if "ms" in row else row["refused"]),
+        ("bytes of state, or of keys and values", lambda row: f"{row['state_bytes']:,}"),
+    ):
+        columns, lines = by_shape(tokens, ", a token after ", value)
+        parts.append(f"{what}, after a prefix:\n\n" + markdown(["", *columns], [[n, *c] for n, c in lines.items()]))
+    parts.append("Ratios, `generate()` and the same architectures by others:\n\n" + generic(results))
+    return "\n\n".join(parts)
+
+
+def quality(results: Results) -> str:
+    def cell(runs: list[Results], key: str) -> str:
+        values = [run[key] for run in runs]
+        return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+    header = [
+        "", "parameters", "learning rate", f"loss after {results['steps']} steps", "seconds",
+        f"loss after {results['seconds']:.0f} s", "steps",
+    ]  # fmt: skip
+    rows = [
+        [
+            name,
+            f"{row['parameters']:,}",
+            f"{row['learning_rate']:g}",
+            cell(row["steps"], "test"),
+            f"{statistics.mean(run['seconds'] for run in row['steps']):.0f}",
+            cell(row["seconds"], "test"),
+            f"{statistics.mean(run['steps'] for run in row['seconds']):,.0f}",
+        ]
+        for name, row in results["models"].items()
+    ]
+    text = (
+        f"Nats for each byte of the last 5% of {results['data']['name']}, mean (smallest to largest) of 3 seeds, "
+        "windows of 128 bytes, 8 in a batch, one thread a run. Mamba runs on mambapy's scan: its "
+        "seconds say nothing about its own kernels, which need a GPU.\n\n"
+        "![held-out loss](../benchmarks/results/quality_cpu.png)\n\n"
+    )
+    return text + markdown(header, rows)
+
+
+def state_tracking(results: Results) -> str:
+    parts = ["![accuracy over length](../benchmarks/results/state_tracking.png)"]
+    for task, rows in results.items():
+        factors = ["1", "2", "4"]
+        key = "last" if task == "parity" else "all"
+
+        def cell(row: Results, factor: str, key: str = key) -> str:
+            values = [run["accuracy"][factor][key] for run in row["runs"]]
+            return f"{statistics.mean(values):.2f} ({min(values):.2f})"
+
+        lines = [
+            [name, f"{row['parameters']:,}", *(cell(row, factor) for factor in factors)] for name, row in rows.items()
+        ]
+        header = [f"{task}: cells", "parameters", *(f"{factor} times the size of training" for factor in factors)]
+        parts.append(markdown(header, lines))
+    return "\n\n".join(parts)
+
+
+WRITERS = {
+    "kernels": kernels,
+    "training_step": training_step,
+    "decoding": decoding,
+    "quality": quality,
+    "state_tracking": state_tracking,
+}
+
+
+def faster_peers() -> list[list[str]]:
+    """Every row in which a peer is faster than the package."""
+    found = []
+    for question in TITLES:
+        if (record := load(question)) is None:
+            continue
+        for title, rows in tables(record["results"]):
+            for name, row in list(rows.items())[1:]:
+                if row.get("ratio", 1) < 1 and not row.get("other_work"):
+                    found.append([question, title, name, f"{row['ratio']:.2f}", row.get("accepted", "NOT ACCEPTED")])
+    return found
+
+
+def page() -> str:
+    parts = [
+        "# Performance\n\nMade by `make performance` from [benchmarks/results](../benchmarks/results); not edited by "
+        "hand. `make bench` measures again, `make bench-check` compares ratios with these. Every contestant is checked "
+        "against float64 before it is timed; what is wrong is not timed, and says so. Times are medians of rounds in "
+        "which every contestant runs once; ratios are medians over rounds, more than 1 where hf_rnn is faster; MiB are "
+        "of tensors at the peak of one call, by the allocator."
+    ]
+    for question, title in TITLES.items():
+        record = load(question)
+        if record is None:
+            continue
+        parts.append(f"## {title}\n\n{source(record, question)}")
+        parts.append(WRITERS.get(question, generic)(record["results"]))
+        if (gpu := load(question, "gpu")) is not None:
+            parts.append(f"### On a GPU\n\n{source(gpu, question + '_gpu')}")
+            parts.append(WRITERS.get(question, generic)(gpu["results"]))
+    parts.append(
+        "## Published tables, and what we get\n\n"
+        + markdown(["published", "theirs", "ours", "by"], published_rows(load))
+    )
+    rows = faster_peers()
+    parts.append(
+        "## Where a peer is faster\n\n"
+        + (markdown(["question", "what", "peer", "times as long", "accepted because"], rows) if rows else "Nowhere.")
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def pictures() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    PICTURES.mkdir(exist_ok=True)
+
+    def draw(name: str, curves: dict[str, dict[str, list[tuple[float, float]]]], x: str, y: str) -> None:
+        """One panel for each entry of `curves`: label to points."""
+        figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")
+        axes = figure.subplots(1, len(curves), squeeze=False)[0]
+        for axis, (title, lines) in zip(axes, curves.items(), strict=True):
+            for label, points in lines.items():
+                style = "--" if "transformers" in label or "-pytorch" in label or "torch." in label else "-"
+                axis.plot(*zip(*sorted(points), strict=True), style, marker=".", label=label)
+            axis.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7)
+        figure.savefig(PICTURES / f"{name}.png", dpi=90)
+
+    if record := load("kernels"):
+        curves: dict[str, dict] = {"forward": {}, "forward + backward": {}}
+        for title, rows in tables(record["results"]):
+            head, _, shape = title.rpartition(", ")
+            batch, _, time = shape.partition(" x ")
+            if int(batch) * int(time) != 65536:
+                continue
+            what = "forward + backward" if "backward" in head else "forward"
+            op = head.removesuffix(what).strip()
+            point = (int(time), 65536 / rows["hf_rnn"]["ms"] * 1e3)
+            curves[what].setdefault(op, []).append(point)
+        draw("kernels", curves, "T, 65,536 tokens in all", "tokens a second")
+    if record := load("training_step"):
+        curves = {}
+        for size, found in record["results"].items():
+            lines: dict[str, list] = {}
+            for title, rows in found.items():
+                if " x " not in title:
+                    continue
+                name, _, shape = title.partition(", ")
+                time = int(shape.removesuffix(" tokens").partition(" x ")[2])
+                for who, row in rows.items():
+                    if "ms" in row and (who == "hf_rnn" or name == "LSTM"):
+                        lines.setdefault(name if who == "hf_rnn" else who, []).append((time, row["tokens_per_second"]))
+            curves[size] = lines
+        draw("training_step", curves, "T", "tokens a second")
+    if record := load("decoding"):
+        curves = {"batch 1": {}, "batch 64": {}}
+        for title, rows in record["results"].items():
+            name, _, rest = title.partition(", a token after ")
+            if not rest:
+                continue
+            prefix, _, batch = rest.partition(", ")
+            for who, row in rows.items():
+                if "ms" in row and (who == "hf_rnn" or name == "LSTM"):
+                    curves[batch].setdefault(name if who == "hf_rnn" else who, []).append((int(prefix), row["ms"]))
+        draw("decoding", curves, "tokens before", "ms a token")
+
+
+def main() -> None:
+    PAGE.write_text(page())
+    pictures()
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
