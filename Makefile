@@ -6,7 +6,13 @@ STAMP = $(VENV)/.installed
 # Two at a time, with threads that do not spin while others wait for a core
 PYTEST = HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow test-all lint bench model-cards setup clean
+# What others made, measured beside ours, in an environment of its own
+BENCH = $(VENV)-bench/bin/python
+BENCH_STAMP = $(VENV)-bench/.installed
+WHEELS ?= wheels
+
+.PHONY: demo test test-slow test-all lint bench bench-quality bench-check bench-gpu gpu-wheels performance model-cards \
+	setup clean
 
 setup: $(STAMP)
 
@@ -36,33 +42,44 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Side by side with peers on this machine; results in benchmarks/results.
-bench: $(STAMP)
-	$(BIN)/python benchmarks/scan.py
-	$(BIN)/python benchmarks/training_step.py
-	$(BIN)/python benchmarks/decoding.py
-	$(BIN)/python benchmarks/layers.py
-	$(BIN)/python benchmarks/recurrent.py
-	$(BIN)/python benchmarks/min_against_traditional.py
-	$(BIN)/python benchmarks/mlstm.py
-	$(BIN)/python benchmarks/xlstm.py
-	$(BIN)/python benchmarks/state_tracking.py
-	$(BIN)/python benchmarks/zero_order.py
-	$(BIN)/python benchmarks/zero_order_memory.py
-	$(BIN)/python benchmarks/zero_order_race.py
-	$(BIN)/python benchmarks/language_model.py
-	$(BIN)/python benchmarks/memory_scaling.py
-	$(BIN)/python benchmarks/memory_retrieval.py
-	$(BIN)/python benchmarks/memory_drift.py
-	$(BIN)/python benchmarks/memory_tasks.py
-	$(BIN)/python benchmarks/memory_language.py
-	$(BIN)/python benchmarks/rate_constrained.py
-	$(BIN)/python benchmarks/coding.py
-	$(BIN)/python benchmarks/planning.py
+$(BENCH_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-bench
+	$(BENCH) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $(BENCH_STAMP)
+
+# Speed beside every peer on this machine, under 20 minutes on 2 cores; results in benchmarks/results.
+bench: $(BENCH_STAMP)
+	$(BENCH) benchmarks/suite.py speed
+	$(BENCH) benchmarks/page.py
+
+# What takes hours: learning, memory, faults. Goes on where it was interrupted. DATA=text.txt for the text.
+bench-quality: $(BENCH_STAMP)
+	$(BENCH) benchmarks/suite.py quality $(if $(DATA),--data $(DATA))
+	$(BENCH) benchmarks/page.py
+
+# Speed again, compared with the committed results: ratios, never seconds.
+bench-check: $(BENCH_STAMP)
+	$(BENCH) benchmarks/suite.py check
+
+# What `bench-gpu` installs, for a machine without a network: gigabytes, CUDA's libraries among them.
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet -d $(WHEELS) -c constraints.txt '.[bench,bench-gpu]' 'setuptools>=77'
+
+# On an NVIDIA GPU, from the folder of wheels alone. Goes on where it was interrupted, question by question.
+bench-gpu:
+	test -x $(BENCH) || $(PYTHON) -m venv $(VENV)-bench
+	$(BENCH) -m pip install --quiet --disable-pip-version-check --no-index --find-links $(WHEELS) -c constraints.txt \
+		-e '.[bench,bench-gpu]'
+	$(BENCH) benchmarks/suite.py gpu
+	$(BENCH) benchmarks/page.py
+
+# docs/performance.md and its pictures from the committed results.
+performance: $(STAMP)
+	$(BIN)/python benchmarks/page.py
 
 # A card per architecture from the committed results.
 model-cards: $(STAMP)
 	$(BIN)/python benchmarks/model_cards.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) $(VENV)-bench build dist *.egg-info runs

@@ -1,0 +1,195 @@
+"""What the benchmarks are made of: who is wrong is not timed, ratios, the guard, runs that go on, the page."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_the_wrong_and_the_failing_are_not_timed():
+    from driver import compare
+
+    x = torch.ones(4)
+    calls = []
+
+    def failing():
+        raise RuntimeError("no such kernel")
+
+    def wrong():
+        calls.append(1)
+        return [x * 1.01]
+
+    rows = compare({"ours": lambda: [x], "wrong": wrong, "failing": failing, "other": lambda: None}, [x.double()])
+    assert rows["ours"]["ratio"] == 1 and rows["ours"]["error"] == 0
+    assert rows["wrong"]["refused"] == "wrong: relative error 1.00e-02 > 1e-04" and "ms" not in rows["wrong"]
+    assert len(calls) == 2  # once to check, once for its memory
+    assert rows["failing"]["refused"] == "failed: RuntimeError: no such kernel"
+    assert rows["other"]["other_work"] and rows["other"]["ratio"] > 0
+
+
+def test_nan_is_wrong():
+    from driver import compare
+
+    rows = compare({"ours": lambda: [torch.tensor([float("nan")])]}, [torch.ones(1)])
+    assert "refused" in rows["ours"]
+
+
+def test_a_reference_for_each():
+    from driver import measure
+
+    rows = measure(
+        {"one": lambda: [torch.ones(1)], "two": lambda: [torch.full((1,), 2.0)]},
+        {"one": [torch.ones(1)], "two": [torch.ones(1)]},
+    )
+    assert "times" in rows["one"] and "refused" in rows["two"]
+
+
+def test_ratios_are_of_the_same_round():
+    """A machine that halves its speed in the middle changes no ratio."""
+    from driver import ratios
+
+    rows = {
+        "ours": {"times": [1.0, 1.0, 2.0, 2.0]},
+        "peer": {"times": [3.0, 3.0, 6.0, 6.0]},
+        "fast": {"times": [0.5, 0.5, 1, 1]},
+    }
+    summary = ratios(rows, "ours", {"fast": "why", "peer": "never said"})
+    assert [row["ratio"] for row in summary.values()] == [1, 3, 0.5]
+    assert summary["fast"]["accepted"] == "why" and "accepted" not in summary["peer"]
+
+
+def test_peak_of_tensors():
+    from driver import peak_bytes
+
+    def run():
+        x = torch.empty(2**18)  # 1 MiB
+        y = torch.empty(2**18)
+        del x, y
+        torch.empty(2**18)
+
+    assert peak_bytes(run) == 2 * 2**20
+
+
+def test_compilations_are_counted():
+    pytest.importorskip("numba")
+    import numba
+    from driver import compilations
+
+    @numba.njit
+    def twice(x):
+        return 2 * x
+
+    with compilations() as first:
+        twice(1)
+    with compilations() as again:
+        twice(2)
+    assert first and not again
+
+
+def test_the_guard_names_what_got_worse():
+    from suite import worse
+
+    def result(peer: float | None, extra: dict | None = None) -> dict:
+        row = {"refused": "failed"} if peer is None else {"ratio": peer}
+        return {"8 x 512": {"hf_rnn": {"ratio": 1.0}, "peer": row, **(extra or {})}}
+
+    assert worse(result(3.0), result(2.6)) == []
+    assert worse(result(3.0), result(2.5)) == ["8 x 512 / peer: 3.00 times ours, now 2.50, 17% worse"]
+    assert worse(result(3.0), result(9.0)) == []
+    assert worse(result(3.0), result(None)) == ["8 x 512 / peer: was 3.00 times ours, now not measured"]
+    assert worse(result(3.0), {}) == ["8 x 512 / peer: was 3.00 times ours, now not measured"]
+    assert worse(result(None), result(2.0)) == []
+
+
+def test_check_measures_elsewhere_and_twice(tmp_path):
+    """A question that is worse each time, one that is worse once, one that is not."""
+    for path in BENCHMARKS.glob("*.py"):
+        (tmp_path / path.name).write_text(path.read_text())
+    script = (
+        "import os\nfrom pathlib import Path\nfrom driver import save\n"
+        "times = Path(__file__).with_suffix('.times')\ncount = len(times.read_text()) if times.exists() else 0\n"
+        "times.write_text('x' * (count + 1))\n"
+        "save(Path(__file__).stem, {'t': {'ours': {'ratio': 1.0}, 'peer': {'ratio': RATIOS[min(count, 2)]}}})\n"
+    )
+    for name, ratios in {"bad": (3.0, 1.0, 1.0), "unlucky": (3.0, 1.0, 3.0), "good": (3.0, 3.0, 3.0)}.items():
+        (tmp_path / f"{name}.py").write_text(f"RATIOS = {ratios}\n{script}")
+        subprocess.run([sys.executable, str(tmp_path / f"{name}.py")], check=True, capture_output=True)
+    committed = {path.name: path.read_text() for path in (tmp_path / "results").iterdir()}
+    command = [sys.executable, str(tmp_path / "suite.py"), "check", "--questions", "bad", "unlucky", "good"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stdout.endswith("Worse by more than 15%:\nbad: t / peer: 3.00 times ours, now 1.00, 67% worse\n")
+    assert {path.name: path.read_text() for path in (tmp_path / "results").iterdir()} == committed
+    assert len((tmp_path / "good.times").read_text()) == 2
+
+
+RUNS = """
+import sys
+from pathlib import Path
+
+from runs import finish, run_all
+
+def run(n):
+    folder = Path(sys.argv[1])
+    (folder / f"{n}.times").open("a").write("x")
+    if n == 2 and not (folder / "mended").exists():
+        raise RuntimeError("interrupted")
+    return {"square": n * n}
+
+if __name__ == "__main__":
+    results = run_all("squares", run, {f"of {n}": (n,) for n in range(4)})
+    print([row["square"] for row in results.values()], list(results))
+    finish("squares")
+"""
+
+
+def test_runs_go_on_where_they_were(tmp_path):
+    """Done runs are not done again; the results come in order; nothing is left over."""
+    (tmp_path / "squares.py").write_text(RUNS)
+    environment = os.environ | {"HF_RNN_RESULTS": str(tmp_path / "results"), "PYTHONPATH": str(BENCHMARKS)}
+    command = [sys.executable, str(tmp_path / "squares.py"), str(tmp_path)]
+    (tmp_path / "results").mkdir()
+    first = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert first.returncode != 0 and "interrupted" in first.stderr
+    partial = json.loads((tmp_path / "results" / "squares_cpu.partial.json").read_text())["runs"]
+    assert partial and "of 2" not in partial
+    (tmp_path / "mended").touch()
+    second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert second.stdout.strip() == "[0, 1, 4, 9] ['of 0', 'of 1', 'of 2', 'of 3']", second.stderr
+    for name in partial:
+        assert (tmp_path / f"{name[-1]}.times").read_text() == "x"
+    assert list((tmp_path / "results").iterdir()) == []
+
+
+def test_models_are_of_equal_size():
+    from models import MODELS, width
+
+    with torch.device("meta"):
+        for parameters in (350_000, 1_000_000):
+            for name, make in MODELS.items():
+                model = make(width(name, parameters, 256), vocab_size=256)
+                assert model.num_parameters() == pytest.approx(parameters, rel=0.09), name
+
+
+def test_the_page_is_what_the_results_make():
+    import page
+
+    assert page.PAGE.read_text() == page.page(), "make performance"
+
+
+def test_no_peer_is_faster_without_a_reason():
+    import page
+
+    assert [row for row in page.faster_peers() if row[-1] == "NOT ACCEPTED"] == []

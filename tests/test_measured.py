@@ -1,0 +1,98 @@
+"""Every measured number in README and docs stands in a results file, and the performance page is what these make."""
+
+import json
+import math
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+# The log tells of what was tried, mostly in runs that are not kept; the performance page is made from the results
+PAGES = [
+    path
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if path.name not in ("log.md", "performance.md")
+]
+NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?![\w]*[.]?\d)")
+# What only a measurement gives
+MEASURED = re.compile(
+    r"\d[\d,.]*(?:e-\d+)? ?"
+    r"(?:ms\b|us\b|s\b|seconds\b|minutes\b|min\b|[KMG]i?B\b|[KMG]B/s|times (?:as|faster|slower|less|more)|x as)"
+)
+
+
+def sections(text: str) -> list[str]:
+    """The text between headings, without code, links' targets and pictures."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.split(r"^#+ .*$", text, flags=re.MULTILINE)
+
+
+def prose(section: str) -> str:
+    """Without inline code, targets of links and papers' numbers."""
+    section = re.sub(r"`[^`]*`", " ", section)
+    section = re.sub(r"\]\([^)]*\)", "]", section)
+    return re.sub(r"\[?\d{4}\.\d{5}\]?", " ", section)
+
+
+@cache
+def known(question: str) -> tuple[tuple[float, ...], str]:
+    """Numbers of a results file in all units in which one may say them, and all text of it and of its benchmark."""
+    found: list[float] = []
+    text = [(BENCHMARKS / f"{question}.py").read_text()]
+
+    def look(value: object) -> None:
+        if isinstance(value, dict):
+            text.extend(map(str, value))
+            for part in value.values():
+                look(part)
+        elif isinstance(value, list):
+            for part in value:
+                look(part)
+        elif isinstance(value, str):
+            text.append(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            x = abs(float(value))
+            found.extend([x, 100 * x, x / 1000, 1000 * x, abs(100 - 100 * x), x / 2**20, x / 2**10, x / 1e6])
+            if x:
+                found.extend([1 / x, 100 * abs(1 - 1 / x)])
+
+    for path in sorted((BENCHMARKS / "results").glob(f"{question}_[cg]pu.json")):
+        look(json.loads(path.read_text()))
+    return tuple(found), " ".join(text)
+
+
+def stands_in(number: str, question: str) -> bool:
+    """Whether a results file has this number, rounded as it is said here."""
+    values, text = known(question)
+    if re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d]|[.,]\d)", text):
+        return True
+    plain = number.replace(",", "")
+    if re.search(rf"(?<![\d.]){re.escape(plain)}(?![\d]|[.]\d)", text.replace("_", "")):
+        return True
+    digits = len(plain.partition("e")[0].partition(".")[2])
+    if "e" in plain:
+        return any(f"{x:.{digits}e}" == f"{float(plain):.{digits}e}" for x in values)
+    return any(abs(x - float(plain)) <= 0.5000001 * 10**-digits for x in values)
+
+
+def questions(section: str) -> list[str]:
+    return sorted(set(re.findall(r"benchmarks/(?:results/)?(\w+?)(?:_cpu|_gpu)?\.(?:py|json)", section)))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_measured_numbers_stand_in_results(path):
+    missing = []
+    for section in sections(path.read_text()):
+        sources = [name for name in questions(section) if (BENCHMARKS / f"{name}.py").exists()]
+        text = prose(section)
+        if not sources:
+            missing += [f"no results file is named for {found.group()!r}" for found in MEASURED.finditer(text)]
+            continue
+        for found in NUMBER.finditer(text):
+            if not any(stands_in(found.group(), name) for name in sources):
+                around = text[max(0, found.start() - 50) : found.end() + 30].replace("\n", " ")
+                missing.append(f"{found.group()} in ...{around}... is not in the results of {sources}")
+    assert not missing, "\n".join(missing)
