@@ -36,6 +36,8 @@ def run(kernel: Callable, *arguments) -> None:
     import numba
 
     with _launch:
-        _launched = True
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore
+        threads, first, _launched = torch.get_num_threads(), not _launched, True
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore
+        if first:  # numba launches its pool with omp_set_num_threads(all of them), which is torch's number, too
+            torch.set_num_threads(threads)
         kernel(*arguments)

@@ -1,6 +1,9 @@
 """The ops on a CPU, against the float64 recurrence, under raw losses."""
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
 
 import hypothesis.strategies as st
@@ -289,3 +292,13 @@ BAD_CALLS = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_torchs_number_of_threads_stays():
+    """numba's pool, when it starts, sets OpenMP's number of threads, which is torch's."""
+    code = "import torch\nfrom hf_rnn_kernels import linear_scan\ntorch.set_num_threads(1)\n"
+    code += "linear_scan(torch.rand(2, 64, 512), torch.rand(2, 64, 512))\nprint(torch.get_num_threads())"
+    environment = {name: value for name, value in os.environ.items() if "THREADS" not in name}
+    environment["NUMBA_NUM_THREADS"] = "2"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == "1", result.stderr
