@@ -385,6 +385,13 @@ class RecurrentForCausalLM(MemoryProtocol, RecurrentPreTrainedModel, GenerationM
             inputs.pop("attention_mask", None)
         return inputs
 
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        """Whether generate() compiles its steps: if `compile_config` asks for it, on any device, since a step's shapes
+        and addresses never change. transformers' own rule takes GPUs, and caches for which it makes masks."""
+        asked = generation_config.compile_config is not None and not generation_config.disable_compile
+        devices = set((getattr(self, "hf_device_map", None) or {}).values())
+        return asked and len(devices) <= 1 and bool(model_kwargs.get("use_cache"))
+
     @can_return_tuple
     def forward(
         self,

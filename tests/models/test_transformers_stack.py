@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    CompileConfig,
     DataCollatorWithFlattening,
     Trainer,
     TrainingArguments,
@@ -211,6 +212,24 @@ def test_compiled_decoding_step(model, ids):
             logits = step(ids[:, t : t + 1], past_key_values=state).logits
             torch.testing.assert_close(logits, model(ids[:, t : t + 1], past_key_values=expected).logits)
     assert counter.frame_count <= 2  # seen_tokens becomes dynamic once
+
+
+def test_generate_compiles_its_steps(model, ids):
+    """With a `compile_config`: the same tokens, the prompt not compiled, one graph for all steps and later calls."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    settings = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    expected = model.generate(ids, **settings)
+    assert graphs["unique_graphs"] == 0
+    assert torch.equal(model.generate(ids, compile_config=config, **settings), expected)
+    compiled = graphs["unique_graphs"]
+    assert 1 <= compiled <= 2  # seen_tokens becomes dynamic once
+    model.generate(ids[:, 1:], compile_config=config, **settings)
+    assert graphs["unique_graphs"] == compiled
+    unused = CompileConfig(backend="no such backend")
+    assert torch.equal(model.generate(ids, compile_config=unused, disable_compile=True, **settings), expected)
 
 
 def test_export(architecture, model, ids):
