@@ -4,19 +4,20 @@
 
 Models of a million parameters (ten million on a GPU), one step from the state or the keys and values that are there.
 The states of ours are those after the prefix, read once; keys and values are random, since only their number matters,
-and so is Mamba's state, which does not grow. Then `generate()` with its defaults, a prompt of 128 and 64 new tokens.
-Then each architecture beside the same by others with the same weights (benchmarks/peers.py).
+and so is Mamba's state, which does not grow. Then `generate()` with its defaults, a prompt of 128 and 64 new tokens,
+and ours with `compile_config=CompileConfig()`, which compiles the step at the first call. Then each architecture beside
+the same by others with the same weights (benchmarks/peers.py).
 """
 
 import copy
 from collections.abc import Callable
 
 import torch
-from driver import GPU, compare, measure, ratios, relative_error, save, table
+from driver import GPU, compare, measure, milliseconds, ratios, relative_error, save, table
 from models import MODELS, make
 from peers import PEERS, pair
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 import hf_rnn
 
@@ -91,13 +92,14 @@ def last_logits(model: nn.Module, ids: Tensor) -> Tensor:
     return copy.deepcopy(model).double()(ids, use_cache=False).logits[:, -1:]
 
 
-def generation(model: nn.Module) -> Callable[[], None]:
+def generation(model: nn.Module, **settings) -> Callable[[], None]:
+    """New tokens by generate()."""
     prompt = torch.ones(1, 128, dtype=torch.long, device=DEVICE)
 
     def run():
         model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-            do_sample=False, pad_token_id=0,
+            do_sample=False, pad_token_id=0, **settings,
         )  # fmt: skip
 
     return run
@@ -136,12 +138,22 @@ def main() -> None:
                 title = f"{name}, a token after {prefix}, batch {batch}"
                 results[title] = trio
                 table(title, trio)
-    rows = measure({name: generation(model) for name, model in models.items()}, repeats=5)
-    for name, trio in against_others(rows).items():
-        for row in trio.values():
+    contestants = {name: generation(model) for name, model in models.items()}
+    seconds = {}
+    for name in [name for name in models if name not in OTHERS]:
+        contestants[f"{name} compiled"] = run = generation(models[name], compile_config=CompileConfig())
+        seconds[name] = milliseconds(run) / 1e3
+        print(f"{name}: first call with its step to compile {seconds[name]:.0f} s", flush=True)
+    rows = measure(contestants, repeats=10, seconds=30)
+    for name, compile_seconds in seconds.items():
+        others = {other: rows[other] for other in OTHERS}
+        group = {"hf_rnn": rows[name], "hf_rnn, compiled": rows[f"{name} compiled"], **others}
+        title = f"{name}, generate() of {NEW_TOKENS} after 128"
+        results[title] = ratios(group, "hf_rnn", ACCEPTED)
+        results[title]["hf_rnn, compiled"]["first_call_seconds"] = compile_seconds
+        for row in results[title].values():
             row["ms_per_token"] = row["ms"] / NEW_TOKENS
-        results[f"{name}, generate() of {NEW_TOKENS} after 128"] = trio
-        table(f"{name}, generate()", trio)
+        table(title, results[title])
     for name, peer in PEERS.items():
         ours, theirs = (model.to(DEVICE).eval() for model in pair(name, PARAMETERS, VOCABULARY))
         zeros = torch.zeros(1, 129, dtype=torch.long, device=DEVICE)
