@@ -32,7 +32,7 @@ SPEED = [
     "zero_order",
 ]
 QUALITY = [
-    "quality", "state_tracking", "language_model", "zero_order_memory", "zero_order_race", "memory_scaling",
+    "demo", "quality", "state_tracking", "language_model", "zero_order_memory", "zero_order_race", "memory_scaling",
     "memory_retrieval", "memory_drift", "memory_tasks", "memory_language", "rate_constrained", "coding", "planning",
     "faults",
 ]  # fmt: skip
