@@ -41,9 +41,14 @@ def relative_error(x: Tensor, reference: Tensor) -> float:
     return float((x - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt().clamp_min(1e-300))
 
 
-def compare(contestants: dict[str, Callable[[], list[Tensor] | None]], *arguments, **settings) -> Rows:
-    """Measure contestants side by side, as `measure`, with ratios to the first of them."""
-    return ratios(measure(contestants, *arguments, **settings), next(iter(contestants)))
+def compare(
+    contestants: dict[str, Callable[[], list[Tensor] | None]],
+    *arguments,
+    accepted: dict[str, str] | None = None,
+    **settings,
+) -> Rows:
+    """Measure contestants side by side, as `measure`, with `ratios` to the first of them."""
+    return ratios(measure(contestants, *arguments, **settings), next(iter(contestants)), accepted)
 
 
 def measure(

@@ -21,6 +21,8 @@ from hf_rnn.models.minlstm.modeling_minlstm import MinLSTM
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, WIDTH = 64, 64
+WHY = "this package's own traditional cell: on few cores 64 sequences are work enough for a loop over time"
+ACCEPTED = {"GRU, fused": WHY, "LSTM, fused": WHY}
 PAIRS = {
     "minGRU and GRU": ((hf_rnn.MinGRUConfig, MinGRU), (hf_rnn.GRUConfig, GRU), nn.GRUCell),
     "minLSTM and LSTM": ((hf_rnn.MinLSTMConfig, MinLSTM), (hf_rnn.LSTMConfig, LSTM), nn.LSTMCell),
@@ -90,7 +92,7 @@ def main() -> None:
             contestants = {what: make(module, x) for what, (make, module, x) in made.items()}
             references = {what: in_float64(*parts) for what, parts in made.items()}
             title = f"{pair}: training step, {time} tokens, batch {BATCH}, width {WIDTH}"
-            results[title] = compare(contestants, references, tolerance=1e-3, seconds=15)
+            results[title] = compare(contestants, references, 1e-3, seconds=15, accepted=ACCEPTED)
             table(title, results[title])
         print(f"\n{pair}: parameters")
         for expansion in (1, 2, 4):

@@ -21,6 +21,7 @@ matplotlib.use("Agg")
 GPU = torch.cuda.is_available()
 MODELS = {"minGRU": (MinGRUConfig, MinGRUForCausalLM), "LSTM": (LSTMConfig, LSTMForCausalLM)}
 BATCHES, TIMES = (1, 4, 16, 64), (1, 16, 128, 512)
+ACCEPTED = {"one after another": "ours as well, the same code copy by copy: a batch that fills a pass gains nothing"}
 
 
 def in_place(model, inputs, directions: int, epsilon: float) -> None:
@@ -101,7 +102,7 @@ def main() -> None:
                 title = f"{name}, batch {batch}, {time} tokens"
                 reference = runs["one after another"]()
                 repeats = 5 if batch * time <= 2048 else 3
-                results[title] = compare(runs, reference, tolerance=1e-4, repeats=repeats, warmup=1)
+                results[title] = compare(runs, reference, repeats=repeats, accepted=ACCEPTED)
                 for row in results[title].values():
                     row["directions"] = directions
                 table(title, results[title])
