@@ -39,14 +39,33 @@ class HeadwiseMixer(RecurrentMixer):
         """Whether torch's own recurrence (oneDNN, cuDNN) can take this call: one head, no padding, no packing.
 
         It takes x and the weights themselves, so the input projection must be a bare linear layer: no adapter, no
-        hook. Not for a single step, for which it packs its weights anew, and not under torch.compile or torch.export,
-        which would unroll it.
+        hook. Not for a single step, for which it packs its weights anew (see `cell_applies`), and not under
+        torch.compile or torch.export, which would unroll it.
         """
+        return x.shape[1] > 1 and x.shape[0] > 0 and self._is_plain(mask, cu_seqlens)
+
+    def cell_applies(
+        self, x: Tensor, state: tuple[Tensor | None, ...], mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> bool:
+        """Whether torch's own cell can take this step: as `library_applies`, from a state in the dtype of x."""
+        same = state[0] is not None and x.dtype == state[0].dtype == self.in_proj.weight.dtype
+        return (
+            x.shape[1] == 1
+            and same
+            and not torch.is_autocast_enabled(x.device.type)
+            and self._is_plain(mask, cu_seqlens)
+        )
+
+    def cell_arguments(self) -> list[Tensor | None]:
+        """What `torch.lstm_cell` and `torch.gru_cell` take after x and state."""
+        return [self.in_proj.weight, self.recurrent_weight[0], self.in_proj.bias, self.recurrent_bias]
+
+    def _is_plain(self, mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
         projection = self.in_proj
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         hooked = "forward" in vars(projection) or any(getattr(projection, name) for name in hooks)
         perturbed = any(isinstance(p, Perturbed) for p in self.parameters())
-        plain = not perturbed and mask is None and cu_seqlens is None and x.shape[1] > 1 and x.shape[0] > 0
+        plain = not perturbed and mask is None and cu_seqlens is None
         bare = type(projection) is nn.Linear and not hooked
         return plain and bare and self.config.num_heads == 1 and not torch.compiler.is_compiling()
 

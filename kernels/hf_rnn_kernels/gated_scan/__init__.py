@@ -101,5 +101,5 @@ def _scan(
     mask = None if mask is None else mask.bool()
     tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, h0))
     if first.shape[1] == 1 and cu_seqlens is None and not tracked and not torch.compiler.is_exporting():
-        return reference.scan(gates, tensors, h0, mask)  # one step of decoding: a few elementwise calls, no scan
+        return reference.step(gates, tensors, h0, mask)  # one step of decoding: a few elementwise calls, no scan
     return op.scan(gates, tensors, h0, mask, cu_seqlens)
