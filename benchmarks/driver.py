@@ -229,7 +229,7 @@ def save(question: str, results: dict) -> Path:
         "commit": commit(),
         "python": platform.python_version(),
         "versions": {name: v for name in PACKAGES if (v := _version(name))},
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(),
         "results": results,
     }
     path = results_path(question)
@@ -237,6 +237,12 @@ def save(question: str, results: dict) -> Path:
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nsaved {path}")
     return path
+
+
+def _command() -> str:
+    """As one says it in the checkout, wherever that and the data are."""
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def commit() -> str:
