@@ -46,7 +46,8 @@ class Decoder:
     def __call__(self) -> list[Tensor]:
         with torch.no_grad():
             logits = self.model(self.token, use_cache=True, **{self.key: self.cache}).logits
-        if isinstance(self.cache, DynamicCache) and self.cache.get_seq_length() > self.prefix + NEW_TOKENS:
+        grows = isinstance(self.cache, DynamicCache) and self.key == "past_key_values"
+        if grows and self.cache.get_seq_length() > self.prefix + NEW_TOKENS:
             self.cache.crop(self.prefix)
         return [logits]
 

@@ -3,7 +3,7 @@
     python benchmarks/training_step.py
 
 A million parameters on a CPU, ten and a hundred million on a GPU, forward, backward and AdamW, vocabulary 256, the
-default blocks (benchmarks/models.py); 4,096 tokens as 64 sequences of 64, 8 of 512 or one, and one of 16,384. Beside
+default blocks (benchmarks/models.py); 4,096 tokens as 64 sequences of 64, 8 of 512 or one, and one of 8,192. Beside
 Mamba and a Transformer of the same size from transformers; Mamba at 64 tokens only, where no CUDA kernel is there. Then
 each architecture beside the same by others with the same weights (benchmarks/peers.py), 8 sequences of 512, where
 "matrix products alone" are those of minGRU's step and nothing else.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 DEVICE = "cuda" if GPU else "cpu"
 PARAMETERS = (10_000_000, 100_000_000) if GPU else (1_000_000,)
-SHAPES = [(64, 512), (8, 4096), (1, 32768)] if GPU else [(64, 64), (8, 512), (1, 4096), (1, 16384)]
+SHAPES = [(64, 512), (8, 4096), (1, 32768)] if GPU else [(64, 64), (8, 512), (1, 4096), (1, 8192)]
 VOCABULARY = 256
 OTHERS = [name for name in MODELS if "transformers" in name]
 LONGEST_CHECKED = 4096  # tokens in float64
@@ -87,7 +87,7 @@ def architectures(parameters: int) -> dict[str, dict]:
             contestants[name] = training_step(model, ids)
             if (reference := expected(model, ids)) is not None:
                 references[name] = reference
-        rows = measure(contestants, references, 3e-2 if GPU else 1e-3, seconds=25)
+        rows = measure(contestants, references, 3e-2 if GPU else 1e-3, seconds=15)
         for name in [name for name in rows if name not in OTHERS]:
             trio = {"hf_rnn": rows[name]} | {other: rows[other] for other in OTHERS if other in rows}
             title = f"{name}, {batch} x {time} tokens"
