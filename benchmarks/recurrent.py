@@ -72,7 +72,7 @@ def dense(cell: str, batch: int, time: int, width: int) -> dict[str, dict]:
         what = "training step" if backward else "forward"
         title = f"dense {cell} {what}, batch {batch}, {time} tokens, width {width}"
         reference = expected(run_theirs, [x, *weights], grad, backward) if not GPU else None
-        results[title] = compare(contestants, reference, TOLERANCE, repeats=20, accepted=ACCEPTED)
+        results[title] = compare(contestants, reference, TOLERANCE, repeats=15, seconds=6, accepted=ACCEPTED)
         table(title, results[title])
     return results
 
@@ -159,7 +159,7 @@ def with_heads(cell: str, batch: int, time: int, heads: int, size: int) -> dict[
         reference = by_head(lambda b=backward: expected(lambda *t: scan(*t)[0], inputs, grad, b))()
         what = "forward + backward" if backward else "forward"
         title = f"{cell} {what}, {heads} heads x {size}, batch {batch}, {time} tokens"
-        results[title] = compare(contestants, reference, tolerance=TOLERANCE, repeats=10)
+        results[title] = compare(contestants, reference, tolerance=TOLERANCE, repeats=10, seconds=5)
         table(title, results[title])
     return results
 

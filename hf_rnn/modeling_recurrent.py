@@ -72,7 +72,7 @@ class RecurrentBlock(GradientCheckpointingLayer):
         new_state: tuple[Any, ...] = ()
         if self.conv is not None:
             y, conv_state = self.conv(x, None if state is None else state[-1], mask, cu_seqlens)
-            x = x + self.dropout(y)
+            x = x + self._drop(y)
             state = None if state is None else state[:-1]
             new_state = (conv_state,)
         y, mixer_state = self.mixer(x if self.mixer_norm is None else self.mixer_norm(x), state, mask, cu_seqlens)
@@ -82,8 +82,11 @@ class RecurrentBlock(GradientCheckpointingLayer):
         return y if cu_seqlens is None else y.view(shape)  # FSDP's hooks are on a tensor, and a view may lose them
 
     def _after_mixer(self, x: Tensor, y: Tensor) -> Tensor:
-        x = self.dropout(y) if self.mixer_norm is None else x + self.dropout(y)
-        return x if self.ff is None else x + self.dropout(self.ff(self.ff_norm(x)))
+        x = self._drop(y) if self.mixer_norm is None else x + self._drop(y)
+        return x if self.ff is None else x + self._drop(self.ff(self.ff_norm(x)))
+
+    def _drop(self, y: Tensor) -> Tensor:
+        return self.dropout(y) if self.training else y  # calls are what a token costs
 
     def read(self, x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
         """What `forward` gave for the token x (B, T, D), of the states (B, T, ...) after it."""
@@ -290,7 +293,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if cu_seqlens is not None and mask is not None:
             mask = mask.reshape(1, -1)
 
-        x = self.dropout(inputs_embeds)
+        x = self.dropout(inputs_embeds) if self.training else inputs_embeds
         for layer in self.layers:
             x = layer(x, mask=mask, cu_seqlens=cu_seqlens, past_key_values=past_key_values)
         if past_key_values is not None:

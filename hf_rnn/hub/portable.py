@@ -24,6 +24,11 @@ def swiglu(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def available() -> bool:
+    """Whether there are compiled loops: not here."""
+    return False
+
+
 class Perturbed(Tensor):
     """The package's weights under zero-order training; here no parameter is one."""
 

@@ -8,6 +8,7 @@ from hf_rnn.modeling_headwise import HeadwiseModel
 from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification
 from hf_rnn.models.lstm.configuration_lstm import LSTMConfig
 from hf_rnn_kernels import lstm_scan
+from hf_rnn_kernels.threads import available
 
 
 class LSTM(HeadwiseMixer):
@@ -32,9 +33,12 @@ class LSTM(HeadwiseMixer):
 
     @staticmethod
     def _one_dnn_applies(x):
-        """On a CPU torch's LSTM is oneDNN's in float32, and a loop over time otherwise."""
+        """On a CPU torch's LSTM is oneDNN's in float32, and a loop over time otherwise. Ours is faster where several
+        long sequences of moderate width go through it (docs/log.md, 2026-11-26)."""
         in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return x.device.type == "cpu" and in_float32 and torch.backends.mkldnn.is_available()
+        batch, time, width = x.shape
+        ours = batch >= 8 and time >= 256 and width <= 384 and available()
+        return x.device.type == "cpu" and in_float32 and torch.backends.mkldnn.is_available() and not ours
 
 
 class LSTMModel(HeadwiseModel):

@@ -72,23 +72,26 @@ def step(gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor | Non
     over a half, so that fast and slow gates lose nothing.
     """
     dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
-    values = [x[:, 0].to(dtype) for x in inputs]
-    h = torch.zeros_like(values[0]) if h0 is None else h0.to(dtype)
+    values = inputs if inputs[0].dtype == dtype else [x.to(dtype) for x in inputs]
+    h = torch.zeros_like(values[0]) if h0 is None else h0.to(dtype)[:, None]
     name, *options = gates.split("+")
     if name == "min_gru" or "normalize" in options:
         if name == "min_gru":
             share = values[0].sigmoid()
         else:
-            share = (torch.nn.functional.logsigmoid(values[1]) - torch.nn.functional.logsigmoid(values[0])).sigmoid()
-        new = torch.lerp(h, g(values[-1]) if "g" in options else values[-1], share)
+            share = torch.nn.functional.logsigmoid(values[1]).sub_(torch.nn.functional.logsigmoid(values[0])).sigmoid_()
+        goal = values[-1]
+        if "g" in options:  # x + 0.5 where x >= 0, else sigmoid(x)
+            goal = goal.clamp(max=0).sigmoid_().add_(goal.relu())
+        new = torch.lerp(h, goal, share)
     else:
         keep, drop, add = coefficients(gates, values)
         new = keep * h + add
         if name != "linear":
             new = torch.where(drop < 0.5, h + (add - drop * h), new)
     if mask is not None:
-        new = new.where(mask, h)
-    return new[:, None].to(inputs[0].dtype, copy=True), new  # the state is written to in place later
+        new = new.where(mask[..., None], h)
+    return new.to(inputs[0].dtype), new[:, 0].clone()  # the state is written to in place later
 
 
 def scan_backward(

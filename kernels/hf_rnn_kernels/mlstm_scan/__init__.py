@@ -54,7 +54,9 @@ def mlstm_scan(
     op.check_shapes(q, k, v, i, f, given, mask, cu_seqlens)
     refuse_forward_mode(q, k, v, i, f, *given.values())
     states: list[Tensor] = []
-    if given:
+    if len(given) == 3:
+        states = list(given.values())
+    elif given:
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         zeros = reference.initial_states(q, v, sequences)
         states = [zero if s is None else s for zero, s in zip(zeros, (C0, n0, m0), strict=True)]
