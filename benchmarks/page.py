@@ -66,7 +66,7 @@ def tables(results: Results, path: tuple[str, ...] = ()) -> Iterator[tuple[str, 
     for name, value in results.items():
         if not isinstance(value, dict):
             continue
-        if any(isinstance(row, dict) and ("ms" in row or "refused" in row) for row in value.values()):
+        if any(isinstance(row, dict) and ("ratio" in row or "refused" in row) for row in value.values()):
             yield ", ".join((*path, name)), value
         else:
             yield from tables(value, (*path, name))

@@ -160,6 +160,10 @@ def main() -> None:
                 "parameters": runs[name, "steps", 0]["parameters"],
                 "rates": {lr: trials[name, "learning rate", lr]["validation"] for lr in RATES},
                 "learning_rate": best[name],
+                "mean_test": {
+                    unit: statistics.mean(runs[name, unit, seed]["test"] for seed in SEEDS)
+                    for unit in ("steps", "seconds")
+                },
                 **{unit: [runs[name, unit, seed] for seed in SEEDS] for unit in ("steps", "seconds")},
             }
             for name in MODELS
