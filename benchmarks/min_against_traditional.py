@@ -92,7 +92,7 @@ def main() -> None:
             contestants = {what: make(module, x) for what, (make, module, x) in made.items()}
             references = {what: in_float64(*parts) for what, parts in made.items()}
             title = f"{pair}: training step, {time} tokens, batch {BATCH}, width {WIDTH}"
-            results[title] = compare(contestants, references, 1e-3, seconds=15, accepted=ACCEPTED)
+            results[title] = compare(contestants, references, 1e-3, seconds=8, accepted=ACCEPTED)
             table(title, results[title])
         print(f"\n{pair}: parameters")
         for expansion in (1, 2, 4):

@@ -289,7 +289,7 @@ def pictures() -> None:
 
     def draw(name: str, curves: dict[str, dict[str, list[tuple[float, float]]]], x: str, y: str) -> None:
         """One panel for each entry of `curves`: label to points."""
-        figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")
+        figure = Figure(figsize=(5 * len(curves) + 2, 4), layout="constrained")
         axes = figure.subplots(1, len(curves), squeeze=False)[0]
         for axis, (title, lines) in zip(axes, curves.items(), strict=True):
             for label, points in lines.items():
@@ -297,7 +297,8 @@ def pictures() -> None:
                 axis.plot(*zip(*sorted(points), strict=True), style, marker=".", label=label)
             axis.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
+        handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(list(handles.values()), list(handles), loc="outside right center", fontsize=8)
         figure.savefig(PICTURES / f"{name}.png", dpi=90)
 
     if record := load("kernels"):

@@ -29,13 +29,13 @@ SPEED = [
     "decoding",
     "xlstm",
     "min_against_traditional",
-    "zero_order",
 ]
 QUALITY = [
-    "demo", "quality", "state_tracking", "language_model", "zero_order_memory", "zero_order_race", "memory_scaling",
-    "memory_retrieval", "memory_drift", "memory_tasks", "memory_language", "rate_constrained", "coding", "planning",
-    "faults",
+    "demo", "quality", "state_tracking", "language_model", "zero_order", "zero_order_memory", "zero_order_race",
+    "memory_scaling", "memory_retrieval", "memory_drift", "memory_tasks", "memory_language", "rate_constrained",
+    "coding", "planning", "faults",
 ]  # fmt: skip
+ON_A_GPU = [*SPEED, "zero_order"]
 WITH_DATA = {"quality"}  # questions about a text
 GPU_SECONDS = 480  # for each question
 WORSE = 0.15
@@ -130,7 +130,7 @@ def main() -> int:
     parser.add_argument("--data", help="a text file; default: CPython's documentation")
     parser.add_argument("--questions", nargs="+", help="only these")
     options = parser.parse_args()
-    questions = options.questions or (QUALITY if options.what == "quality" else SPEED)
+    questions = options.questions or {"quality": QUALITY, "gpu": ON_A_GPU}.get(options.what, SPEED)
     if options.what == "check":
         return check(questions)
     if options.what == "gpu":
