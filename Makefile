@@ -63,7 +63,7 @@ bench-check: $(BENCH_STAMP)
 
 # What `bench-gpu` installs, for a machine without a network: gigabytes, CUDA's libraries among them.
 gpu-wheels:
-	$(PYTHON) -m pip download --quiet -d $(WHEELS) -c constraints.txt '.[bench,bench-gpu]' 'setuptools>=77'
+	$(PYTHON) -m pip download --quiet -d $(WHEELS) -c constraints.txt '.[bench,bench-gpu]' 'setuptools>=77' wheel
 
 # On an NVIDIA GPU, from the folder of wheels alone. Goes on where it was interrupted, question by question.
 bench-gpu:

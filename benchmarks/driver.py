@@ -247,7 +247,7 @@ def _command() -> str:
 
 def commit() -> str:
     """The checkout's, marked where the package is not as committed."""
-    changed = _git("status", "--porcelain", "--", "hf_rnn", "kernels", "trainers")
+    changed = _git("status", "--porcelain", "--", "hf_rnn", "kernels", "trainers", "benchmarks/*.py")
     return _git("rev-parse", "HEAD") + ("+changes" if changed else "")
 
 

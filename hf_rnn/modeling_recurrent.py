@@ -393,6 +393,8 @@ class RecurrentForCausalLM(MemoryProtocol, RecurrentPreTrainedModel, GenerationM
         and addresses never change. transformers' own rule takes GPUs, and caches for which it makes masks."""
         asked = generation_config.compile_config is not None and not generation_config.disable_compile
         devices = set((getattr(self, "hf_device_map", None) or {}).values())
+        quantizer = getattr(self, "hf_quantizer", None)
+        asked &= "disk" not in devices and (quantizer is None or quantizer.is_compileable)
         return asked and len(devices) <= 1 and bool(model_kwargs.get("use_cache"))
 
     @can_return_tuple

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, relative_error
 
+from hf_rnn.layers import CausalConv
 from hf_rnn_kernels import Perturbed, gru_scan, lstm_scan, perturbed_embedding, perturbed_linear, slstm_scan
 from hf_rnn_kernels.perturbed.op import _linear
 
@@ -206,3 +207,22 @@ def test_operator():
     left, right = factors(2, 7, 5, dtype=torch.float32)
     arguments = (torch.randn(2, 3, 5), torch.randn(7, 5), left, right)
     torch.library.opcheck(_linear, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_convolution_of_one_token():
+    """A step of decoding takes another way than a sequence, and each member's own weight as well."""
+    torch.manual_seed(0)
+    conv = CausalConv(5, 4)
+    weights = torch.randn(2, 5, 4)
+    x, state = torch.randn(6, 1, 5), torch.randn(6, 3, 5)
+    with torch.no_grad():
+        conv.bias.copy_(torch.randn(5))
+        base = conv.weight.copy_(torch.randn(5, 4)).clone()
+        expected = []
+        for member, weight in enumerate(weights):
+            conv.weight.copy_(base + weight)
+            rows = slice(3 * member, 3 * member + 3)
+            expected.append(conv(x[rows], state[rows], None, None)[0])
+        perturbed = Perturbed.of_offset(base, lambda: weights, members=2, rows=3)
+        y = torch.func.functional_call(conv, {"weight": perturbed, "bias": conv.bias}, (x, state, None, None))[0]
+    torch.testing.assert_close(y, torch.cat(expected))

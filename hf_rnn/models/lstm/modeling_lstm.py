@@ -31,13 +31,12 @@ class LSTM(HeadwiseMixer):
         h0, c0 = state
         return lstm_scan(self.in_proj(x), self.recurrent_weight, self.recurrent_bias, h0, c0, mask, cu_seqlens)
 
-    @staticmethod
-    def _one_dnn_applies(x):
+    def _one_dnn_applies(self, x):
         """On a CPU torch's LSTM is oneDNN's in float32, and a loop over time otherwise. Ours is faster where several
         long sequences of moderate width go through it (docs/log.md, 2026-11-26)."""
         in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        batch, time, width = x.shape
-        ours = batch >= 8 and time >= 256 and width <= 384 and available()
+        long = x.shape[0] >= 8 and x.shape[1] >= 256 and self.config.inner_size <= 384
+        ours = long and (torch.is_grad_enabled() or x.shape[0] < 64) and available()
         return x.device.type == "cpu" and in_float32 and torch.backends.mkldnn.is_available() and not ours
 
 
