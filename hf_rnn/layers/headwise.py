@@ -56,9 +56,9 @@ class HeadwiseMixer(RecurrentMixer):
             and self._is_plain(mask, cu_seqlens)
         )
 
-    def cell_arguments(self) -> list[Tensor | None]:
+    def cell_arguments(self) -> tuple:
         """What `torch.lstm_cell` and `torch.gru_cell` take after x and state."""
-        return [self.in_proj.weight, self.recurrent_weight[0], self.in_proj.bias, self.recurrent_bias]
+        return self.in_proj.weight, self.recurrent_weight[0], self.in_proj.bias, self.recurrent_bias
 
     def _is_plain(self, mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
         projection = self.in_proj
