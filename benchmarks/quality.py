@@ -19,7 +19,7 @@ from pydoc_data.topics import topics
 import torch
 from driver import RESULTS, save
 from models import MODELS, make
-from runs import finish, run_all
+from resumable import finish, run_all
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, set_seed

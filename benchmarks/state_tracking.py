@@ -29,7 +29,7 @@ from functools import partial
 import numpy as np
 import torch
 from driver import RESULTS, save
-from runs import finish, run_all
+from resumable import finish, run_all
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel, set_seed
 

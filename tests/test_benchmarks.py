@@ -139,7 +139,7 @@ RUNS = """
 import sys
 from pathlib import Path
 
-from runs import finish, run_all
+from resumable import finish, run_all
 
 def run(n):
     folder = Path(sys.argv[1])
