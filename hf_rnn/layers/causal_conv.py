@@ -7,8 +7,8 @@ from hf_rnn_kernels import Perturbed
 class CausalConv(nn.Module):
     """Depthwise causal convolution over time: y_t = bias + sum_j weight[:, j] * x_{t - (K-1) + j}.
 
-    Written as K multiply-adds: on a CPU, forward and backward, a grouped conv1d and its two transposes take 1.8 times as
-    long (`python benchmarks/layers.py`).
+    Written as K multiply-adds: on a CPU, forward and backward, a grouped conv1d and its two transposes take 1.8 times
+    as long (`python benchmarks/layers.py`).
     """
 
     def __init__(self, channels: int, kernel_size: int):
