@@ -45,6 +45,7 @@ lint: $(STAMP)
 $(BENCH_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-bench
 	$(BENCH) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BENCH) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps nncodec
 	touch $(BENCH_STAMP)
 
 # Speed beside every peer on this machine, under 20 minutes on 2 cores; results in benchmarks/results.

@@ -34,7 +34,7 @@ def main() -> None:
     steps["torch.nn.LayerNorm, other work"] = lambda: layer_norm() and None
     doubles = [t.detach().double().requires_grad_() for t in (x, grad)]
     expected = training_step(double := nn.RMSNorm(WIDTH, eps=1e-6).double(), double, *doubles)()
-    results[f"RMSNorm {shape}"] = compare(steps, expected, repeats=20)
+    results[f"RMSNorm {shape}"] = compare(steps, expected, repeats=200, seconds=5)
 
     conv = nn.Conv1d(WIDTH, WIDTH, KERNEL, groups=WIDTH, padding=KERNEL - 1).to(DEVICE)
     ours = CausalConv(WIDTH, KERNEL).to(DEVICE)
@@ -50,7 +50,7 @@ def main() -> None:
     double = conv.double()
     expected = training_step(lambda x: double(x.transpose(1, 2))[..., :TIME].transpose(1, 2), double, *doubles)()
     conv.float()
-    results[f"causal convolution of width {KERNEL} {shape}"] = compare(steps, expected, repeats=20)
+    results[f"causal convolution of width {KERNEL} {shape}"] = compare(steps, expected, repeats=200, seconds=5)
     for title, rows in results.items():
         table(title, rows)
     save("layers", results)

@@ -1,5 +1,6 @@
 """Recurrent kernels for PyTorch. This package imports torch, and triton or numba only when first used."""
 
+from hf_rnn_kernels.causal_conv import causal_conv
 from hf_rnn_kernels.gated_norm import gated_norm
 from hf_rnn_kernels.gated_scan import linear_scan, min_gru_scan, min_lstm_scan
 from hf_rnn_kernels.mlstm_scan import mlstm_scan, mlstm_step
@@ -10,6 +11,7 @@ from hf_rnn_kernels.swiglu import swiglu
 
 __all__ = [
     "Perturbed",
+    "causal_conv",
     "gated_norm",
     "gru_scan",
     "linear_scan",

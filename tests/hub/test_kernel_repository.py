@@ -49,6 +49,7 @@ def compute(k):
         "rms_norm": k.rms_norm(x[0], torch.linspace(1, 2, 4 * D), 1e-6),
         "gated_norm": k.gated_norm(q, x[1][..., :D], torch.ones(D), 1e-6),
         "swiglu": k.swiglu(x[0]),
+        "causal_conv": k.causal_conv(x[0], x[1][:, :2], weight.flatten(0, 1), weight.flatten(0, 1)[:, 0])[0],
     }
     sum(y.square().sum() for y in results.values()).backward()
     results |= {f"gradient {n}": y.grad for n, y in enumerate([*x, weight])}

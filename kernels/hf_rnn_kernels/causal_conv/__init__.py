@@ -1,0 +1,3 @@
+from hf_rnn_kernels.causal_conv.op import causal_conv
+
+__all__ = ["causal_conv"]

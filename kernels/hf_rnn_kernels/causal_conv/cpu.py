@@ -1,0 +1,88 @@
+"""CPU backend of causal_conv: rows are time steps; those that a row needs are in the cache still."""
+
+import torch
+from numba import prange
+from torch import Tensor
+
+from hf_rnn_kernels.arrays import empty, flat, rows_apart
+from hf_rnn_kernels.threads import run
+from hf_rnn_kernels.vector_math import F32, U, parallel, row
+
+_SHARE = 512  # rows whose weight gradients are summed one after another: more threads, smaller rounding errors
+
+
+@row
+def _add_product(width, a, a0, b, b0, y, y0):
+    for d in range(width):
+        y[y0 + d] += a[a0 + d] * b[b0 + d]
+
+
+@parallel
+def _rows_forward(time, taps, width, x, apart, before, weight, bias, y):
+    """`weight` is (K, D)."""
+    history = taps - U(1)
+    for i in prange(y.size // width):
+        at, n = U(i) * width, U(i) // time
+        t = U(i) - n * time
+        for d in range(width):
+            y[at + d] = bias[d]
+        for j in range(taps):
+            if t + j < history:
+                _add_product(width, weight, j * width, before, (n * history + t + j) * width, y, at)
+            else:
+                _add_product(width, weight, j * width, x, (U(i) + j - history) * apart, y, at)
+
+
+@parallel
+def _rows_backward(time, taps, width, x, apart, before, weight, grad, grad_x, grad_before, sums):
+    """`sums` is (shares, K + 1, D): gradients of the weight and the bias, each share of the rows for itself."""
+    history, rows = taps - U(1), U(grad.size) // width
+    shares = U(sums.size) // ((taps + U(1)) * width)
+    for share in prange(shares):
+        to = U(share) * (taps + U(1)) * width
+        for i in range(rows * U(share) // shares, rows * (U(share) + U(1)) // shares):
+            at, n = i * width, i // time
+            t = i - n * time
+            for d in range(width):
+                grad_x[at + d] = F32(0)
+            for j in range(taps):  # x_t is in y_{t + history - j} with weight j
+                if t + history - j < time:
+                    _add_product(width, weight, j * width, grad, (i + history - j) * width, grad_x, at)
+            for j in range(taps):
+                if t + j < history:
+                    _add_product(width, grad, at, before, (n * history + t + j) * width, sums, to + j * width)
+                else:
+                    _add_product(width, grad, at, x, (i + j - history) * apart, sums, to + j * width)
+            for d in range(width):
+                sums[to + taps * width + d] += grad[at + d]
+            if t == U(0):  # what is before, with the first row
+                for s in range(history):
+                    for j in range(s + U(1)):
+                        if s - j < time:
+                            place = (n * history + s) * width
+                            _add_product(width, weight, j * width, grad, (i + s - j) * width, grad_before, place)
+
+
+def _sizes(x: Tensor, weight: Tensor) -> tuple[U, U, U]:
+    return U(x.shape[1]), U(weight.shape[1]), U(x.shape[2])
+
+
+def forward(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = empty(*x.shape)
+    run(
+        _rows_forward, *_sizes(x, weight), *rows_apart(x.flatten(0, 1)), flat(before), flat(weight.t()), flat(bias),
+        flat(y),
+    )  # fmt: skip
+    return y
+
+
+def backward(x: Tensor, before: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channels, taps = weight.shape
+    grad_x, grad_before = empty(*x.shape), torch.zeros(before.shape)
+    shares = max(torch.get_num_threads(), x.shape[0] * x.shape[1] // _SHARE)
+    sums = torch.zeros(shares, taps + 1, channels)
+    run(
+        _rows_backward, *_sizes(x, weight), *rows_apart(x.flatten(0, 1)), flat(before), flat(weight.t()), flat(grad),
+        flat(grad_x), flat(grad_before), flat(sums),
+    )  # fmt: skip
+    return grad_x, grad_before, sums[:, :-1].sum(0).t().contiguous(), sums[:, -1].sum(0)
