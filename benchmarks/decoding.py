@@ -137,7 +137,7 @@ def main() -> None:
                     continue
                 decoders[name] = decoder(name, model, prefix, batch)
             sizes = {name: step.state_bytes() for name, step in decoders.items()}
-            rows = measure(decoders, repeats=40, seconds=8) | left_out
+            rows = measure(decoders, repeats=40, seconds=5) | left_out
             for name, size in sizes.items():
                 rows[name] |= {"state_bytes": size, "error": errors[name]}
             for name, trio in against_others(rows).items():
@@ -151,7 +151,7 @@ def main() -> None:
         contestants[f"{name} compiled"] = run = generation(models[name], compile_config=CompileConfig())
         seconds[name] = milliseconds(run) / 1e3
         print(f"{name}: first call with its step to compile {seconds[name]:.0f} s", flush=True)
-    rows = measure(contestants, references, repeats=10, seconds=30)
+    rows = measure(contestants, references, repeats=10, seconds=20)
     for name, compile_seconds in seconds.items():
         others = {other: rows[other] for other in OTHERS}
         group = {"hf_rnn": rows[name], "hf_rnn, compiled": rows[f"{name} compiled"], **others}

@@ -6,6 +6,7 @@ is another (a bare matrix product, say). Whoever is wrong is not timed; the resu
 
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -19,6 +20,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, tells of every start
 
@@ -56,7 +58,6 @@ def measure(
     reference: list[Tensor] | dict[str, list[Tensor]] | None = None,
     tolerance: float = 1e-4,
     repeats: int = 15,
-    warmup: int = 1,
     seconds: float = 10.0,
 ) -> Rows:
     """Check contestants, then time them in turn.
@@ -77,9 +78,8 @@ def measure(
         rows[name] = row = {"error": None}
         expected = reference.get(name) if isinstance(reference, dict) else reference
         try:
-            for _ in range(warmup):
-                outputs = run()
-            row["peak_mib"] = peak_bytes(run) / 2**20
+            outputs, peak = watch(run)  # which warms it up as well
+            row["peak_mib"] = peak / 2**20
         except Exception as error:  # a peer's kernel may fail in ways of its own
             row["refused"] = f"failed: {type(error).__name__}: {error}".splitlines()[0][:200]
             continue
@@ -133,18 +133,21 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak_bytes(run: Callable) -> int:
-    """Of tensors at the peak of one call, beyond those that were there before, by what the allocator reports."""
+def watch(run: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call returns, and the bytes of tensors at its peak, beyond those before, by what the allocator reports."""
     if GPU:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
+        return run(), torch.cuda.max_memory_allocated() - before
+    # Large results of our loops are in memory that they keep for the next; here torch is to give, and count, them
+    with (
+        patch("hf_rnn_kernels.arrays._LARGE", math.inf),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        outputs = run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return max(itertools.accumulate(changes, initial=0))
+    return outputs, max(itertools.accumulate(changes, initial=0))
 
 
 @cache

@@ -17,18 +17,22 @@ where nothing may be compiled again.
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from driver import GPU, compare, compilations, limits, milliseconds, save, share_of_limit, table
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from hf_rnn_kernels import gru_scan, linear_scan, lstm_scan, min_gru_scan, min_lstm_scan, mlstm_scan, slstm_scan
 
@@ -236,15 +240,37 @@ def takes_minutes(peer: str, batch: int, time: int) -> bool:
     return (loops and time > 4096) or (peer == "flashrnn vanilla" and batch * time > 4096)
 
 
-def measure(name: str, batch: int, time: int, wrong: set[str]) -> dict[str, dict]:
+def gradient(op: Op, batch: int, time: int) -> Tensor:
+    """Of h."""
+    with torch.no_grad():
+        shape = op.ours(*arguments(op, 1, 1)).shape[2:]
+    torch.manual_seed(1)
+    return torch.randn(batch, time, *shape).to(DEVICE, DTYPE)
+
+
+def in_float64(name: str, batch: int, time: int) -> list[np.ndarray]:
+    """What `call` returns with a gradient, by the equation, step by step."""
+    op = OPS[name]
+    doubles = [x.detach().double().requires_grad_() for x in arguments(op, batch, time)]
+    return [x.cpu().numpy() for x in call(op.ours, doubles, gradient(op, batch, time).double())]
+
+
+def references(names: list[str]) -> dict[tuple, list[np.ndarray]]:
+    """`in_float64` of every op and shape that is worth its time; on a CPU a process with one thread for each core."""
+    jobs = [(name, *shape) for shape in SHAPES for name in names if math.prod(shape) <= CHECKED]
+    jobs.sort(key=lambda job: -job[2])  # the longest first
+    told = partial(tqdm, total=len(jobs), desc="float64", unit="reference")
+    if GPU:
+        return {job: in_float64(*job) for job in told(jobs)}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, torch.set_num_threads, (1,)) as pool:
+        return dict(zip(jobs, told(pool.map(in_float64, *zip(*jobs, strict=True))), strict=True))
+
+
+def measure(name: str, batch: int, time: int, expected: list[Tensor] | None, wrong: set[str]) -> dict[str, dict]:
     """The op at one shape, beside its peers; who is `wrong` is left out, and who turns out to be is added there."""
     op, results = OPS[name], {}
-    inputs = arguments(op, batch, time)
-    with torch.no_grad():
-        grad = torch.randn_like(op.ours(*inputs))
-    expected = None
-    if batch * time <= CHECKED:
-        expected = call(op.ours, [x.detach().double().requires_grad_() for x in inputs], grad.double())
+    inputs, grad = arguments(op, batch, time), gradient(op, batch, time)
     for what, given in (("forward", None), ("forward + backward", grad)):
         contestants: dict[str, Callable] = {"hf_rnn": partial(call, op.ours, inputs, given)}
         left_out = {}
@@ -316,12 +342,15 @@ def main() -> None:
 
     results: dict[str, dict] = {"limits": limits(), "first call": {}}
     print(f"{limits()['bytes_per_second'] / 1e9:.1f} GB/s, {limits()['operations_per_second'] / 1e9:.0f} GFLOP/s")
+    doubles = references(options.ops)
     for name in options.ops:
         if name in FAMILIES:
             results["first call"][name] = first_calls(name)
         wrong: set[str] = set()
         for batch, time in SHAPES:
-            results |= measure(name, batch, time, wrong)
+            arrays = doubles.pop((name, batch, time), None)
+            expected = None if arrays is None else [torch.from_numpy(x) for x in arrays]
+            results |= measure(name, batch, time, expected, wrong)
     save("kernels", results)
 
 

@@ -116,7 +116,7 @@ def main() -> None:
     results: dict[str, Any] = {"batch": BATCH, "steps": {}}
     for length in LENGTHS:
         runs, counts = contestants(length)
-        rows = compare(runs, repeats=5 if length < 1024 else 3, warmup=1)
+        rows = compare(runs, repeats=5 if length < 1024 else 3)
         for name, row in rows.items():
             row["sequential_evaluations"] = counts[name]
             row["us_per_token"] = 1e3 * row["ms"] / (BATCH * length)

@@ -7,7 +7,7 @@
 
 "quality" goes on where it was interrupted, run by run; "gpu" question by question: what has results of this commit is
 not measured again. "check" measures the speed questions anew, elsewhere, and compares ratios with the committed ones;
-a question in which something is more than 15% worse is measured once more, and what is worse both times is named.
+a question in which something is more than 15% worse is measured again, up to twice, and what is worse each time named.
 """
 
 import argparse
@@ -39,6 +39,7 @@ ON_A_GPU = [*SPEED, "zero_order"]
 WITH_DATA = {"quality"}  # questions about a text
 GPU_SECONDS = 480  # for each question
 WORSE = 0.15
+TRIES = 3  # a busy neighbour on the same cores halves the speed of some for minutes, not of all (docs/log.md)
 
 
 def measure(question: str, *arguments: str, results: Path | None = None, timeout: float | None = None) -> bool:
@@ -66,7 +67,8 @@ def find_ratios(results: object, path: tuple[str, ...] = ()) -> Iterator[tuple[t
 
 
 def worse(committed: object, measured: object) -> list[str]:
-    """What fell behind: a peer's time over ours is more than 15% less than it was, or ours is not there any more."""
+    """What fell behind: a peer's time over ours is more than 15% less than it was, or ours by another way ("hf_rnn,
+    compiled") more, or it is not there any more."""
     now, found = dict(find_ratios(measured)), []
     for path, before in find_ratios(committed):
         if before is None or before == 1:  # what the others are compared with
@@ -74,8 +76,10 @@ def worse(committed: object, measured: object) -> list[str]:
         name, after = " / ".join(path), now.get(path)
         if after is None:
             found.append(f"{name}: was {before:.2f} times ours, now not measured")
-        elif after < before * (1 - WORSE):
-            found.append(f"{name}: {before:.2f} times ours, now {after:.2f}, {100 * (1 - after / before):.0f}% worse")
+            continue
+        share = before / after if path[-1].startswith("hf_rnn") else after / before
+        if share < 1 - WORSE:
+            found.append(f"{name}: {before:.2f} times ours, now {after:.2f}, {100 * (1 - share):.0f}% worse")
     return found
 
 
@@ -89,7 +93,7 @@ def check(questions: list[str]) -> int:
             if committed["device"] != driver.device_name():
                 print(f"{question}: committed on {committed['device']}, this is {driver.device_name()}")
             names: set[str] | None = None
-            for _ in range(2):
+            for _ in range(TRIES):
                 if not measure(question, results=Path(folder)):
                     names = {"failed"}
                     break

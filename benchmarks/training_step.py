@@ -120,7 +120,7 @@ def same_architecture(parameters: int) -> dict[str, dict]:
         if name == "minGRU":
             contestants["matrix products alone"] = matrix_products(ours, ids.numel())
         # minGRU-pytorch's gradients, in log space, are off by nearly 1e-3
-        rows = compare(contestants, expected(ours, ids), 5e-2 if GPU else 1e-2, seconds=10, accepted=ACCEPTED)
+        rows = compare(contestants, expected(ours, ids), 5e-2 if GPU else 1e-2, seconds=7, accepted=ACCEPTED)
         results[f"{name} and the same of {peer}"] = rows
         table(f"{name}, {ours.num_parameters():,} parameters, 8 x 512 tokens", rows)
     return results

@@ -76,7 +76,7 @@ def main() -> None:
 
     def measure(make, batch: int, length: int, title: str, **others) -> dict[str, dict]:
         ids = torch.randint(0, VOCABULARY, (batch, length), device=DEVICE)
-        reference = make(double if length <= 1024 else both["transformers"], ids)()
+        reference = make(double if length <= 1024 else both["hf_rnn"], ids)()
         rows = compare({name: make(model, ids) for name, model in both.items()} | others, reference, 1e-3, seconds=4)
         table(title, rows)
         return rows

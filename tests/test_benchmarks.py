@@ -34,7 +34,7 @@ def test_the_wrong_and_the_failing_are_not_timed():
     rows = compare({"ours": lambda: [x], "wrong": wrong, "failing": failing, "other": lambda: None}, [x.double()])
     assert rows["ours"]["ratio"] == 1 and rows["ours"]["error"] == 0
     assert rows["wrong"]["refused"] == "wrong: relative error 1.00e-02 > 1e-04" and "ms" not in rows["wrong"]
-    assert len(calls) == 2  # once to check, once for its memory
+    assert len(calls) == 1  # to check, and for its memory
     assert rows["failing"]["refused"] == "failed: RuntimeError: no such kernel"
     assert rows["other"]["other_work"] and rows["other"]["ratio"] > 0
 
@@ -71,15 +71,19 @@ def test_ratios_are_of_the_same_round():
 
 
 def test_peak_of_tensors():
-    from driver import peak_bytes
+    from driver import watch
+
+    from hf_rnn_kernels.arrays import empty
 
     def run():
         x = torch.empty(2**18)  # 1 MiB
         y = torch.empty(2**18)
         del x, y
         torch.empty(2**18)
+        return 5
 
-    assert peak_bytes(run) == 2 * 2**20
+    assert watch(run) == (5, 2 * 2**20)
+    assert watch(lambda: empty(2**24)[:0])[1] == 2**26  # which is in memory of ours
 
 
 def test_compilations_are_counted():
@@ -111,19 +115,22 @@ def test_the_guard_names_what_got_worse():
     assert worse(result(3.0), result(None)) == ["8 x 512 / peer: was 3.00 times ours, now not measured"]
     assert worse(result(3.0), {}) == ["8 x 512 / peer: was 3.00 times ours, now not measured"]
     assert worse(result(None), result(2.0)) == []
+    compiled = [result(3.0, {"hf_rnn, compiled": {"ratio": ratio}}) for ratio in (0.4, 0.3, 0.5)]
+    assert worse(compiled[0], compiled[1]) == []
+    assert worse(compiled[0], compiled[2]) == ["8 x 512 / hf_rnn, compiled: 0.40 times ours, now 0.50, 20% worse"]
 
 
-def test_check_measures_elsewhere_and_twice(tmp_path):
-    """A question that is worse each time, one that is worse once, one that is not."""
+def test_check_measures_elsewhere_and_again(tmp_path):
+    """A question that is worse each time, one that is worse twice, one that is not."""
     for path in BENCHMARKS.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text())
     script = (
         "import os\nfrom pathlib import Path\nfrom driver import save\n"
         "times = Path(__file__).with_suffix('.times')\ncount = len(times.read_text()) if times.exists() else 0\n"
         "times.write_text('x' * (count + 1))\n"
-        "save(Path(__file__).stem, {'t': {'ours': {'ratio': 1.0}, 'peer': {'ratio': RATIOS[min(count, 2)]}}})\n"
+        "save(Path(__file__).stem, {'t': {'ours': {'ratio': 1}, 'peer': {'ratio': RATIOS[min(count, 3)]}}})\n"
     )
-    for name, ratios in {"bad": (3.0, 1.0, 1.0), "unlucky": (3.0, 1.0, 3.0), "good": (3.0, 3.0, 3.0)}.items():
+    for name, ratios in {"bad": (3, 1, 1, 1), "unlucky": (3, 1, 1, 3), "good": (3, 3, 3, 3)}.items():
         (tmp_path / f"{name}.py").write_text(f"RATIOS = {ratios}\n{script}")
         subprocess.run([sys.executable, str(tmp_path / f"{name}.py")], check=True, capture_output=True)
     committed = {path.name: path.read_text() for path in (tmp_path / "results").iterdir()}
