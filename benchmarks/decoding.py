@@ -32,6 +32,7 @@ ACCEPTED = {
     "Mamba (transformers)": "another architecture: alone a token costs its calls, and both make about as many",
     "minGRU-pytorch": "a few calls: ours checks its arguments and copies its state; compiled it is ahead",
     "torch.nn.GRU": "the same cell of torch's, by either way",
+    "transformers": "level: a token costs its calls, and both make about as many",
 }
 
 
