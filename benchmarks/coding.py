@@ -1,7 +1,9 @@
 """Compressed checkpoints beside what others make of the same weights: bits, errors, and speeds on one core; and loading
 a model of 100M parameters, its seconds and its memory, against a plain checkpoint.
 
-python benchmarks/coding.py [--checkpoint FOLDER]     # peers: pip install 'hf-rnn[coding-peers]'
+python benchmarks/coding.py [--checkpoint FOLDER]
+
+Peers: pip install 'hf-rnn[coding-peers]', and with --no-deps nncodec, which asks for an older numpy than it needs.
 
 nncodec has its own quantiser; its rows are compared at equal error. Without a checkpoint the weights are those of a GRU
 that this script trains on text for a minute.

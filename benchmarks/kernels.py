@@ -263,7 +263,7 @@ def references(names: list[str]) -> dict[tuple, list[np.ndarray]]:
     if GPU:
         return {job: in_float64(*job) for job in told(jobs)}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(torch.get_num_threads(), context, torch.set_num_threads, (1,)) as pool:
         return dict(zip(jobs, told(pool.map(in_float64, *zip(*jobs, strict=True))), strict=True))
 
 

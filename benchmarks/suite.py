@@ -66,20 +66,20 @@ def find_ratios(results: object, path: tuple[str, ...] = ()) -> Iterator[tuple[t
             yield from find_ratios(value, (*path, name))
 
 
-def worse(committed: object, measured: object) -> list[str]:
+def worse(committed: object, measured: object) -> dict[tuple[str, ...], str]:
     """What fell behind: a peer's time over ours is more than 15% less than it was, or ours by another way ("hf_rnn,
-    compiled") more, or it is not there any more."""
-    now, found = dict(find_ratios(measured)), []
+    compiled") more, or something is not there any more."""
+    now, found = dict(find_ratios(measured)), {}
     for path, before in find_ratios(committed):
-        if before is None or before == 1:  # what the others are compared with
-            continue
         name, after = " / ".join(path), now.get(path)
+        if before is None:
+            continue
         if after is None:
-            found.append(f"{name}: was {before:.2f} times ours, now not measured")
+            found[path] = f"{name}: was {before:.2f} times ours, now not measured"
             continue
         share = before / after if path[-1].startswith("hf_rnn") else after / before
         if share < 1 - WORSE:
-            found.append(f"{name}: {before:.2f} times ours, now {after:.2f}, {100 * (1 - share):.0f}% worse")
+            found[path] = f"{name}: {before:.2f} times ours, now {after:.2f}, {100 * (1 - share):.0f}% worse"
     return found
 
 
@@ -92,19 +92,17 @@ def check(questions: list[str]) -> int:
             committed = json.loads(driver.results_path(question).read_text())
             if committed["device"] != driver.device_name():
                 print(f"{question}: committed on {committed['device']}, this is {driver.device_name()}")
-            names: set[str] | None = None
+            found: dict[tuple[str, ...], str] | None = None
             for _ in range(TRIES):
                 if not measure(question, results=Path(folder)):
-                    names = {"failed"}
+                    found = {(): "failed"}
                     break
                 measured = json.loads((Path(folder) / driver.results_path(question).name).read_text())
-                lines = worse(committed["results"], measured["results"])
-                places = {line.partition(": ")[0] for line in lines}
-                names = places if names is None else names & places
-                if not names:
+                latest = worse(committed["results"], measured["results"])
+                found = latest if found is None else {path: latest[path] for path in latest.keys() & found.keys()}
+                if not found:
                     break
-            lines = [line for line in lines if line.partition(": ")[0] in names] if names != {"failed"} else ["failed"]
-            behind += [f"{question}: {line}" for line in lines]
+            behind += [f"{question}: {line}" for line in (found or {}).values()]
     print("\n" + ("\n".join(["Worse by more than 15%:", *behind]) if behind else "Nothing is worse by more than 15%."))
     return 1 if behind else 0
 

@@ -94,7 +94,7 @@ def architectures(parameters: int) -> dict[str, dict]:
                 references[name] = expected(model, ids)
             else:
                 checked[name] = check(model, ids[:1, :64])
-        rows = measure(contestants, references, TOLERANCE, seconds=8)
+        rows = measure(contestants, references, TOLERANCE, seconds=6)
         for name, error in checked.items():
             rows[name]["error"] = error
             if not error <= TOLERANCE:

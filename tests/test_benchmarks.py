@@ -34,7 +34,7 @@ def test_the_wrong_and_the_failing_are_not_timed():
     rows = compare({"ours": lambda: [x], "wrong": wrong, "failing": failing, "other": lambda: None}, [x.double()])
     assert rows["ours"]["ratio"] == 1 and rows["ours"]["error"] == 0
     assert rows["wrong"]["refused"] == "wrong: relative error 1.00e-02 > 1e-04" and "ms" not in rows["wrong"]
-    assert len(calls) == 1  # to check, and for its memory
+    assert len(calls) == 2  # to warm up, and to check
     assert rows["failing"]["refused"] == "failed: RuntimeError: no such kernel"
     assert rows["other"]["other_work"] and rows["other"]["ratio"] > 0
 
@@ -109,35 +109,48 @@ def test_the_guard_names_what_got_worse():
         row = {"refused": "failed"} if peer is None else {"ratio": peer}
         return {"8 x 512": {"hf_rnn": {"ratio": 1.0}, "peer": row, **(extra or {})}}
 
-    assert worse(result(3.0), result(2.6)) == []
-    assert worse(result(3.0), result(2.5)) == ["8 x 512 / peer: 3.00 times ours, now 2.50, 17% worse"]
-    assert worse(result(3.0), result(9.0)) == []
-    assert worse(result(3.0), result(None)) == ["8 x 512 / peer: was 3.00 times ours, now not measured"]
-    assert worse(result(3.0), {}) == ["8 x 512 / peer: was 3.00 times ours, now not measured"]
-    assert worse(result(None), result(2.0)) == []
+    def lines(before: dict, after: dict) -> list[str]:
+        return list(worse(before, after).values())
+
+    assert lines(result(3.0), result(2.6)) == []
+    assert lines(result(3.0), result(2.5)) == ["8 x 512 / peer: 3.00 times ours, now 2.50, 17% worse"]
+    assert lines(result(3.0), result(9.0)) == []
+    assert lines(result(3.0), result(None)) == ["8 x 512 / peer: was 3.00 times ours, now not measured"]
+    assert len(lines(result(3.0), {})) == 2
+    assert lines(result(None), result(2.0)) == []
     compiled = [result(3.0, {"hf_rnn, compiled": {"ratio": ratio}}) for ratio in (0.4, 0.3, 0.5)]
-    assert worse(compiled[0], compiled[1]) == []
-    assert worse(compiled[0], compiled[2]) == ["8 x 512 / hf_rnn, compiled: 0.40 times ours, now 0.50, 20% worse"]
+    assert lines(compiled[0], compiled[1]) == []
+    assert lines(compiled[0], compiled[2]) == ["8 x 512 / hf_rnn, compiled: 0.40 times ours, now 0.50, 20% worse"]
+    alone = {"hf_rnn": {"ratio": 1.0}, "peer": {"refused": "left out"}}
+    wrong = {"hf_rnn": {"refused": "wrong"}, "peer": {"refused": "left out"}}
+    assert lines({"a: b": alone}, {"a: b": wrong}) == ["a: b / hf_rnn: was 1.00 times ours, now not measured"]
 
 
 def test_check_measures_elsewhere_and_again(tmp_path):
-    """A question that is worse each time, one that is worse twice, one that is not."""
+    """A question that is worse each time, one that is worse twice, one each time in another row, one that is not."""
     for path in BENCHMARKS.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text())
     script = (
         "import os\nfrom pathlib import Path\nfrom driver import save\n"
         "times = Path(__file__).with_suffix('.times')\ncount = len(times.read_text()) if times.exists() else 0\n"
         "times.write_text('x' * (count + 1))\n"
-        "save(Path(__file__).stem, {'t': {'ours': {'ratio': 1}, 'peer': {'ratio': RATIOS[min(count, 3)]}}})\n"
+        "rows = {f'a: {n}': {'ours': {'ratio': 1}, 'peer': {'ratio': r}} for n, r in enumerate(RATIOS[count])}\n"
+        "save(Path(__file__).stem, rows)\n"
     )
-    for name, ratios in {"bad": (3, 1, 1, 1), "unlucky": (3, 1, 1, 3), "good": (3, 3, 3, 3)}.items():
+    questions = {
+        "bad": ([3], [1], [1], [1]),
+        "unlucky": ([3], [1], [1], [3]),
+        "noisy": ([3, 3, 3], [1, 3, 3], [3, 1, 3], [3, 3, 1]),
+        "good": ([3], [3]),
+    }
+    for name, ratios in questions.items():
         (tmp_path / f"{name}.py").write_text(f"RATIOS = {ratios}\n{script}")
         subprocess.run([sys.executable, str(tmp_path / f"{name}.py")], check=True, capture_output=True)
     committed = {path.name: path.read_text() for path in (tmp_path / "results").iterdir()}
-    command = [sys.executable, str(tmp_path / "suite.py"), "check", "--questions", "bad", "unlucky", "good"]
+    command = [sys.executable, str(tmp_path / "suite.py"), "check", "--questions", *questions]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stdout.endswith("Worse by more than 15%:\nbad: t / peer: 3.00 times ours, now 1.00, 67% worse\n")
+    assert result.stdout.endswith("Worse by more than 15%:\nbad: a: 0 / peer: 3.00 times ours, now 1.00, 67% worse\n")
     assert {path.name: path.read_text() for path in (tmp_path / "results").iterdir()} == committed
     assert len((tmp_path / "good.times").read_text()) == 2
 

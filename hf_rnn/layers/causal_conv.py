@@ -32,14 +32,14 @@ class CausalConv(nn.Module):
         before = x.new_zeros(x.shape[0], history, x.shape[2]) if state is None else state
         if mask is None and cu_seqlens is None:
             return causal_conv(x, before, self.weight, self.bias)
-        # Lay the real tokens out without gaps, K - 1 zeros before each sequence but the first, and read back.
+        # Lay the real tokens out without gaps, K - 1 zeros between sequences, and read back.
         real = x.new_ones(x.shape[:2], dtype=torch.long) if mask is None else mask.long()
         place = real.cumsum(1) - 1
         room = x.shape[1]
         if cu_seqlens is not None:
             token = torch.arange(x.shape[1], device=x.device)
             place = place + history * torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
-            room = room + history * (cu_seqlens.shape[0] - 2)
+            room = room + history * (cu_seqlens.shape[0] - 1)
         index = _expand(place.clamp(min=0), x)
         laid = x.new_zeros(x.shape[0], room, x.shape[2])
         laid = laid.scatter_add(1, index, x * real[..., None])  # padding adds zero

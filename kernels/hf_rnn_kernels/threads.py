@@ -27,7 +27,7 @@ def available() -> bool:
 
 def worthwhile(x: torch.Tensor) -> bool:
     """Whether an elementwise operation of ours beats torch's: float32 on a CPU, large enough for what a call costs."""
-    return x.numel() >= 2**16 and x.dtype == torch.float32 and x.device.type == "cpu" and available()
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() >= 2**16 and available()
 
 
 def run(kernel: Callable, *arguments) -> None:

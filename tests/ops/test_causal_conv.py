@@ -61,7 +61,9 @@ def test_the_state_does_not_keep_the_sequence():
             torch.randn(100),
         )
         last = causal_conv(x, state, weight, bias)[1]
-        assert last.untyped_storage().nbytes() <= 2 * state.nbytes
+        assert last.untyped_storage().nbytes() == state.nbytes and last.is_contiguous()
+    last = causal_conv(torch.randn(2, 400, 200), torch.randn(2, 0, 200), torch.randn(200, 1), torch.randn(200))[1]
+    assert last.shape == (2, 0, 200) and last.untyped_storage().nbytes() == 0
 
 
 def test_registration():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-from hf_rnn_kernels import gated_norm, swiglu
+from hf_rnn_kernels import gated_norm, rms_norm, swiglu
 
 
 def gradients(function, leaves, grad, dtype):
@@ -53,6 +53,21 @@ def test_registration():
     leaves = [torch.randn(900, 4, 24), torch.randn(900, 96), torch.randn(96)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     torch.library.opcheck(torch.ops.hf_rnn.gated_norm.default, (*leaves, 1e-6))
+
+
+@pytest.mark.parametrize("op", [swiglu, lambda x: rms_norm(x, torch.ones(64, dtype=x.dtype), 1e-6)])
+def test_sizes_do_not_matter_where_torch_does_it(op):
+    """Exported with a dynamic length that may or may not be large."""
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return op(x)
+
+    length = torch.export.Dim("length", min=2, max=2**16)
+    x = torch.randn(2, 30, 64, dtype=torch.bfloat16)
+    program = torch.export.export(Module(), (x,), dynamic_shapes=({1: length},))
+    long = torch.randn(2, 1024, 64, dtype=torch.bfloat16)
+    assert torch.equal(program.module()(long), op(long))
 
 
 def test_bad_input():

@@ -226,3 +226,17 @@ def test_convolution_of_one_token():
         perturbed = Perturbed.of_offset(base, lambda: weights, members=2, rows=3)
         y = torch.func.functional_call(conv, {"weight": perturbed, "bias": conv.bias}, (x, state, None, None))[0]
     torch.testing.assert_close(y, torch.cat(expected))
+
+
+def test_convolution_whose_bias_alone_is_perturbed():
+    """Also where the compiled loops would be taken."""
+    torch.manual_seed(0)
+    conv = CausalConv(64, 4)
+    torch.nn.init.normal_(conv.weight)
+    bias, offsets, x = torch.zeros(64), torch.randn(2, 64), torch.randn(4, 300, 64)
+    with torch.no_grad():
+        perturbed = Perturbed.of_offset(bias, lambda: offsets, members=2, rows=2)
+        y = torch.func.functional_call(conv, {"weight": conv.weight, "bias": perturbed}, (x, None, None, None))[0]
+        conv.bias.zero_()
+        expected = conv(x, None, None, None)[0] + offsets.repeat_interleave(2, 0)[:, None]
+    torch.testing.assert_close(y, expected)

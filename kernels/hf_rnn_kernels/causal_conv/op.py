@@ -26,7 +26,7 @@ def causal_conv(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> tuple
     Raises:
         ValueError: shapes that do not fit x.
     """
-    batch, _, channels = x.shape
+    batch, time, channels = x.shape
     history = weight.shape[-1] - 1
     shapes = (batch, history, channels), (channels, history + 1), (channels,)
     if (state.shape, weight.shape, bias.shape) != shapes:
@@ -36,12 +36,14 @@ def causal_conv(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> tuple
             if given.shape != shape
         )
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(given)}")
-    if not threads.worthwhile(x) or isinstance(weight, Perturbed) or not weight.dtype == bias.dtype == torch.float32:
+    perturbed = isinstance(weight, Perturbed) or isinstance(bias, Perturbed)
+    if perturbed or not (threads.worthwhile(x) and weight.dtype == bias.dtype == torch.float32):
         return reference.causal_conv(x, state, weight, bias)
     refuse_forward_mode(x, state, weight, bias)
     before = state.to(x.dtype)
-    ends = torch.cat([before, x[:, -history:]], 1)  # a copy: a view would keep the whole sequence alive
-    return _forward(x, before, weight, bias), ends[:, ends.shape[1] - history :]
+    ends = torch.cat([before, x[:, max(time - history, 0) :]], 1)
+    last = ends[:, ends.shape[1] - history :].clone(memory_format=torch.contiguous_format)
+    return _forward(x, before, weight, bias), last
 
 
 def _cpu():
