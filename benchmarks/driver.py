@@ -223,8 +223,27 @@ def results_path(question: str) -> Path:
     return RESULTS / f"{question}_{'gpu' if GPU else 'cpu'}.json"
 
 
+def find_ratios(results: dict, place: str = "") -> dict[str, float | None]:
+    """Every contestant's ratio, by where it is; None where it was not timed."""
+    if "ratio" in results or "refused" in results:
+        return {place: results.get("ratio")}
+    parts = (
+        find_ratios(value, f"{place} / {name}" if place else name)
+        for name, value in results.items()
+        if isinstance(value, dict)
+    )
+    return {row: ratio for part in parts for row, ratio in part.items()}
+
+
 def save(question: str, results: dict) -> Path:
-    """Write `results/<question>_<cpu or gpu>.json` with device, date, commit, versions and command."""
+    """Write `results/<question>_<cpu or gpu>.json` with device, date, commit, versions and command, and the ratios of
+    the four runs before on the same device, for how far they move."""
+    path = results_path(question)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    others = []
+    if before.get("device") == device_name():
+        run = {"date": before["date"], "commit": before["commit"], "ratios": find_ratios(before["results"])}
+        others = [run, *before.get("other_runs", [])][:4]
     record = {
         "question": question,
         "device": device_name(),
@@ -235,8 +254,7 @@ def save(question: str, results: dict) -> Path:
         "versions": {name: v for name in PACKAGES if (v := _version(name))},
         "command": _command(),
         "results": results,
-    }
-    path = results_path(question)
+    } | ({"other_runs": others} if others and others[0]["ratios"] else {})
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nsaved {path}")

@@ -69,7 +69,9 @@ def tracking(stem: str) -> Evaluation:
         "Accuracy on new strings, mean (worst) of 3 seeds: the last bit of a parity, trained up to 40 bits; the values "
         "of keys among pairs read before, trained up to 16 pairs; four symbols among blanks, trained up to 32 tokens"
     )
-    return Evaluation("State tracking, recall and selective copying", f"{text}. {source('state_tracking')}", header, cells)
+    return Evaluation(
+        "State tracking, recall and selective copying", f"{text}. {source('state_tracking')}", header, cells
+    )
 
 
 def retrieval(stem: str) -> Evaluation:

@@ -215,8 +215,8 @@ def quality(results: Results) -> str:
 
 def state_tracking(results: Results) -> str:
     parts = [
-        "Accuracy on new strings, mean (worst) of 3 seeds, of Mamba one; data, steps, learning rate (0.01) and schedule "
-        "the same for all, tuned for none. Guessing is right in 0.5 of parities, 0.125 of copied symbols.",
+        "Accuracy on new strings, mean (worst) of 3 seeds, of Mamba one; data, steps, learning rate (0.01) and "
+        "schedule the same for all, tuned for none. Guessing is right in 0.5 of parities, 0.125 of copied symbols.",
         "![accuracy over length](../benchmarks/results/state_tracking.png)",
     ]
     for task, rows in results.items():

@@ -6,7 +6,8 @@
     python benchmarks/suite.py check                        # make bench-check
 
 "quality" goes on where it was interrupted, run by run; "gpu" question by question: what has results of this commit is
-not measured again. "check" measures the speed questions anew, elsewhere, and compares ratios with the committed ones;
+not measured again. "check" measures the speed questions anew, elsewhere, and compares ratios with the committed ones,
+the least favourable of the runs that a results file remembers;
 a question in which something is more than 15% worse is measured again, up to twice, and what is worse each time named.
 """
 
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -56,30 +56,24 @@ def measure(question: str, *arguments: str, results: Path | None = None, timeout
     return code == 0
 
 
-def find_ratios(results: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float | None]]:
-    """Every contestant's ratio, by where it is; None where it was not timed."""
-    if isinstance(results, dict):
-        if "ratio" in results or "refused" in results:
-            yield path, results.get("ratio")
-            return
-        for name, value in results.items():
-            yield from find_ratios(value, (*path, name))
+def worse(committed: dict, measured: dict) -> dict[str, str]:
+    """What fell behind, by the row's name: a peer's time over ours is more than 15% less than the least of the runs in
+    the file, or ours by another way ("hf_rnn, compiled") more than the most, or something is not there any more."""
+    import driver
 
-
-def worse(committed: object, measured: object) -> dict[tuple[str, ...], str]:
-    """What fell behind: a peer's time over ours is more than 15% less than it was, or ours by another way ("hf_rnn,
-    compiled") more, or something is not there any more."""
-    now, found = dict(find_ratios(measured)), {}
-    for path, before in find_ratios(committed):
-        name, after = " / ".join(path), now.get(path)
-        if before is None:
+    runs = [driver.find_ratios(committed["results"]), *(run["ratios"] for run in committed.get("other_runs", []))]
+    now, found = driver.find_ratios(measured["results"]), {}
+    for row, latest in runs[0].items():
+        if latest is None:
             continue
-        if after is None:
-            found[path] = f"{name}: was {before:.2f} times ours, now not measured"
+        if (after := now.get(row)) is None:
+            found[row] = f"{row}: was {latest:.2f} times ours, now not measured"
             continue
-        share = before / after if path[-1].startswith("hf_rnn") else after / before
+        ours = row.rpartition(" / ")[2].startswith("hf_rnn")
+        before = (max if ours else min)(run[row] for run in runs if run.get(row) is not None)
+        share = before / after if ours else after / before
         if share < 1 - WORSE:
-            found[path] = f"{name}: {before:.2f} times ours, now {after:.2f}, {100 * (1 - share):.0f}% worse"
+            found[row] = f"{row}: {before:.2f} times ours, now {after:.2f}, {100 * (1 - share):.0f}% worse"
     return found
 
 
@@ -92,16 +86,17 @@ def check(questions: list[str]) -> int:
             committed = json.loads(driver.results_path(question).read_text())
             if committed["device"] != driver.device_name():
                 print(f"{question}: committed on {committed['device']}, this is {driver.device_name()}")
-            found: dict[tuple[str, ...], str] | None = None
+            found: dict[str, str] | None = None
             for _ in range(TRIES):
                 if not measure(question, results=Path(folder)):
-                    found = {(): "failed"}
+                    found = {"": "failed"}
                     break
                 measured = json.loads((Path(folder) / driver.results_path(question).name).read_text())
-                latest = worse(committed["results"], measured["results"])
-                found = latest if found is None else {path: latest[path] for path in latest.keys() & found.keys()}
+                latest = worse(committed, measured)
+                found = latest if found is None else {row: line for row, line in latest.items() if row in found}
                 if not found:
                     break
+                print(f"{question}, behind so far:", *found.values(), sep="\n  ", flush=True)
             behind += [f"{question}: {line}" for line in (found or {}).values()]
     print("\n" + ("\n".join(["Worse by more than 15%:", *behind]) if behind else "Nothing is worse by more than 15%."))
     return 1 if behind else 0

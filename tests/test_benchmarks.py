@@ -110,7 +110,7 @@ def test_the_guard_names_what_got_worse():
         return {"8 x 512": {"hf_rnn": {"ratio": 1.0}, "peer": row, **(extra or {})}}
 
     def lines(before: dict, after: dict) -> list[str]:
-        return list(worse(before, after).values())
+        return list(worse({"results": before}, {"results": after}).values())
 
     assert lines(result(3.0), result(2.6)) == []
     assert lines(result(3.0), result(2.5)) == ["8 x 512 / peer: 3.00 times ours, now 2.50, 17% worse"]
@@ -121,9 +121,30 @@ def test_the_guard_names_what_got_worse():
     compiled = [result(3.0, {"hf_rnn, compiled": {"ratio": ratio}}) for ratio in (0.4, 0.3, 0.5)]
     assert lines(compiled[0], compiled[1]) == []
     assert lines(compiled[0], compiled[2]) == ["8 x 512 / hf_rnn, compiled: 0.40 times ours, now 0.50, 20% worse"]
+    noisy = {
+        "results": result(3.0),
+        "other_runs": [{"ratios": {"8 x 512 / peer": ratio}} for ratio in (2.5, 4.0, None)],
+    }
+    assert worse(noisy, {"results": result(2.2)}) == {}  # within 15% of a run that is remembered
+    assert list(worse(noisy, {"results": result(2.1)})) == ["8 x 512 / peer"]
     alone = {"hf_rnn": {"ratio": 1.0}, "peer": {"refused": "left out"}}
     wrong = {"hf_rnn": {"refused": "wrong"}, "peer": {"refused": "left out"}}
     assert lines({"a: b": alone}, {"a: b": wrong}) == ["a: b / hf_rnn: was 1.00 times ours, now not measured"]
+
+
+def test_a_results_file_remembers_the_ratios_of_four_runs_before(tmp_path, monkeypatch):
+    import driver
+
+    monkeypatch.setattr(driver, "RESULTS", tmp_path)
+    for ratio in range(7):
+        path = driver.save("question", {"t": {"ours": {"ratio": 1.0}, "peer": {"ratio": ratio}}, "seconds": 1.0})
+    record = json.loads(path.read_text())
+    assert [run["ratios"]["t / peer"] for run in record["other_runs"]] == [5, 4, 3, 2]
+    assert set(record["other_runs"][0]) == {"date", "commit", "ratios"}
+    path.write_text(json.dumps(record | {"device": "another"}))
+    driver.save("question", {"seconds": 1.0})
+    driver.save("question", {"seconds": 1.0})
+    assert "other_runs" not in json.loads(path.read_text())
 
 
 def test_check_measures_elsewhere_and_again(tmp_path):
