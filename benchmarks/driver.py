@@ -78,9 +78,8 @@ def measure(
         rows[name] = row = {"error": None}
         expected = reference.get(name) if isinstance(reference, dict) else reference
         try:
-            run()  # what is allocated once, an optimizer's state for one, is there then
-            outputs, peak = watch(run)
-            row["peak_mib"] = peak / 2**20
+            outputs = run()  # the first, since a decoder goes on from call to call
+            row["peak_mib"] = peak_bytes(run) / 2**20  # what is allocated once is there by now
         except Exception as error:  # a peer's kernel may fail in ways of its own
             row["refused"] = f"failed: {type(error).__name__}: {error}".splitlines()[0][:200]
             continue
@@ -134,21 +133,22 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def watch(run: Callable[[], Any]) -> tuple[Any, int]:
-    """What a call returns, and the bytes of tensors at its peak, beyond those before, by what the allocator reports."""
+def peak_bytes(run: Callable) -> int:
+    """Of tensors at the peak of one call, beyond those that were there before, by what the allocator reports."""
     if GPU:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        return run(), torch.cuda.max_memory_allocated() - before
+        run()
+        return torch.cuda.max_memory_allocated() - before
     # Large results of our loops are in memory that they keep for the next; here torch is to give, and count, them
     with (
         patch("hf_rnn_kernels.arrays._LARGE", math.inf),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
-        outputs = run()
+        run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return outputs, max(itertools.accumulate(changes, initial=0))
+    return max(itertools.accumulate(changes, initial=0))
 
 
 @cache

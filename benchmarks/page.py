@@ -110,7 +110,8 @@ def generic(results: Results) -> str:
             continue
         share = [f"{100 * ours['share_of_limit']:.0f}%" if "share_of_limit" in ours else ""] if limited else []
         spread = f"{number(ours['ms'])} ({number(ours['ms_min'])} to {number(ours['ms_max'])})"
-        lines.append([title, spread, *share, number(ours["peak_mib"], 2), beside(rows, notes)])
+        peak = number(ours["peak_mib"], 2) if "peak_mib" in ours else ""  # older results counted too little
+        lines.append([title, spread, *share, peak, beside(rows, notes)])
     return markdown(header, lines) + footnotes(notes)
 
 

@@ -34,7 +34,7 @@ def test_the_wrong_and_the_failing_are_not_timed():
     rows = compare({"ours": lambda: [x], "wrong": wrong, "failing": failing, "other": lambda: None}, [x.double()])
     assert rows["ours"]["ratio"] == 1 and rows["ours"]["error"] == 0
     assert rows["wrong"]["refused"] == "wrong: relative error 1.00e-02 > 1e-04" and "ms" not in rows["wrong"]
-    assert len(calls) == 2  # to warm up, and to check
+    assert len(calls) == 2  # once to check, once for its memory
     assert rows["failing"]["refused"] == "failed: RuntimeError: no such kernel"
     assert rows["other"]["other_work"] and rows["other"]["ratio"] > 0
 
@@ -70,8 +70,17 @@ def test_ratios_are_of_the_same_round():
     assert summary["fast"]["accepted"] == "why" and "accepted" not in summary["peer"]
 
 
+def test_the_first_call_is_the_one_that_is_checked():
+    """A decoder's next token is another."""
+    from driver import measure
+
+    steps = iter(range(100))
+    row = measure({"decoder": lambda: [torch.tensor([next(steps) + 1.0])]}, [torch.tensor([1.0])], repeats=3)["decoder"]
+    assert row["error"] == 0 and "times" in row
+
+
 def test_peak_of_tensors():
-    from driver import watch
+    from driver import peak_bytes
 
     from hf_rnn_kernels.arrays import empty
 
@@ -80,10 +89,9 @@ def test_peak_of_tensors():
         y = torch.empty(2**18)
         del x, y
         torch.empty(2**18)
-        return 5
 
-    assert watch(run) == (5, 2 * 2**20)
-    assert watch(lambda: empty(2**24)[:0])[1] == 2**26  # which is in memory of ours
+    assert peak_bytes(run) == 2 * 2**20
+    assert peak_bytes(lambda: empty(2**24)[:0]) == 2**26  # which is in memory of ours
 
 
 def test_compilations_are_counted():
