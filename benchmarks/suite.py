@@ -6,8 +6,8 @@
     python benchmarks/suite.py check                        # make bench-check
 
 "quality" goes on where it was interrupted, run by run; "gpu" question by question: what has results of this commit is
-not measured again. "check" measures the speed questions anew, elsewhere, and compares ratios with the committed ones, the
-least favourable of the runs that a results file remembers; a question in which something is more than 15% worse is
+not measured again. "check" measures the speed questions anew, elsewhere, and compares ratios with the committed ones,
+the least favourable of the runs that a results file remembers; a question in which something is more than 15% worse is
 measured again, up to twice, and what is worse each time is named.
 """
 
