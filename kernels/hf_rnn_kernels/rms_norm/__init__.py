@@ -13,7 +13,7 @@ from hf_rnn_kernels.perturbed import Perturbed
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
 
-    torch's `rms_norm` on a CPU is a chain of elementwise passes: in float32 this is used instead, which takes a third
+    torch's `rms_norm` on a CPU is a chain of elementwise passes: in float32 this is used instead, which takes a quarter
     of the time (`python benchmarks/layers.py`).
 
     Args:
