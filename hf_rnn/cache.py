@@ -8,8 +8,8 @@ from transformers.cache_utils import Cache
 class RecurrentCache(Cache):
     """The whole state of a recurrent model: a tuple of float32 tensors per layer, whatever the length of the past.
 
-    Passed and returned as `past_key_values`. Tensors keep their shape and, where no gradient flows through them, their
-    address, so that a compiled decoding step can be captured. A subclass of transformers' `Cache` in name and
+    Passed and returned as `cache`, or `past_key_values`. Tensors keep their shape and, where no gradient flows through
+    them, their address, so that a compiled decoding step can be captured. A subclass of transformers' `Cache` in name and
     interface only: its layers hold keys and values.
 
     Attributes:
@@ -19,6 +19,7 @@ class RecurrentCache(Cache):
     """
 
     is_compileable = False  # generate() would build attention masks for it
+    is_croppable = False  # transformers' looks at layers of keys and values, and would find all of none croppable
 
     def __init__(self, num_layers: int):
         self.layers = []  # of keys and values: none

@@ -41,7 +41,7 @@ class RecurrentConfig(PreTrainedConfig):
             number they can hold; lm-evaluation-harness would cut texts at 2,048 tokens without it.
     """
 
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # the state, before transformers 5.24 and since
 
     vocab_size: int = 259
     hidden_size: int = 384

@@ -28,8 +28,8 @@ def stream_loss(model: PreTrainedModel, ids: Tensor, chunk: int = 4096, progress
     total, state = 0.0, None
     for start in tqdm(range(0, ids.shape[1] - 1, chunk), desc="evaluating", disable=not progress):
         piece = ids[:, start : start + chunk + 1]
-        outputs = model(piece[:, :-1], past_key_values=state, use_cache=True)
-        state = outputs.past_key_values
+        outputs = model(piece[:, :-1], cache=state, use_cache=True)
+        state = outputs.cache
         logits = outputs.logits[0].float()
         total += torch.nn.functional.cross_entropy(logits, piece[0, 1:].long(), reduction="sum").item()
     model.train(was_training)

@@ -39,7 +39,7 @@ class DecodingStep(nn.Module):
         left = iter(states)
         cache = RecurrentCache(len(self.layers))
         cache.states = [tuple(next(left).clone() for _ in layer.state_shapes) for layer in self.layers]
-        logits = self.model(input_ids, past_key_values=cache).logits[:, -1]
+        logits = self.model(input_ids, cache=cache).logits[:, -1]
         return logits, *(x for state in cache.states if state is not None for x in state)
 
 

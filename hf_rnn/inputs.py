@@ -3,7 +3,30 @@
 import torch
 from torch import Tensor
 
+from hf_rnn.cache import RecurrentCache
 from hf_rnn_kernels.checks import check_cu_seqlens
+
+# What transformers, its collators and PEFT pass to any model and what means nothing for a recurrent one: there are no
+# attentions, keys nor segments. `return_dict` and `output_hidden_states` are seen to by decorators around forward.
+IGNORED = {"cache_position", "cu_seq_lens_k", "max_length_k", "max_length_q", "output_attentions", "token_type_ids"}
+IGNORED |= {"output_hidden_states", "return_dict"}
+
+
+def check_known(kwargs: dict, *known: str) -> None:
+    """Raise TypeError for an argument of forward that is neither `known` nor `IGNORED`.
+
+    An argument that is None is none: wrappers pass on what they have no value for.
+    """
+    for name in kwargs.keys() - IGNORED - set(known):
+        if kwargs[name] is not None:
+            raise TypeError(f"{name}: no argument of forward; expected one that its docstring names")
+
+
+def state_of(cache: RecurrentCache | None, past_key_values: RecurrentCache | None) -> RecurrentCache | None:
+    """The one state that came under either of its names."""
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache, past_key_values: two names of one argument; pass one of them")
+    return past_key_values if cache is None else cache
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int, ignore_index: int | None = None) -> None:

@@ -47,7 +47,7 @@ class MemoryProtocol:
         """The memory after one more token: (N, K, D) and (N,) to (N, K, D)."""
         cache = RecurrentCache(len(self.model.layers))
         cache.states = [*self._split(memory.clone())]  # a cache is written to
-        state = self.model(input_ids[:, None], past_key_values=cache, use_cache=True).past_key_values
+        state = self.model(input_ids[:, None], cache=cache, use_cache=True).cache
         return self._join(state.states)
 
     def read_memory(self, memory: Tensor, input_ids: Tensor) -> Tensor:

@@ -13,11 +13,6 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
-)
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -26,9 +21,10 @@ from hf_rnn.cache import RecurrentCache
 from hf_rnn.configuration_recurrent import RecurrentConfig
 from hf_rnn.hub.damage import check_files, find_damaged_file, find_wrong_shape
 from hf_rnn.hub.remote_code import write_remote_code
-from hf_rnn.inputs import check_ids, packed_offsets, padding_mask
+from hf_rnn.inputs import check_ids, check_known, packed_offsets, padding_mask, state_of
 from hf_rnn.layers import CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm
 from hf_rnn.memory import MemoryProtocol
+from hf_rnn.versions import STATE, STATE_NAMES, BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 
 
 class RecurrentBlock(GradientCheckpointingLayer):
@@ -59,16 +55,16 @@ class RecurrentBlock(GradientCheckpointingLayer):
         x: Tensor,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        past_key_values: RecurrentCache | None = None,
+        cache: RecurrentCache | None = None,
     ) -> Tensor:
-        """(B, T, D) to (B, T, D); reads and writes its layer's state in `past_key_values` where there is one.
+        """(B, T, D) to (B, T, D); reads and writes its layer's state in `cache` where there is one.
 
         `cu_seqlens` are offsets into the B * T tokens, in which case `mask` is (1, B * T).
         """
         shape = x.shape
         if cu_seqlens is not None:
             x = x.reshape(1, -1, shape[2])
-        state = None if past_key_values is None else past_key_values[self.layer_idx]
+        state = None if cache is None else cache[self.layer_idx]
         new_state: tuple[Any, ...] = ()
         if self.conv is not None:
             y, conv_state = self.conv(x, None if state is None else state[-1], mask, cu_seqlens)
@@ -76,8 +72,8 @@ class RecurrentBlock(GradientCheckpointingLayer):
             state = None if state is None else state[:-1]
             new_state = (conv_state,)
         y, mixer_state = self.mixer(x if self.mixer_norm is None else self.mixer_norm(x), state, mask, cu_seqlens)
-        if past_key_values is not None:
-            past_key_values.update((*mixer_state, *new_state), self.layer_idx)
+        if cache is not None:
+            cache.update((*mixer_state, *new_state), self.layer_idx)
         y = self._after_mixer(x, y)
         return y if cu_seqlens is None else y.view(shape)  # FSDP's hooks are on a tensor, and a view may lose them
 
@@ -94,13 +90,13 @@ class RecurrentBlock(GradientCheckpointingLayer):
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation. The state is a `RecurrentCache` under the name `past_key_values`."""
+    """Loading, saving and initialisation. The state is a `RecurrentCache` under the names of `STATE_NAMES`."""
 
     config: RecurrentConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RecurrentBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(STATE_NAMES)
     _can_compile_fullgraph = True
     _is_stateful = True  # no rollback: generate() refuses assisted decoding
     _can_record_outputs = {"hidden_states": RecurrentBlock}
@@ -251,8 +247,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
         past_key_values: RecurrentCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: RecurrentCache | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutput:
         """Run the model.
 
         Args:
@@ -262,17 +259,23 @@ class RecurrentModel(RecurrentPreTrainedModel):
             position_ids: (B, T) or (1, T). A recurrent model needs no positions; a position 0 after the first token
                 starts a new sequence, so that packed batches (`DataCollatorWithFlattening`) work. Not under a
                 `torch.compile(fullgraph=True)`; `cu_seq_lens_q` is.
-            past_key_values: state to go on from, updated and returned.
+            cache, past_key_values: state to go on from, updated and returned; one argument under both the names that
+                transformers has for it.
             use_cache: return the state. Default: `config.use_cache`, but not in training nor for packed batches.
             kwargs: `cu_seq_lens_q` (N + 1) offsets of packed sequences in a batch of one, as the collator gives with
-                `return_flash_attn_kwargs=True`; `output_hidden_states`, `return_dict`.
+                `return_flash_attn_kwargs=True`, or `seq_idx` (1, T), the number of each token's sequence;
+                `output_hidden_states`, `return_dict`. What `hf_rnn.inputs.IGNORED` names means nothing here.
 
         Returns:
-            `last_hidden_state` (B, T, hidden_size), `past_key_values`, `hidden_states` if asked for.
+            `last_hidden_state` (B, T, hidden_size), `cache`, which is `past_key_values` as well, `hidden_states` if
+            asked for.
 
         Raises:
-            ValueError, IndexError: an argument of another shape or value than above, named in the message.
+            TypeError: an argument that is not known, or of another type.
+            ValueError, IndexError: one of another shape or value than above; all are named in the message.
         """
+        check_known(kwargs, "cu_seq_lens_q", "seq_idx")
+        cache = state_of(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: pass exactly one of the two")
         if input_ids is not None:
@@ -286,55 +289,52 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 f"inputs_embeds: expected shape (B, T, {self.config.hidden_size}), got {tuple(inputs_embeds.shape)}"
             )
         batch, time = inputs_embeds.shape[:2]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         mask = padding_mask(attention_mask, batch, time, past)
         cu_seqlens = packed_offsets(position_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"), mask, batch, time)
-        past_key_values = self._state(past_key_values, use_cache, batch, packed=cu_seqlens is not None)
+        cache = self._state(cache, use_cache, batch, packed=cu_seqlens is not None)
         if cu_seqlens is not None and mask is not None:
             mask = mask.reshape(1, -1)
 
         x = self.dropout(inputs_embeds) if self.training else inputs_embeds
         for layer in self.layers:
-            x = layer(x, mask=mask, cu_seqlens=cu_seqlens, past_key_values=past_key_values)
-        if past_key_values is not None:
-            past_key_values.seen_tokens += time
-            past_key_values.model_type = self.config.model_type
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+            x = layer(x, mask=mask, cu_seqlens=cu_seqlens, cache=cache)
+        if cache is not None:
+            cache.seen_tokens += time
+            cache.model_type = self.config.model_type
+        return BaseModelOutput(last_hidden_state=self.norm(x), **{STATE: cache})  # type: ignore[arg-type]
 
     def _state(
-        self, past_key_values: RecurrentCache | None, use_cache: bool | None, batch: int, packed: bool
+        self, cache: RecurrentCache | None, use_cache: bool | None, batch: int, packed: bool
     ) -> RecurrentCache | None:
         """The state to go on from, a fresh one, or None."""
-        if past_key_values is None:
+        # Without gradients nothing is computed twice, and a state can be carried: generate() in train mode
+        checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if cache is None:
             if packed and use_cache:
                 raise ValueError("use_cache: packed sequences have no one state to return; leave it out")
             if use_cache is None:
                 use_cache = self.config.use_cache and not self.training and not packed
-            use_cache = use_cache and not (self.gradient_checkpointing and self.training)
-            return RecurrentCache(len(self.layers)) if use_cache else None
-        if not isinstance(past_key_values, RecurrentCache):
-            raise TypeError(f"past_key_values: expected a RecurrentCache, got {type(past_key_values).__name__}")
-        if self.gradient_checkpointing and self.training:
-            raise ValueError("past_key_values: gradient checkpointing drops the state; switch one of them off")
-        if past_key_values.model_type not in (None, self.config.model_type):
-            raise ValueError(
-                f"past_key_values: expected the state of a {self.config.model_type}, got {past_key_values.model_type}'s"
-            )
+            return RecurrentCache(len(self.layers)) if use_cache and not checkpointed else None
+        if not isinstance(cache, RecurrentCache):
+            raise TypeError(f"cache: expected a RecurrentCache, got {type(cache).__name__}")
+        if checkpointed:
+            raise ValueError("cache: gradient checkpointing drops the state; switch one of them off")
+        if cache.model_type not in (None, self.config.model_type):
+            raise ValueError(f"cache: expected the state of a {self.config.model_type}, got {cache.model_type}'s")
         if packed:
-            raise ValueError("past_key_values: packed sequences start from the initial state; pass no cache with them")
-        if len(past_key_values) != len(self.layers):
-            raise ValueError(
-                f"past_key_values: expected the state of {len(self.layers)} layers, got one of {len(past_key_values)}"
-            )
-        for layer, state in zip(self.layers, past_key_values.states, strict=True):
+            raise ValueError("cache: packed sequences start from the initial state; pass no cache with them")
+        if len(cache) != len(self.layers):
+            raise ValueError(f"cache: expected the state of {len(self.layers)} layers, got one of {len(cache)}")
+        for layer, state in zip(self.layers, cache.states, strict=True):
             expected = [(batch, *shape) for shape in layer.state_shapes]  # type: ignore[union-attr]
             if state is not None and [tuple(x.shape) for x in state] != expected:
                 raise ValueError(
-                    f"past_key_values: expected states of shapes {expected}, got {[tuple(x.shape) for x in state]}; "
+                    f"cache: expected states of shapes {expected}, got {[tuple(x.shape) for x in state]}; "
                     "a cache fits the model and the batch size that made it (RecurrentCache.batch_repeat_interleave "
                     "widens it for beams)"
                 )
-        return past_key_values
+        return cache
 
 
 class RecurrentForCausalLM(MemoryProtocol, RecurrentPreTrainedModel, GenerationMixin):
@@ -367,10 +367,15 @@ class RecurrentForCausalLM(MemoryProtocol, RecurrentPreTrainedModel, GenerationM
         """(B, T, hidden_size) to (B, T, vocab_size)."""
         return self.lm_head(x)
 
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """As transformers', with the state to go on from under either of its names."""
+        state = state_of(*(kwargs.pop(name, None) for name in STATE_NAMES))
+        return super().generate(inputs, *args, **kwargs if state is None else kwargs | {STATE: state})
+
     def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
         """As transformers', and widens the state that a prompt goes on from, for beams and several samples."""
-        if expand_size > 1 and isinstance(kwargs.get("past_key_values"), RecurrentCache):
-            kwargs["past_key_values"].batch_repeat_interleave(expand_size)
+        if expand_size > 1 and isinstance(kwargs.get(STATE), RecurrentCache):
+            kwargs[STATE].batch_repeat_interleave(expand_size)
         return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -408,26 +413,33 @@ class RecurrentForCausalLM(MemoryProtocol, RecurrentPreTrainedModel, GenerationM
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: RecurrentCache | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutput:
         """Next-token logits, and the loss where there are labels.
 
         Args:
             labels: (B, T), usually the input_ids: they are shifted here. -100 is ignored.
             logits_to_keep: logits of the last so many positions, or of the positions in an index tensor; 0 for all.
-            kwargs: `num_items_in_batch`, by which the summed loss is divided; what `RecurrentModel.forward` takes.
+            kwargs: `num_items_in_batch`, by which the summed loss is divided, and `shift_labels` (B, T), labels that
+                are shifted already; what `RecurrentModel.forward` takes.
             others: see `RecurrentModel.forward`.
 
         Returns:
-            `loss`, `logits` (B, T, vocab_size), `past_key_values`, `hidden_states` if asked for.
+            `loss`, `logits` (B, T, vocab_size), `cache`, which is `past_key_values` as well, `hidden_states` if asked
+            for.
+
+        Raises:
+            TypeError, ValueError, IndexError: see `RecurrentModel.forward`.
         """
+        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=state_of(cache, past_key_values),
             **kwargs,
         )
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -441,13 +453,8 @@ class RecurrentForCausalLM(MemoryProtocol, RecurrentPreTrainedModel, GenerationM
                     f"logits_to_keep=0), got {tuple(labels.shape)}"
                 )
             labels = labels.long()  # type: ignore[assignment]
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+        return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{STATE: outputs.cache})
 
 
 class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
@@ -458,6 +465,7 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
     """
 
     model_class: type[RecurrentModel]
+    accepts_loss_kwargs = False  # its loss is a mean, which Trainer divides by the accumulated batches
 
     def __init__(self, config: RecurrentConfig):
         super().__init__(config)
@@ -475,8 +483,9 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: RecurrentCache | None = None,
         **kwargs,
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> SequenceClassifierOutput:
         """Logits (B, num_labels) at the last token that `attention_mask` marks as real.
 
         Without an attention_mask, tokens equal to `config.pad_token_id` are padding. The loss follows
@@ -484,6 +493,7 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
 
         Raises:
             ValueError: a row of padding only, or packed sequences (a classifier takes one sequence a row).
+            others: see `RecurrentModel.forward`.
         """
         packing = [name for name in ("cu_seq_lens_q", "seq_idx", "position_ids") if kwargs.get(name) is not None]
         if packing:
@@ -493,9 +503,9 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=state_of(cache, past_key_values),
             **kwargs,
         )
         x = outputs.last_hidden_state
@@ -507,6 +517,6 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{STATE: outputs.cache}
         )

@@ -108,10 +108,10 @@ def stream_losses(model: Any, inputs: dict[str, Tensor], chunk_size: int) -> tup
         outputs = model.model(
             inputs["input_ids"][..., start:stop].flatten(0, 1),
             attention_mask=None if mask is None else mask[..., start:stop].flatten(0, 1),
-            past_key_values=state,
+            cache=state,
             use_cache=True,
         )
-        state, hidden = outputs.past_key_values, outputs.last_hidden_state
+        state, hidden = outputs.cache, outputs.last_hidden_state
         targets = labels[..., start + 1 : stop + 1].flatten(0, 1)
         for h, target in zip(*_pieces(hidden, targets, model.config.vocab_size), strict=True):
             logits = model.logits(h)
