@@ -3,39 +3,71 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+PIP = -m pip install --quiet --disable-pip-version-check
 # Two at a time, with threads that do not spin while others wait for a core
-PYTEST = HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+PYTEST = -m pytest -n 2 --dist worksteal
+export HF_HUB_OFFLINE = 1
+export OMP_WAIT_POLICY = passive
+FAST = -m 'not gpu and not slow and not exhaustive'
+# What depends on the versions of transformers, accelerate, PEFT and huggingface_hub
+VERSIONED = tests/models tests/trainers tests/hub tests/compatibility
+TORCH = $(shell grep '^torch==' constraints.txt)
 
 # What others made, measured beside ours, in an environment of its own
 BENCH = $(VENV)-bench/bin/python
 BENCH_STAMP = $(VENV)-bench/.installed
 WHEELS ?= wheels
 
-.PHONY: demo test test-slow test-all lint bench bench-quality bench-check bench-gpu gpu-wheels performance model-cards \
+.PHONY: demo test test-oldest test-newest test-next test-slow test-all lint bench bench-quality bench-check bench-gpu gpu-wheels performance model-cards \
 	setup clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-next:
 	$(PYTHON) -c 'import sys; sys.exit("hf-rnn needs Python >= 3.11; set PYTHON=") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PYTHON) -m venv $@
+
+$(STAMP): pyproject.toml constraints.txt | $(VENV)
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-# Train a byte-level minGRU on the Python documentation, show what it learned, reload it: under 5 minutes on a CPU.
-demo: $(STAMP)
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[cpu,plot]'
+	touch $(VENV)/.demo
+
+# Train a byte-level minGRU on the Python documentation, show what it learned, reload it.
+demo: $(VENV)/.demo
 	$(BIN)/python -m hf_rnn.cli.demo
 
 test: $(STAMP)
-	$(PYTEST) -m 'not gpu and not slow and not exhaustive'
+	$(BIN)/python $(PYTEST) $(FAST)
+
+$(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt | $(VENV)-oldest
+	$(VENV)-oldest/bin/python $(PIP) -c constraints-oldest.txt -e '.[test]'
+	touch $@
+
+# On the oldest versions that pyproject.toml allows
+test-oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python $(PYTEST) $(FAST) $(VERSIONED)
+
+# On the newest versions that it allows, looked for each time; torch stays, whose newer builds bring CUDA's gigabytes
+test-newest: | $(VENV)-newest
+	$(VENV)-newest/bin/python $(PIP) --upgrade --upgrade-strategy eager $(TORCH) -e '.[test]'
+	$(VENV)-newest/bin/python $(PYTEST) $(FAST) $(VERSIONED)
+
+# On the newest that there are, without pyproject.toml's cap: what the next release of transformers breaks. Not in CI.
+test-next: | $(VENV)-next
+	$(VENV)-next/bin/python $(PIP) $(TORCH) -e '.[test]'
+	$(VENV)-next/bin/python $(PIP) --upgrade $(TORCH) transformers accelerate peft huggingface_hub datasets
+	$(VENV)-next/bin/python $(PYTEST) $(FAST) $(VERSIONED)
 
 # What `test` has no time for
 test-slow: $(STAMP)
-	$(PYTEST) -m 'slow and not gpu and not exhaustive'
+	$(BIN)/python $(PYTEST) -m 'slow and not gpu and not exhaustive'
 
 # Everything, hours of it
 test-all: $(STAMP)
-	$(PYTEST) -m 'not gpu'
+	$(BIN)/python $(PYTEST) -m 'not gpu'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -83,4 +115,4 @@ model-cards: $(STAMP)
 	$(BIN)/python benchmarks/model_cards.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench build dist *.egg-info runs
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info runs

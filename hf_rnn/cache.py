@@ -9,8 +9,8 @@ class RecurrentCache(Cache):
     """The whole state of a recurrent model: a tuple of float32 tensors per layer, whatever the length of the past.
 
     Passed and returned as `cache`, or `past_key_values`. Tensors keep their shape and, where no gradient flows through
-    them, their address, so that a compiled decoding step can be captured. A subclass of transformers' `Cache` in name and
-    interface only: its layers hold keys and values.
+    them, their address, so that a compiled decoding step can be captured. A subclass of transformers' `Cache` in name
+    and interface only: its layers hold keys and values.
 
     Attributes:
         states: per layer, the tuple of (B, ...) tensors, or None before the first token.

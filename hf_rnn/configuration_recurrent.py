@@ -101,6 +101,9 @@ class RecurrentConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: expected an object, got {value!r}")
         if not all(str(key).isdecimal() for key in self.id2label or {}):
             raise ValueError(f"id2label: expected whole numbers as names, got {list(self.id2label or {})}")
+        for field in fields(self):  # huggingface_hub before 2 takes True for a whole number
+            if isinstance(getattr(self, field.name, None), bool) and "bool" not in str(field.type):
+                raise ValueError(f"{field.name}: expected {field.type}, got {getattr(self, field.name)}")
         labels = kwargs.get("num_labels")
         if labels is not None and (not isinstance(labels, int) or labels < 0):
             raise ValueError(f"num_labels: expected a whole number of at least 0, got {labels!r}")
@@ -109,7 +112,7 @@ class RecurrentConfig(PreTrainedConfig):
             raise ValueError(f"quantization_config: expected an object, got {coded!r}")
         for name in kwargs:
             found = getattr(type(self), name, None)
-            if isinstance(found, property) and found.fset is None:
+            if isinstance(found, property) and (found.fset is None or name == "base_model_tp_plan"):
                 raise ValueError(f"{name}: follows from other settings and cannot be set")
 
     @staticmethod
@@ -138,6 +141,18 @@ class RecurrentConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         return ["linear_attention"] * self.num_hidden_layers
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        """How the backbone's matrices lie over processes, by their names, in transformers' terms; {}: whole on each."""
+        return {}
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        return vars(self).get("base_model_tp_plan", self.tensor_parallel_plan())
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        vars(self)["base_model_tp_plan"] = plan  # transformers 5.17 to 5.20 add the rows of tied embeddings
 
 
 @strict
@@ -168,8 +183,7 @@ class MinBlockConfig(RecurrentConfig):
         """Channels of the recurrence."""
         return int(self.hidden_size * self.expansion_factor)
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def tensor_parallel_plan(self) -> dict[str, str]:
         """Matrices over processes. The recurrence between them has all its channels on each: its projection holds gates
         side by side, and its state is one tensor, so outputs are gathered."""
         plan = {"layers.*.mixer.in_proj": "colwise_gather_output"}

@@ -79,7 +79,7 @@ class CodedQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         return [WeightConverter(re.escape(SUFFIX) + "$", "", [self._decode], force_cpu=True)]
 
-    def update_weight_conversions(self, weight_conversions, model):
+    def update_weight_conversions(self, weight_conversions, model=None):  # without the model before 5.21
         return weight_conversions + self.get_weight_conversions()
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -97,6 +97,8 @@ class CodedQuantizer(HfQuantizer):
         if getattr(config, "transformers_weights", None) == UNREADABLE:
             del config.transformers_weights
         return config
+
+    update_tp_plan = update_attn_implementation  # which 5.17 has not; it asks this first
 
     def _missing(self, model: PreTrainedModel) -> list[str]:
         """What the checkpoint should have and this model wants, by its name with or without the backbone's prefix."""

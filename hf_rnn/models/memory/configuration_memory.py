@@ -39,8 +39,7 @@ class MemoryRNNConfig(RecurrentConfig):
         """Channels of a feed-forward of one token."""
         return int(self.hidden_size * self.feed_forward_factor)
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def tensor_parallel_plan(self) -> dict[str, str]:
         """The readout's matrices over processes. The updater is on each: its products wait for one another at every
         token, and would wait for the network as well."""
         plan = {"layers.*.mixer.out_proj": "rowwise_split_input"}

@@ -83,8 +83,7 @@ class XLSTMConfig(RecurrentConfig):
         told = {name: getattr(self, name) for name in default}
         return default | {name: size for name, size in told.items() if size is not None}
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def tensor_parallel_plan(self) -> dict[str, str]:
         """As `MinBlockConfig`'s, sLSTM cells whole on each process. A gated feed-forward's halves are cut alike, but
         gathered where it has biases, which transformers' "packed_colwise" (5.23) cuts as one."""
         into, back = ("in_proj", "out_proj") if self.is_7b else ("up_proj", "down_proj")
