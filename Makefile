@@ -5,9 +5,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 PIP = -m pip install --quiet --disable-pip-version-check
 # Two at a time, with threads that do not spin while others wait for a core
-PYTEST = -m pytest -n 2 --dist worksteal
-export HF_HUB_OFFLINE = 1
-export OMP_WAIT_POLICY = passive
+pytest = HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(1)/bin/python -m pytest -n 2 --dist worksteal
 FAST = -m 'not gpu and not slow and not exhaustive'
 # What depends on the versions of transformers, accelerate, PEFT and huggingface_hub
 VERSIONED = tests/models tests/trainers tests/hub tests/compatibility
@@ -40,7 +38,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m hf_rnn.cli.demo
 
 test: $(STAMP)
-	$(BIN)/python $(PYTEST) $(FAST)
+	$(call pytest,$(VENV)) $(FAST)
 
 $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt | $(VENV)-oldest
 	$(VENV)-oldest/bin/python $(PIP) -c constraints-oldest.txt -e '.[test]'
@@ -48,26 +46,26 @@ $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt | $(VENV)-oldes
 
 # On the oldest versions that pyproject.toml allows
 test-oldest: $(VENV)-oldest/.installed
-	$(VENV)-oldest/bin/python $(PYTEST) $(FAST) $(VERSIONED)
+	$(call pytest,$(VENV)-oldest) $(FAST) $(VERSIONED)
 
 # On the newest versions that it allows, looked for each time; torch stays, whose newer builds bring CUDA's gigabytes
 test-newest: | $(VENV)-newest
 	$(VENV)-newest/bin/python $(PIP) --upgrade --upgrade-strategy eager $(TORCH) -e '.[test]'
-	$(VENV)-newest/bin/python $(PYTEST) $(FAST) $(VERSIONED)
+	$(call pytest,$(VENV)-newest) $(FAST) $(VERSIONED)
 
 # On the newest that there are, without pyproject.toml's cap: what the next release of transformers breaks. Not in CI.
 test-next: | $(VENV)-next
 	$(VENV)-next/bin/python $(PIP) $(TORCH) -e '.[test]'
 	$(VENV)-next/bin/python $(PIP) --upgrade $(TORCH) transformers accelerate peft huggingface_hub datasets
-	$(VENV)-next/bin/python $(PYTEST) $(FAST) $(VERSIONED)
+	$(call pytest,$(VENV)-next) $(FAST) $(VERSIONED)
 
 # What `test` has no time for
 test-slow: $(STAMP)
-	$(BIN)/python $(PYTEST) -m 'slow and not gpu and not exhaustive'
+	$(call pytest,$(VENV)) -m 'slow and not gpu and not exhaustive'
 
 # Everything, hours of it
 test-all: $(STAMP)
-	$(BIN)/python $(PYTEST) -m 'not gpu'
+	$(call pytest,$(VENV)) -m 'not gpu'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

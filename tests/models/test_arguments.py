@@ -2,39 +2,43 @@
 
 import ast
 import inspect
-import re
+import textwrap
 
 import pytest
 import torch
 import transformers
-from transformers import GenerationMixin, Trainer
-from transformers.pipelines import text_classification, text_generation, zero_shot_classification
+from conftest import ARCHITECTURES
+from transformers import (
+    GenerationMixin,
+    TextClassificationPipeline,
+    TextGenerationPipeline,
+    Trainer,
+    ZeroShotClassificationPipeline,
+)
 from transformers.utils import TransformersKwargs
 
-from conftest import ARCHITECTURES
 from hf_rnn.inputs import IGNORED
 
 # What transformers passes to models of other kinds: with encoders, images or sound, experts, or attention in both
 # directions. Passed to ours they are a mistake, and refused.
-OF_OTHERS = {
-    *("encoder_outputs", "decoder_attention_mask", "decoder_input_ids", "decoder_position_ids", "cross_attn_head_mask"),
-    *("mm_encoder_outputs", "mm_token_type_ids", "moe_mm_token_type_ids", "token_type", "head_mask", "langs"),
-    *("output_router_logits", "is_causal", "prefix", "handle_long_generation", "past_buckets_states", "mems", "state"),
-}
+OF_OTHERS = {"decoder_attention_mask", "encoder_outputs", "is_causal", "mm_encoder_outputs", "mm_token_type_ids"}
+OF_OTHERS |= {"output_router_logits"}
+
+# Where they put what into a model's arguments
+SOURCES = [GenerationMixin, Trainer.compute_loss, Trainer.prediction_step, TextClassificationPipeline._forward]
+SOURCES += [TextGenerationPipeline._forward, ZeroShotClassificationPipeline._forward]
 
 
 def names_passed() -> set[str]:
-    """Names under which GenerationMixin, Trainer and the pipelines of text put something into a model's arguments."""
+    """Names under which GenerationMixin, Trainer and the pipelines of text pass something to a model."""
     names = set(TransformersKwargs.__annotations__)
-    for source in (GenerationMixin, Trainer, text_classification, text_generation, zero_shot_classification):
-        for node in ast.walk(ast.parse(inspect.getsource(source))):
-            if not isinstance(node, ast.Assign):
-                continue
-            for target in node.targets:
-                if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
-                    holder = ast.unparse(target.value)
-                    if re.fullmatch(r"model_inputs|model_kwargs|inputs|kwargs", holder):
-                        names.add(target.slice.value)
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(source)))):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            for target in targets:
+                holder = ast.unparse(target.value) if isinstance(target, ast.Subscript) else None
+                if holder in {"model_inputs", "model_kwargs", "inputs", "kwargs"}:
+                    names.add(getattr(target.slice, "value", None))
     return {name for name in names if isinstance(name, str)}
 
 
@@ -42,7 +46,7 @@ def names_passed() -> set[str]:
 def test_every_name_that_transformers_passes_is_taken_or_belongs_to_other_models(kind):
     model_class = ARCHITECTURES["mingru"][kind]
     documented = set(inspect.signature(model_class.forward).parameters)
-    documented |= {"cu_seq_lens_q", "seq_idx", "position_ids", "num_items_in_batch", "logits_to_keep"}
+    documented |= {"cu_seq_lens_q", "seq_idx", "position_ids", "num_items_in_batch", "shift_labels", "logits_to_keep"}
     passed = names_passed()
     assert {"cache_position", "logits_to_keep", "num_items_in_batch", "use_cache"} <= passed  # the walk finds them
     unknown = passed - documented - IGNORED - OF_OTHERS
