@@ -8,7 +8,7 @@ PIP = -m pip install --quiet --disable-pip-version-check
 pytest = HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(1)/bin/python -m pytest -n 2 --dist worksteal
 FAST = -m 'not gpu and not slow and not exhaustive'
 # What depends on the versions of transformers, accelerate, PEFT and huggingface_hub
-VERSIONED = tests/models tests/trainers tests/hub tests/compatibility
+VERSIONED = tests/test_private_members.py tests/models tests/trainers tests/hub tests/compatibility
 TORCH = $(shell grep '^torch==' constraints.txt)
 
 # What others made, measured beside ours, in an environment of its own
