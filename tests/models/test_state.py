@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES
 from hypothesis import HealthCheck, given, settings
+from transformers import Cache
 
 from hf_rnn import RecurrentCache
 
@@ -224,3 +225,16 @@ def test_cache_methods(model, ids):
         assert "seen_tokens=17" in repr(state)
     with pytest.raises(ValueError, match="cannot be cropped"):
         state.crop(1)
+
+
+def test_the_cache_answers_all_that_transformers_asks_of_one(model, ids):
+    """What is inherited looks at layers of keys and values, of which there are none: it must be known to be harmless."""
+    lists_of_layers = {"is_linear", "is_sliding", "is_dummy"}
+    follows = {"get_query_offset", "get_max_cache_shape", "max_cache_len", "max_batch_size"}
+    raises = {"early_initialization", "offload", "prefetch", "is_recording_past", "update_indexer"}
+    raises |= {f"{verb}_{kind}_state" for verb in ("get", "update") for kind in ("conv", "recurrent")}
+    inherited = {name for name in vars(Cache).keys() - vars(RecurrentCache).keys() if not name.startswith("_")}
+    assert inherited <= lists_of_layers | follows | raises | {"activate_past_recording"}
+    cache = model(ids).cache
+    assert cache.get_query_offset() == 17 and not cache.is_croppable and cache.has_previous_state()
+    assert not any(getattr(cache, name) for name in lists_of_layers & inherited)

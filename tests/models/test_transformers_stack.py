@@ -282,6 +282,22 @@ def test_trainer_in_default_settings(model, ids, tmp_path):
     assert trainer.predict(dataset).predictions.shape == (3, 17, 61)
 
 
+@pytest.mark.parametrize("kind", [1, 2], ids=["causal", "classification"])
+def test_accumulated_batches_make_the_step_of_a_whole_one(ids, tmp_path, kind):
+    config_class, model_class = ARCHITECTURES["mingru"][0], ARCHITECTURES["mingru"][kind]
+    labels = ids.tolist() if kind == 1 else [0, 1, 1]
+    dataset = Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels})
+    weights = []
+    for rows in (3, 1):
+        torch.manual_seed(0)
+        model = model_class(config_class(vocab_size=61, hidden_size=16, num_hidden_layers=1, pad_token_id=None))
+        options = dict(optim="sgd", learning_rate=1.0, max_grad_norm=0.0, max_steps=1)
+        batches = dict(per_device_train_batch_size=rows, gradient_accumulation_steps=3 // rows)
+        Trainer(model, training_arguments(tmp_path, **options | batches), train_dataset=dataset).train()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*weights)
+
+
 @pytest.mark.parametrize("offsets", [False, True])
 def test_trainer_with_packing(model, tmp_path, offsets):
     """The packed batch's loss is that of its sequences one by one."""
