@@ -228,7 +228,7 @@ def test_cache_methods(model, ids):
 
 
 def test_the_cache_answers_all_that_transformers_asks_of_one(model, ids):
-    """What is inherited looks at layers of keys and values, of which there are none: it must be known to be harmless."""
+    """What is inherited looks at layers of keys and values, of which there are none: it must be known as harmless."""
     lists_of_layers = {"is_linear", "is_sliding", "is_dummy"}
     follows = {"get_query_offset", "get_max_cache_shape", "max_cache_len", "max_batch_size"}
     raises = {"early_initialization", "offload", "prefetch", "is_recording_past", "update_indexer"}
