@@ -112,6 +112,39 @@ def test_config_survives_a_round_trip(tmp_path):
     assert MinGRUConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
+def special_tokens(config):
+    return config.pad_token_id, config.bos_token_id, config.eos_token_id
+
+
+def test_special_tokens_are_the_byte_vocabularys_alone(architecture, tmp_path, capfd):
+    """And what is told stays, None included, through a saved config."""
+    make = ARCHITECTURES[architecture][0]
+    assert special_tokens(make()) == (256, 257, 258)
+    assert special_tokens(make(vocab_size=300)) == special_tokens(make(vocab_size=64)) == (None, None, None)
+    assert "within the vocabulary" not in capfd.readouterr().err, "transformers would warn of each"
+    for told in (
+        make(),
+        make(vocab_size=300, pad_token_id=256),
+        make(pad_token_id=None, eos_token_id=[3, 258]),
+        make(vocab_size=64, bos_token_id=0),
+        make(pad_token_id=None, bos_token_id=None, eos_token_id=None),
+    ):
+        told.save_pretrained(tmp_path)
+        assert special_tokens(make.from_pretrained(tmp_path)) == special_tokens(told)
+
+
+@pytest.mark.parametrize("architecture", ["gru"], indirect=True)
+def test_ordinary_tokens_of_another_vocabulary(architecture):
+    """Token 256 of 300 is none of padding, and 258 ends nothing."""
+    config, causal, classifier = ARCHITECTURES[architecture]
+    config = config(vocab_size=300, hidden_size=16, num_hidden_layers=1)
+    ids = torch.tensor([[3, 256], [4, 5]])
+    model = classifier(config).eval()
+    assert torch.equal(model(ids).logits, model(ids, attention_mask=torch.ones_like(ids)).logits)
+    generation = causal(config).generation_config
+    assert generation.eos_token_id is None and generation.pad_token_id is None
+
+
 def tensors(draw, shapes, dtypes=(torch.int64, torch.int32, torch.float32, torch.bool, torch.uint8)):
     """A tensor of one of the shapes, its numbers between anything and sense."""
     low, high = draw(st.sampled_from([(0, 2), (0, 61), (-101, 70), (-(2**31), 2**31 - 1)]))
