@@ -257,8 +257,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
         Args:
             input_ids: (B, T) tokens; or inputs_embeds, (B, T, hidden_size).
-            attention_mask: (B, T), or longer with the past in front; zero at padding, on either side or in between.
-                Padding changes neither the state nor any other token's output.
+            attention_mask: (B, T), or longer with the past in front; zeros at padding, on either side or in between, ones
+                elsewhere. Padding changes neither the state nor any other token's output.
             position_ids: (B, T) or (1, T). A recurrent model needs no positions; a position 0 after the first token
                 starts a new sequence, so that packed batches (`DataCollatorWithFlattening`) work. Not under a
                 `torch.compile(fullgraph=True)`; `cu_seq_lens_q` is.
@@ -278,7 +278,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if input_ids is not None:
             if input_ids.dim() != 2:
                 raise ValueError(f"input_ids: expected shape (B, T), got {tuple(input_ids.shape)}")
-            check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings)
+            check_ids("input_ids", input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:

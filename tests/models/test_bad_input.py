@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from hf_rnn import MinGRUConfig, RecurrentCache
+from hf_rnn.inputs import padding_mask
 from hf_rnn_kernels import gru_scan, lstm_scan, min_gru_scan
 
 
@@ -27,6 +28,8 @@ from hf_rnn_kernels import gru_scan, lstm_scan, min_gru_scan
         (lambda ids: dict(inputs_embeds=torch.zeros(3, 17, 15)), ValueError, "inputs_embeds: expected shape"),
         (lambda ids: dict(input_ids=ids, attention_mask=torch.ones(3, 16)), ValueError, "attention_mask: expected"),
         (lambda ids: dict(input_ids=ids, attention_mask=torch.ones(3, 1, 17, 17)), ValueError, "attention_mask: exp"),
+        (lambda ids: dict(input_ids=ids, attention_mask=1 + (ids > 9).int()), ValueError, "attention_mask: .* zeros"),
+        (lambda ids: dict(input_ids=ids, attention_mask=-1 * (ids > 9).long()), ValueError, "attention_mask: .* zeros"),
         (lambda ids: dict(input_ids=ids, position_ids=torch.zeros(2, 17)), ValueError, "position_ids: expected shape"),
         (lambda ids: dict(input_ids=ids[:1], cu_seq_lens_q=torch.tensor([0, 18])), ValueError, "cu_seq_lens_q: expect"),
         (lambda ids: dict(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 17])), ValueError, "cu_seq_lens_q: packed"),
@@ -39,6 +42,31 @@ from hf_rnn_kernels import gru_scan, lstm_scan, min_gru_scan
 def test_forward(model, ids, arguments, error, message):
     with pytest.raises(error, match=message):
         model(**arguments(ids))
+
+
+PACKED = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]])
+
+
+def test_a_mask_that_numbers_sequences_is_refused(architecture, make_model):
+    """Read as ones they would see each other: by the language model, its classifier, and where the past is in front."""
+    config, _, classifier = ARCHITECTURES[architecture]
+    ids = torch.arange(8)[None]
+    models = make_model(), classifier(config(vocab_size=61, hidden_size=16)).eval()
+    for model in models:
+        for mask in (PACKED, PACKED.to(torch.uint8), 0.5 * PACKED):
+            with pytest.raises(ValueError, match="attention_mask: .*position_ids"):
+                model(ids, attention_mask=mask)
+        assert torch.equal(model(ids, attention_mask=PACKED > 0).logits, model(ids).logits)
+    state = models[0](ids[:, :4], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="attention_mask: .*position_ids"):
+        models[0](ids[:, 4:], attention_mask=PACKED.flip(1), past_key_values=state)
+
+
+def test_a_mask_that_numbers_sequences_is_refused_in_a_graph():
+    mask = torch.compile(lambda mask: padding_mask(mask, 1, 8, 0), backend="aot_eager", fullgraph=True)
+    assert torch.equal(mask(PACKED.clamp(max=1)), torch.ones(1, 8, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="attention_mask: expected zeros at padding"):
+        mask(PACKED)
 
 
 def test_ignored_labels_are_fine(model, ids):
