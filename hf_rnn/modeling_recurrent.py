@@ -257,8 +257,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
         Args:
             input_ids: (B, T) tokens; or inputs_embeds, (B, T, hidden_size).
-            attention_mask: (B, T), or longer with the past in front; zeros at padding, on either side or in between, ones
-                elsewhere. Padding changes neither the state nor any other token's output.
+            attention_mask: (B, T), or longer with the past in front; zeros at padding, on either side or in between (ones
+                elsewhere). Padding changes neither the state nor any other token's output.
             position_ids: (B, T) or (1, T). A recurrent model needs no positions; a position 0 after the first token
                 starts a new sequence, so that packed batches (`DataCollatorWithFlattening`) work. Not under a
                 `torch.compile(fullgraph=True)`; `cu_seq_lens_q` is.
@@ -428,6 +428,7 @@ class RecurrentForCausalLM(MemoryProtocol, RecurrentPreTrainedModel, GenerationM
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -496,6 +497,7 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         x = outputs.last_hidden_state

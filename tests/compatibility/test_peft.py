@@ -7,7 +7,6 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
-
 WRAPPED = {
     "embedding and head": dict(target_modules=["embed_tokens", "in_proj", "lm_head"]),
     "new tokens": dict(target_modules=["lm_head"], trainable_token_indices={"embed_tokens": [1, 2]}),
