@@ -10,6 +10,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from hf_rnn.adapters import register_lora_targets
+
 logger = logging.get_logger(__name__)
 
 # What transformers itself passes to or stores in a config beyond its fields
@@ -120,6 +122,10 @@ class RecurrentConfig(PreTrainedConfig):
             found = getattr(type(self), name, None)
             if isinstance(found, property) and found.fset is None:
                 raise ValueError(f"{name}: follows from other settings and cannot be set")
+
+    def to_dict(self) -> dict[str, Any]:
+        register_lora_targets(self.model_type)
+        return super().to_dict()
 
     @staticmethod
     def _check_width(name: str, channels: float, least: int = 1) -> None:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import constants
 from torch import nn
 
 WRAPPED = {
@@ -28,6 +29,13 @@ def test_what_peft_puts_in_the_place_of_modules(model, ids, settings):
     adapted.train()(input_ids=ids, labels=ids).loss.backward()
     trained = [p.grad for p in adapted.parameters() if p.requires_grad]
     assert all(grad is not None for grad in trained) and any(grad.any() for grad in trained)
+
+
+@pytest.mark.parametrize("architecture", ["gru"], indirect=True)
+def test_peft_that_is_imported_after_the_model_was_made(model, monkeypatch):
+    targets = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    monkeypatch.delitem(targets, model.config.model_type, raising=False)
+    assert get_peft_model(model, LoraConfig(r=2, task_type=TaskType.CAUSAL_LM)).peft_config
 
 
 def test_lora_without_target_modules(model, ids, tmp_path):
