@@ -75,6 +75,14 @@ class RecurrentCache(Cache):
         """Forget everything: the next token is the first."""
         self.states = [None] * len(self.states)
         self.seen_tokens = 0
+        self.model_type = None
+
+    def __deepcopy__(self, memo: dict) -> "RecurrentCache":
+        """To go on from one state in several ways. Gradients flow through the copy as through this one."""
+        memo[id(self)] = other = RecurrentCache(len(self))
+        other.states = [None if state is None else tuple(x.clone() for x in state) for state in self.states]
+        other.seen_tokens, other.model_type = self.seen_tokens, self.model_type
+        return other
 
     def detach(self) -> "RecurrentCache":
         """Cut the graph, for backpropagation truncated in time; in place, returns itself."""

@@ -10,6 +10,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from hf_rnn.adapters import register_lora_targets
+
 logger = logging.get_logger(__name__)
 
 # What transformers itself passes to or stores in a config beyond its fields
@@ -18,6 +20,10 @@ _TRANSFORMERS_NAMES = {
     "num_labels", "output_attentions", "quantization_config", "tie_last_hidden_states", "torch_dtype",
     "transformers_weights",
 }  # fmt: skip
+# The special tokens of the byte tokenizer, whose vocabulary has 259 tokens
+_BYTES = 259
+_BYTE_TOKENS = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
+_UNTOLD = -1  # a token's id until then; None is an answer
 # What no model has, so that a damaged config.json is an error and not hours of building layers
 _MOST_LAYERS = 10_000
 _WIDEST = 2**24
@@ -37,13 +43,15 @@ class RecurrentConfig(PreTrainedConfig):
         initializer_range: standard deviation of the initial embeddings and linear weights.
         tie_word_embeddings: the head shares the embedding's weights.
         use_cache: return the state from forward outside training.
+        pad_token_id, bos_token_id, eos_token_id: where not told, the byte tokenizer's 256, 257 and 258 with its
+            vocabulary of 259, None with any other.
         max_position_embeddings: what other tools take for the longest context. A recurrent model has none: the largest
             number they can hold; lm-evaluation-harness would cut texts at 2,048 tokens without it.
     """
 
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # the state, before transformers 5.24 and since
 
-    vocab_size: int = 259
+    vocab_size: int = _BYTES
     hidden_size: int = 384
     num_hidden_layers: int = 3
     use_bias: bool = True
@@ -53,11 +61,14 @@ class RecurrentConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     use_cache: bool = True
     max_position_embeddings: int = 2**31 - 1
-    pad_token_id: int | None = 256
-    bos_token_id: int | None = 257
-    eos_token_id: int | list[int] | None = 258
+    pad_token_id: int | None = _UNTOLD
+    bos_token_id: int | None = _UNTOLD
+    eos_token_id: int | list[int] | None = _UNTOLD
 
     def __post_init__(self, **kwargs):
+        for name, token in _BYTE_TOKENS.items():
+            if getattr(self, name) == _UNTOLD:
+                setattr(self, name, token if self.vocab_size == _BYTES else None)
         self._check_foreign(kwargs)
         known = [field.name for field in fields(self)]
         for name in kwargs:
@@ -114,6 +125,10 @@ class RecurrentConfig(PreTrainedConfig):
             found = getattr(type(self), name, None)
             if isinstance(found, property) and (found.fset is None or name == "base_model_tp_plan"):
                 raise ValueError(f"{name}: follows from other settings and cannot be set")
+
+    def to_dict(self) -> dict[str, Any]:
+        register_lora_targets(self.model_type)
+        return super().to_dict()
 
     @staticmethod
     def _check_width(name: str, channels: float, least: int = 1) -> None:

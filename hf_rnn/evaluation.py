@@ -37,5 +37,12 @@ def stream_loss(model: PreTrainedModel, ids: Tensor, chunk: int = 4096, progress
 
 
 def bits_per_byte(model: PreTrainedModel, ids: Tensor, num_bytes: int, **options) -> float:
-    """`stream_loss` in bits, over the bytes that the tokens after the first stand for."""
+    """`stream_loss` in bits, over the bytes of the text that was read after the first token (`hf_rnn.cli.data.tokenize`
+    tells): of the text itself, not of what the tokens decode to.
+
+    Raises:
+        ValueError: no such bytes.
+    """
+    if num_bytes < 1:
+        raise ValueError(f"num_bytes: expected at least 1 byte of text after the first token, got {num_bytes}")
     return stream_loss(model, ids, **options) / math.log(2) / num_bytes

@@ -6,6 +6,10 @@ from torch import Tensor
 from hf_rnn.cache import RecurrentCache
 from hf_rnn_kernels.checks import check_cu_seqlens
 
+_OTHER_VALUES = (
+    "attention_mask: expected zeros at padding and ones elsewhere, got other values; sequences packed into a row are "
+    "told apart by position_ids, seq_idx or cu_seq_lens_q"
+)
 # What transformers, its collators and PEFT pass to any model and what means nothing for a recurrent one: there are no
 # attentions, keys nor segments. `return_dict` and `output_hidden_states` are seen to by decorators around forward.
 IGNORED = {"cache_position", "cu_seq_lens_k", "max_length_k", "max_length_q", "output_attentions", "token_type_ids"}
@@ -63,17 +67,15 @@ def padding_mask(attention_mask: Tensor | None, batch: int, time: int, past: int
             f"attention_mask: expected shape (B, T) = {(batch, time)} or, with the past in front, "
             f"{(batch, past + time)}, got {tuple(attention_mask.shape)}"
         )
-    compiling = torch.compiler.is_compiling()
-    if (
-        not compiling
-        and attention_mask.is_floating_point()
-        and not ((attention_mask == 0) | (attention_mask == 1)).all()
-    ):
-        raise ValueError("attention_mask: expected zeros at padding and ones elsewhere, got other values")
     mask = attention_mask[:, attention_mask.shape[1] - time :].bool()
-    if not compiling and bool(mask.all()):
-        return None
-    return mask
+    known = (attention_mask == attention_mask.bool()).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(known, _OTHER_VALUES)  # spoken by the device, which nobody waits for
+        return mask
+    known, real = torch.stack([known, mask.all()]).tolist()  # the device is waited for once
+    if not known:
+        raise ValueError(_OTHER_VALUES)
+    return None if real else mask
 
 
 def packed_offsets(

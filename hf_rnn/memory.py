@@ -22,7 +22,14 @@ class MemoryProtocol:
 
     @property
     def memory_shape(self) -> tuple[int, int]:
-        """(K, D).
+        """(K, D); no attribute of a model that memories cannot train (`check_memories` says why)."""
+        try:
+            return self.check_memories()
+        except ValueError as error:
+            raise AttributeError(str(error)) from error
+
+    def check_memories(self) -> tuple[int, int]:
+        """`memory_shape`.
 
         Raises:
             ValueError: a model that memories cannot train, with the reason.
@@ -47,8 +54,8 @@ class MemoryProtocol:
         """The memory after one more token: (N, K, D) and (N,) to (N, K, D)."""
         cache = RecurrentCache(len(self.model.layers))
         cache.states = [*self._split(memory.clone())]  # a cache is written to
-        state = self.model(input_ids[:, None], cache=cache, use_cache=True).cache
-        return self._join(state.states)
+        self.model(input_ids[:, None], cache=cache, use_cache=True)
+        return self._join(cache.states)
 
     def read_memory(self, memory: Tensor, input_ids: Tensor) -> Tensor:
         """Next-token logits: (N, K, D) and the token taken in last, (N,), to (N, V).

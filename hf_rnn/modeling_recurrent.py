@@ -4,6 +4,7 @@ A block is pre-norm residual: x += conv(x), x += recurrence(norm(x)), x += feed_
 last where the configuration has them. An architecture gives what mixes tokens (a `Mixer`) and its config.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_rnn.adapters import register_lora_targets
 from hf_rnn.cache import RecurrentCache
 from hf_rnn.configuration_recurrent import RecurrentConfig
 from hf_rnn.hub.damage import check_files, find_damaged_file, find_wrong_shape
@@ -100,10 +100,6 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _is_stateful = True  # no rollback: generate() refuses assisted decoding
     _can_record_outputs = {"hidden_states": RecurrentBlock}
-
-    def __init__(self, config: RecurrentConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        register_lora_targets(config.model_type)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -254,8 +250,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
         Args:
             input_ids: (B, T) tokens; or inputs_embeds, (B, T, hidden_size).
-            attention_mask: (B, T), or longer with the past in front; zero at padding, on either side or in between.
-                Padding changes neither the state nor any other token's output.
+            attention_mask: (B, T), or longer with the past in front; zeros at padding, on either side or in between,
+                ones elsewhere. Padding changes neither the state nor any other token's output.
             position_ids: (B, T) or (1, T). A recurrent model needs no positions; a position 0 after the first token
                 starts a new sequence, so that packed batches (`DataCollatorWithFlattening`) work. Not under a
                 `torch.compile(fullgraph=True)`; `cu_seq_lens_q` is.
@@ -281,7 +277,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if input_ids is not None:
             if input_ids.dim() != 2:
                 raise ValueError(f"input_ids: expected shape (B, T), got {tuple(input_ids.shape)}")
-            check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings)
+            check_ids("input_ids", input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
@@ -368,13 +364,24 @@ class RecurrentForCausalLM(MemoryProtocol, RecurrentPreTrainedModel, GenerationM
         return self.lm_head(x)
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
-        """As transformers', with the state to go on from under either of its names."""
+        """As transformers', with the state to go on from under either of its names.
+
+        Raises:
+            ValueError: an empty prompt; no new tokens after those of the state.
+        """
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] == 0 and kwargs.get("inputs_embeds") is None:
+            raise ValueError(
+                f"input_ids: expected at least one token, got shape {tuple(ids.shape)}; a text of none begins with "
+                "bos_token_id"
+            )
         state = state_of(*(kwargs.pop(name, None) for name in STATE_NAMES))
         return super().generate(inputs, *args, **kwargs if state is None else kwargs | {STATE: state})
 
     def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
-        """As transformers', and widens the state that a prompt goes on from, for beams and several samples."""
+        """As transformers', and with the state that a prompt goes on from in a wider copy, for beams and samples."""
         if expand_size > 1 and isinstance(kwargs.get(STATE), RecurrentCache):
+            kwargs[STATE] = copy.deepcopy(kwargs[STATE])
             kwargs[STATE].batch_repeat_interleave(expand_size)
         return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
 
@@ -389,9 +396,22 @@ class RecurrentForCausalLM(MemoryProtocol, RecurrentPreTrainedModel, GenerationM
             use_cache=use_cache,
             **kwargs,
         )
+        new = kwargs.get("next_sequence_length")  # of the text; None: all of it
+        if new is not None and new < 1:
+            time = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            raise ValueError(
+                f"input_ids: expected the whole text, the {time - new} tokens of the state and at least one "
+                f"more, got {time}; or new tokens alone and an attention_mask of the whole text, (B, {time - new} + T)"
+            )
         if use_cache and not is_first_iteration:
             inputs.pop("attention_mask", None)
         return inputs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """As transformers', which leaves the state to the model; a prompt read in chunks wants it beforehand."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.prefill_chunk_size is not None and generation_config.use_cache:
+            model_kwargs.setdefault(STATE, RecurrentCache(self.config.num_hidden_layers))
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         """Whether generate() compiles its steps: if `compile_config` asks for it, on any device, since a step's shapes
@@ -440,6 +460,7 @@ class RecurrentForCausalLM(MemoryProtocol, RecurrentPreTrainedModel, GenerationM
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache=state_of(cache, past_key_values),
+            return_dict=True,
             **kwargs,
         )
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -506,6 +527,7 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache=state_of(cache, past_key_values),
+            return_dict=True,
             **kwargs,
         )
         x = outputs.last_hidden_state

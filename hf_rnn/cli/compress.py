@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         if tokenizer is None:
             raise ValueError(f"data: {arguments.checkpoint} has no tokenizer to read it with")
         documents = read_documents(arguments.data, arguments.split, arguments.text_column)
-        ids = torch.from_numpy(tokenize(documents, tokenizer)[: arguments.tokens])
+        ids = torch.from_numpy(tokenize(documents, tokenizer)[0][: arguments.tokens])
 
         def evaluate() -> float:
             return stream_loss(model, ids) / (len(ids) - 1)

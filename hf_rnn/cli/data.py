@@ -1,6 +1,5 @@
 """Text for the command line: a local file, a saved dataset, or a dataset's name on the Hub."""
 
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +41,50 @@ def read_documents(data: str, split: str = "train", text_column: str = "text") -
     return documents
 
 
-def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """One stream of token ids, the documents separated by the end-of-text token where there are several."""
-    ids = [
-        tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        for text in documents
-    ]
-    if len(ids) > 1 and tokenizer.eos_token_id is not None:
-        ids = [[*tokens, tokenizer.eos_token_id] for tokens in ids]
-    return np.fromiter(chain.from_iterable(ids), dtype=np.int32)
+def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """One stream of token ids, the documents separated by the end-of-text token where there are several.
+
+    Returns:
+        The ids (T,) int32, and (T,) int64 how many bytes of the texts, in UTF-8, have been read by the end of each
+        token. What the tokenizer drops or replaces counts as well: it is part of the text.
+    """
+    separator = [tokenizer.eos_token_id] if len(documents) > 1 and tokenizer.eos_token_id is not None else []
+    ids, ends, size = [], [], 0
+    for text in documents:
+        encoding = tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            verbose=False,
+            return_offsets_mapping=tokenizer.is_fast,
+        )
+        read = byte_ends(text, len(encoding["input_ids"]), encoding.get("offset_mapping"))
+        length = len(text.encode())
+        ids.append(np.array(encoding["input_ids"] + separator, dtype=np.int32))
+        ends.append(size + np.append(read, np.full(len(separator), length)))
+        size += length
+    read = np.concatenate(ends)
+    read[-1:] = size
+    return np.concatenate(ids), read
+
+
+def byte_ends(text: str, count: int, offsets: list[tuple[int, int]] | None) -> np.ndarray:
+    """How many bytes of `text` have been read by the end of each of its `count` tokens, (count,) int64.
+
+    Tokens that end in the same character share its bytes evenly, which is exact for tokens that are bytes. So do all
+    tokens of a text where the tokenizer, being one in Python, gives no `offsets` (start and end of each in characters).
+    """
+    code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    sizes = 1 + (code >= 0x80).astype(np.int64) + (code >= 0x800) + (code >= 0x10000)
+    before = np.append(0, sizes.cumsum())  # bytes before each character
+    number = np.arange(1, count + 1)
+    if offsets is None:
+        return -(-number * before[-1] // max(count, 1))
+    last = np.maximum.accumulate(np.array([end for _, end in offsets], dtype=np.int64))
+    first = np.searchsorted(last, last)  # of the tokens that end where this one does
+    sharing = np.searchsorted(last, last, "right") - first
+    start = before[np.maximum(last - 1, 0)]
+    return start - (first - number) * (before[last] - start) // sharing
 
 
 def blocks(stream: np.ndarray, block_size: int):

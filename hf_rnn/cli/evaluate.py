@@ -20,11 +20,10 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint)
     tokenizer = read_tokenizer(arguments.checkpoint)
-    stream = torch.from_numpy(
-        tokenize(read_documents(arguments.data, arguments.split, arguments.text_column), tokenizer)
-    )
-    if len(stream) < 2:
-        raise ValueError(f"data: expected at least 2 tokens, got {len(stream)}")
-    num_bytes = len(str(tokenizer.decode(stream[1:], skip_special_tokens=True)).encode())
+    documents = read_documents(arguments.data, arguments.split, arguments.text_column)
+    ids, ends = tokenize(documents, tokenizer)
+    if len(ids) < 2:
+        raise ValueError(f"data: expected at least 2 tokens, got {len(ids)}")
+    stream, num_bytes = torch.from_numpy(ids), int(ends[-1] - ends[0])
     bits = bits_per_byte(model, stream, num_bytes, chunk=arguments.chunk, progress=True)
-    print(f"bits per byte: {bits:.4f} over {num_bytes:,} bytes ({len(stream):,} tokens)")
+    print(f"bits per byte: {bits:.3f} over {num_bytes:,} bytes ({len(stream):,} tokens)")

@@ -239,7 +239,7 @@ def train(
         The held-out `bits_per_byte` and the trainer's own metrics.
     """
     folder = Path(str(arguments.output_dir))
-    stream = tokenize(documents, tokenizer)
+    stream, ends = tokenize(documents, tokenizer)
     cut = len(stream) - int(len(stream) * data.held_out)
     held_out = torch.from_numpy(stream[cut:])
     trainer_class = next((t for t, a in reversed(TRAINERS.values()) if isinstance(arguments, a)), RecurrentTrainer)
@@ -257,9 +257,9 @@ def train(
     metrics = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume).metrics
     if not arguments.push_to_hub:  # else the push at the end saves
         trainer.save_model()
-    if len(held_out) > 1:
-        num_bytes = len(str(tokenizer.decode(held_out[1:], skip_special_tokens=True)).encode())
-        metrics["bits_per_byte"] = bits_per_byte(model, held_out, max(num_bytes, 1))
+    num_bytes = int(ends[-1] - ends[cut]) if len(held_out) > 1 else 0
+    if num_bytes:
+        metrics["bits_per_byte"] = bits_per_byte(model, held_out, num_bytes)
         trainer.log({"eval_bits_per_byte": metrics["bits_per_byte"]})
     if trainer.is_world_process_zero():
         plot_losses(trainer.state.log_history, folder / "loss.png")

@@ -107,10 +107,13 @@ def save_compressed(
         options: of `compress`.
 
     Raises:
-        ValueError: adapters, a folder with weights, or an option of `compress`; the model is then as it was.
+        ValueError: adapters, another quantizer, a folder with weights, or an option of `compress`; the model is then as
+            it was.
     """
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("model: expected a PreTrainedModel without adapters; merge_and_unload() them first")
+    if getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None):
+        raise ValueError("model: expected plain weights, these have a quantizer of their own; dequantize() them first")
     if any(Path(folder).glob("*.safetensors")):
         raise ValueError(f"folder: {folder} holds weights already; choose a new one")
     result = compress(model, **options)

@@ -15,7 +15,7 @@ def prune(
 
     Args:
         model: any of transformers'.
-        ratio: share of weights, in [0, 1].
+        ratio: share of weights, in [0, 1]; of equal ones at the border as many as it takes, evenly over the matrices.
         evaluate: a loss or an accuracy of the model as it is.
         exclude: regular expression of parameters to leave alone; those of one dimension always are.
 
@@ -29,10 +29,20 @@ def prune(
     magnitudes = torch.cat([p.detach().abs().float().flatten() for p in parameters.values()])
     count = round(ratio * len(magnitudes))
     if count:
-        threshold = magnitudes.kthvalue(count).values
-        for p in parameters.values():
-            p.detach().masked_fill_(p.detach().abs() <= threshold, 0)
+        pruned = _smallest(magnitudes, count)
+        for p, part in zip(parameters.values(), pruned.split([p.numel() for p in parameters.values()]), strict=True):
+            p.detach().masked_fill_(part.view(p.shape), 0)
     if evaluate is not None:
         found["after"] = float(evaluate())
     zeros = sum(int((p == 0).sum()) for p in parameters.values()) / len(magnitudes)
     return found | {"zeros": zeros}
+
+
+def _smallest(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Which of x (N,) are its `count` smallest; of those equal to the largest of them so many as are missing, evenly
+    over x, so that no layer is emptied for coming first."""
+    threshold = x.kthvalue(count).values
+    smaller, equal = x < threshold, x == threshold
+    missing, ties = count - smaller.sum(), equal.sum()
+    rank = equal.cumsum(0)
+    return smaller | (equal & (rank * missing // ties > (rank - 1) * missing // ties))

@@ -2,24 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_rnn.hub.bundle import bundle, is_coded, is_ours, read_config
 from hf_rnn.hub.damage import find_damaged_file
 from hf_rnn.hub.loading import load
 from hf_rnn_trainers.model_card import make_card
 from hf_rnn_trainers.model_card.card import NO_LICENCE
+from hf_rnn_trainers.model_card.files import CHECKPOINT, matching
 
-# What a checkpoint is made of. Not among it: optimizer states and pickles (.pt, .bin, .pth, training_args.bin)
-UPLOADED = ["*.json", "*.jsonl", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "*.png", "modeling_hf_rnn.py"]
-UPLOADED += [".eval_results/*.yaml", "LICENSE*"]
-NOT_UPLOADED = ["checkpoint-*", "*/checkpoint-*", ".tmp-*", "_*", ".cache/*"]
+logger = logging.get_logger(__name__)
 
 
 def write_code(folder: str | Path) -> None:
@@ -70,7 +68,7 @@ def prepare(folder: str | Path, repository: str, licence: str | None = None) -> 
         licence: of the weights, for the card.
 
     Returns:
-        The names of what is to be uploaded.
+        The names of what is to be uploaded, the files of `hf_rnn_trainers.model_card.files.CHECKPOINT`.
 
     Raises:
         ValueError, OSError: no whole checkpoint, with what is missing or broken.
@@ -90,12 +88,10 @@ def prepare(folder: str | Path, repository: str, licence: str | None = None) -> 
     else:
         make_card(repository, model, licence=licence, coded=is_coded(config)).save(card)
     check_card(card)
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return [name for name in names if _matches(name, UPLOADED) and not _matches(name, NOT_UPLOADED)]
-
-
-def _matches(name: str, patterns: list[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
+    names, left = matching(folder, CHECKPOINT)
+    if left:
+        logger.warning(f"{folder}: not uploaded, since no checkpoint is made of it: {', '.join(left[:9])}")
+    return names
 
 
 def push(
@@ -121,7 +117,7 @@ def push(
     if "/" not in repository:  # one's own, by the name that the card is to load
         with _refusals_told(repository):
             repository = f"{api.whoami()['name']}/{repository}"
-    prepare(folder, repository, licence)
+    names = prepare(folder, repository, licence)
     with _refusals_told(repository):
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
         if revision is not None:
@@ -131,8 +127,7 @@ def push(
             folder_path=folder,
             revision=revision,
             commit_message=message,
-            allow_patterns=UPLOADED,
-            ignore_patterns=NOT_UPLOADED,
+            allow_patterns=names,
         )
     return f"{api.endpoint}/{repository}"
 

@@ -1,16 +1,19 @@
 """The commands, as a user runs them, on a text small enough to train on in seconds."""
 
 import json
+import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from hf_rnn import byte_tokenizer
+from hf_rnn import GRUConfig, GRUForCausalLM, byte_tokenizer
 from hf_rnn.cli.baselines import lzma_bits_per_byte, ngram_bits_per_byte
 from hf_rnn.cli.data import tokenize
 from hf_rnn.cli.main import main
@@ -146,8 +149,77 @@ def test_files_of_others_are_not_overwritten(tmp_path, capsys):
 
 
 def test_special_tokens_in_a_text_are_text():
-    stream = tokenize(["a<|eos|>b"], byte_tokenizer())
-    assert stream.tolist() == list(b"a<|eos|>b")
+    stream, ends = tokenize(["a<|eos|>b"], byte_tokenizer())
+    assert stream.tolist() == list(b"a<|eos|>b") and ends.tolist() == list(range(1, 10))
+
+
+def byte_pairs(*texts):
+    """A byte-level tokenizer with merges, as GPT-2's, that has read these texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def known_words(**words):
+    """A tokenizer of whole words, for which all others are <unk>."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, **words}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def test_bytes_are_those_of_the_text_that_was_read():
+    """Whatever the tokenizer drops, replaces or splits: characters of several bytes, unknown words, spaces."""
+    texts = ["é", "the 循环 cat 😀 zz ", "", "ab ø"]
+    whole = [len(text.encode()) for text in texts]
+    for tokenizer in (byte_tokenizer(), ByT5Tokenizer()):  # with offsets, and without
+        for text in texts:
+            assert tokenize([text], tokenizer)[1].tolist() == list(range(1, len(text.encode()) + 1))
+        ids, ends = tokenize(texts, tokenizer)
+        assert ends[ids == tokenizer.eos_token_id].tolist() == np.cumsum(whole).tolist()
+    ids, ends = tokenize([texts[1]], byte_pairs("the 循环 cat" * 3))
+    pieces = byte_pairs("the 循环 cat" * 3).convert_ids_to_tokens(ids.tolist())
+    assert ends.tolist() == np.cumsum([len(piece) for piece in pieces]).tolist()  # a character of theirs is a byte
+    assert len(ids) < ends[-1]
+    assert tokenize([texts[1]], known_words(the=1, cat=2))[1].tolist() == [3, 10, 14, 19, 23]
+
+
+@pytest.mark.parametrize("text", ["é", "循环神经网络"])
+def test_eval_counts_bytes_of_the_text(text, tmp_path, capsys):
+    """The first token may end inside a character, and need not decode to anything."""
+    torch.manual_seed(0)
+    model = GRUForCausalLM(GRUConfig(hidden_size=16, num_hidden_layers=1))
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(text)
+    assert main(["eval", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt")]) == 0
+    ids = torch.tensor(list(text.encode()))
+    bits = stream_loss(model.eval(), ids) / math.log(2) / (len(ids) - 1)
+    assert f"{bits:.3f} over {len(ids) - 1} bytes" in capsys.readouterr().out
+
+
+def test_a_text_without_bytes_after_the_first_token(tmp_path):
+    model = GRUForCausalLM(GRUConfig(hidden_size=16, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="num_bytes: expected at least 1"):
+        bits_per_byte(model, torch.tensor([97, 258]), 0)
+
+
+def test_train_counts_held_out_bytes_of_the_text(tmp_path, capsys):
+    """With a tokenizer for which every other word is unknown."""
+    known_words(the=1, cat=2, eos=3).save_pretrained(tmp_path / "words")
+    text = "the cat 循环 zz " * 40
+    (tmp_path / "text.txt").write_text(text)
+    folder = tmp_path / "out"
+    arguments = ["train", "--tokenizer", str(tmp_path / "words"), "--data", str(tmp_path / "text.txt"), "--use_cpu"]
+    arguments += ["--output_dir", str(folder), "--block_size", "16", "--max_steps", "1", *SMALL[:2]]
+    assert main(arguments) == 0
+    told = float(capsys.readouterr().out.split("held-out bits per byte: ")[1].split()[0])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"])[-8:]
+    assert model.config.vocab_size == 4 and model.config.eos_token_id is None
+    read = len(" cat 循环 zz the cat 循环 zz ".encode())
+    assert told == pytest.approx(stream_loss(model, ids) / math.log(2) / read, abs=1e-3)
 
 
 def test_help(capsys):

@@ -219,6 +219,11 @@ class TestChoices:
             with pytest.raises((ValueError, StopIteration)):
                 compress(model, **options)
             assert all(torch.equal(p, kept[name]) for name, p in model.state_dict().items()), options
+        model.hf_quantizer = quantizer = object()
+        with pytest.raises(ValueError, match="model: .*quantizer of their own"):
+            save_compressed(model, tmp_path)
+        assert model.hf_quantizer is quantizer and not any(tmp_path.iterdir())
+        del model.hf_quantizer
         model.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="folder: .*weights already"):
             save_compressed(model, tmp_path)
@@ -250,6 +255,23 @@ def test_prune():
         assert torch.equal(p[kept], before[name][kept]) and not p[before[name].abs() < threshold - 1e-6].any()
     with pytest.raises(ValueError, match="ratio"):
         prune(model, 1.5)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.37, 1.0])
+def test_prune_equal_weights(ratio):
+    """Of weights of two magnitudes, or of one, exactly the ratio, smaller ones first, as many of each matrix."""
+    model = llama()
+    parameters = coded_parameters(model, "norm|bias")
+    total = sum(p.numel() for p in parameters.values())
+    for small in (0.0, 0.25):
+        with torch.no_grad():
+            for p in parameters.values():
+                p.copy_(torch.where(torch.arange(p.numel()) % 4 < 4 * small, -1.0, 2.0).view_as(p))
+        assert prune(model, ratio)["zeros"] == round(ratio * total) / total
+        left = sum(int((p == -1).sum()) for p in parameters.values())
+        assert left == max(0, small * total - round(ratio * total))
+        for p in parameters.values():
+            assert float((p == 0).float().mean()) == pytest.approx(ratio, abs=2 / p.shape[0])
 
 
 def test_command_line(tmp_path, capsys):

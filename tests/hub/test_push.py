@@ -6,6 +6,9 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import yaml_dump
 from safetensors.torch import load
+from transformers import Trainer
+
+import hf_rnn
 
 PUSH = """
 import contextlib, io, json, os, urllib.request
@@ -65,7 +68,8 @@ folder = Path("folder")
 small("MemoryRNN").save_pretrained(folder)
 tokenizer.save_pretrained(folder)
 for name in ("checkpoint-7/model.safetensors", "checkpoint-7/optimizer.pt", "training_args.bin", "optimizer.pt",
-             "old/checkpoint-8/config.json", "_non_finite_batch.safetensors", "notes.txt", "data.pkl", "secret.env"):
+             "old/checkpoint-8/config.json", "_non_finite_batch.safetensors", "notes.txt", "data.pkl", "secret.env",
+             "users.jsonl", "data/users.json", "data/model.safetensors", "corpus.txt", "scan.png", "private.md"):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes((folder / "model.safetensors").read_bytes() if ".safe" in name else b"x")
 assert main(["push", "folder", "me/folder", "--revision", "v1", "--license", "apache-2.0"]) == 0
@@ -157,10 +161,26 @@ def test_what_is_there(pushed, fake_hub):
         names = set(fake_hub.files(f"me/{name}"))
         assert names >= whole | tokenizer | more
         assert not any("checkpoint-" in n or "optimizer" in n for n in names)
-    assert set(fake_hub.files("me/folder", "v1")) == whole | tokenizer | {"notes.txt"}
+    assert set(fake_hub.files("me/folder", "v1")) == whole | tokenizer, "nobody's texts and lists"
     assert not fake_hub.files("me/folder"), "only the branch was asked for"
     assert fake_hub.repositories["me/coded"].private and not fake_hub.repositories["me/model"].private
     assert fake_hub.requests["lfs"] >= 5 and fake_hub.requests["verify"] >= 5
+
+
+def test_trainers_push_no_texts_either(tmp_path, monkeypatch):
+    """Trainer uploads all of output_dir: told before it trains, and passed over where a file came later."""
+    model = hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(hidden_size=16, num_hidden_layers=1))
+    settings = dict(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    (tmp_path / "training_args.bin").touch()
+    trainer = hf_rnn.RecurrentTrainer(model, hf_rnn.RecurrentTrainingArguments(**settings))
+    (tmp_path / "corpus.txt").write_text("mine")
+    arguments = hf_rnn.RecurrentTrainingArguments(**settings, push_to_hub=True)
+    for push in (trainer.push_to_hub, trainer.init_hf_repo, lambda: hf_rnn.RecurrentTrainer(model, arguments)):
+        with pytest.raises(ValueError, match="output_dir: .*corpus.txt, which no checkpoint is made of"):
+            push()
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda *_: pytest.fail("pushed"))
+    trainer._push_from_checkpoint(str(tmp_path))
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_weights_and_code_are_those_of_the_folder(pushed, fake_hub):

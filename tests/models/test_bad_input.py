@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from hf_rnn import MinGRUConfig, RecurrentCache
+from hf_rnn.inputs import padding_mask
 from hf_rnn_kernels import gru_scan, lstm_scan, min_gru_scan
 
 
@@ -27,18 +28,45 @@ from hf_rnn_kernels import gru_scan, lstm_scan, min_gru_scan
         (lambda ids: dict(inputs_embeds=torch.zeros(3, 17, 15)), ValueError, "inputs_embeds: expected shape"),
         (lambda ids: dict(input_ids=ids, attention_mask=torch.ones(3, 16)), ValueError, "attention_mask: expected"),
         (lambda ids: dict(input_ids=ids, attention_mask=torch.ones(3, 1, 17, 17)), ValueError, "attention_mask: exp"),
+        (lambda ids: dict(input_ids=ids, attention_mask=1 + (ids > 9).int()), ValueError, "attention_mask: .* zeros"),
+        (lambda ids: dict(input_ids=ids, attention_mask=-1 * (ids > 9).long()), ValueError, "attention_mask: .* zeros"),
         (lambda ids: dict(input_ids=ids, position_ids=torch.zeros(2, 17)), ValueError, "position_ids: expected shape"),
         (lambda ids: dict(input_ids=ids[:1], cu_seq_lens_q=torch.tensor([0, 18])), ValueError, "cu_seq_lens_q: expect"),
         (lambda ids: dict(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 17])), ValueError, "cu_seq_lens_q: packed"),
         (lambda ids: dict(input_ids=ids, labels=ids + 100), IndexError, "labels: expected ids"),
         (lambda ids: dict(input_ids=ids, labels=ids - 90), IndexError, "labels: expected ids"),
-        (lambda ids: dict(input_ids=ids, past_key_values=DynamicCache()), TypeError, "past_key_values: expected a Rec"),
+        (lambda ids: dict(input_ids=ids, past_key_values=DynamicCache()), TypeError, "cache: expected a Rec"),
         (lambda ids: dict(input_ids=ids, past_key_values=RecurrentCache(3)), ValueError, "state of 2 layers"),
     ],
 )
 def test_forward(model, ids, arguments, error, message):
     with pytest.raises(error, match=message):
         model(**arguments(ids))
+
+
+PACKED = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]])
+
+
+def test_a_mask_that_numbers_sequences_is_refused(architecture, make_model):
+    """Read as ones they would see each other: by the language model, its classifier, and where the past is in front."""
+    config, _, classifier = ARCHITECTURES[architecture]
+    ids = torch.arange(8)[None]
+    models = make_model(), classifier(config(vocab_size=61, hidden_size=16)).eval()
+    for model in models:
+        for mask in (PACKED, PACKED.to(torch.uint8), 0.5 * PACKED):
+            with pytest.raises(ValueError, match="attention_mask: .*position_ids"):
+                model(ids, attention_mask=mask)
+        assert torch.equal(model(ids, attention_mask=PACKED > 0).logits, model(ids).logits)
+    state = models[0](ids[:, :4], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="attention_mask: .*position_ids"):
+        models[0](ids[:, 4:], attention_mask=PACKED.flip(1), past_key_values=state)
+
+
+def test_a_mask_that_numbers_sequences_is_refused_in_a_graph():
+    mask = torch.compile(lambda mask: padding_mask(mask, 1, 8, 0), backend="aot_eager", fullgraph=True)
+    assert torch.equal(mask(PACKED.clamp(max=1)), torch.ones(1, 8, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="attention_mask: expected zeros at padding"):
+        mask(PACKED)
 
 
 def test_ignored_labels_are_fine(model, ids):
@@ -48,9 +76,9 @@ def test_ignored_labels_are_fine(model, ids):
 
 def test_a_cache_of_another_model_or_batch(make_model, model, ids):
     other = make_model(hidden_size=24)
-    with pytest.raises(ValueError, match=r"past_key_values: expected states of shapes \[\(3, .*got \[\(3, "):
+    with pytest.raises(ValueError, match=r"cache: expected states of shapes \[\(3, .*got \[\(3, "):
         model(ids, past_key_values=other(ids).past_key_values)
-    with pytest.raises(ValueError, match="past_key_values: expected states"):
+    with pytest.raises(ValueError, match="cache: expected states"):
         model(ids[:2], past_key_values=model(ids).past_key_values)
     with pytest.raises(ValueError, match="pass no cache"):
         state = model(ids[:1]).past_key_values
@@ -110,6 +138,39 @@ def test_config_survives_a_round_trip(tmp_path):
     config = MinGRUConfig(hidden_size=24, expansion_factor=1.5, forget_bias=2)
     config.save_pretrained(tmp_path)
     assert MinGRUConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def special_tokens(config):
+    return config.pad_token_id, config.bos_token_id, config.eos_token_id
+
+
+def test_special_tokens_are_the_byte_vocabularys_alone(architecture, tmp_path, capfd):
+    """And what is told stays, None included, through a saved config."""
+    make = ARCHITECTURES[architecture][0]
+    assert special_tokens(make()) == (256, 257, 258)
+    assert special_tokens(make(vocab_size=300)) == special_tokens(make(vocab_size=64)) == (None, None, None)
+    assert "within the vocabulary" not in capfd.readouterr().err, "transformers would warn of each"
+    for told in (
+        make(),
+        make(vocab_size=300, pad_token_id=256),
+        make(pad_token_id=None, eos_token_id=[3, 258]),
+        make(vocab_size=64, bos_token_id=0),
+        make(pad_token_id=None, bos_token_id=None, eos_token_id=None),
+    ):
+        told.save_pretrained(tmp_path)
+        assert special_tokens(make.from_pretrained(tmp_path)) == special_tokens(told)
+
+
+@pytest.mark.parametrize("architecture", ["gru"], indirect=True)
+def test_ordinary_tokens_of_another_vocabulary(architecture):
+    """Token 256 of 300 is none of padding, and 258 ends nothing."""
+    config, causal, classifier = ARCHITECTURES[architecture]
+    config = config(vocab_size=300, hidden_size=16, num_hidden_layers=1)
+    ids = torch.tensor([[3, 256], [4, 5]])
+    model = classifier(config).eval()
+    assert torch.equal(model(ids).logits, model(ids, attention_mask=torch.ones_like(ids)).logits)
+    generation = causal(config).generation_config
+    assert generation.eos_token_id is None and generation.pad_token_id is None
 
 
 def tensors(draw, shapes, dtypes=(torch.int64, torch.int32, torch.float32, torch.bool, torch.uint8)):

@@ -1,5 +1,7 @@
 """generate() in every mode, against a greedy loop without any cache."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LogitsProcessor, TextIteratorStreamer
@@ -15,6 +17,12 @@ def greedy_without_cache(model, ids, steps=12):
     for _ in range(steps):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     return ids
+
+
+def assert_same(state, other):
+    assert state.seen_tokens == other.seen_tokens
+    for layer, others in zip(state.states, other.states, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(layer, others, strict=True))
 
 
 def test_greedy(model, ids):
@@ -70,6 +78,47 @@ def test_a_second_turn(model, ids):
     turn = torch.cat([ids, ids[:, :4].flip(1)], 1)
     output = generate(model, turn, attention_mask=torch.ones_like(turn), past_key_values=state)
     assert torch.equal(output, greedy_without_cache(model, turn))
+
+
+@pytest.mark.parametrize("architecture", ["lstm"], indirect=True)
+def test_a_second_turn_alone(model, ids):
+    """New tokens without those of the state, told apart by a mask over both; without it, an error that says so."""
+    state, turn = model(ids, use_cache=True).past_key_values, ids[:, :4].flip(1)
+    whole = torch.cat([ids, turn], 1)
+    for tokens in (turn, ids, turn[:, :0]):
+        with pytest.raises(ValueError, match="input_ids: expected"):
+            generate(model, tokens, past_key_values=state)
+    output = generate(model, turn, attention_mask=torch.ones_like(whole), past_key_values=state)
+    assert torch.equal(output[:, 4:], greedy_without_cache(model, whole)[:, 21:])
+
+
+@pytest.mark.parametrize("architecture", ["lstm"], indirect=True)
+def test_an_empty_prompt_is_refused(model, ids):
+    for nothing in (dict(inputs=ids[:, :0]), dict(input_ids=ids[:, :0])):
+        with pytest.raises(ValueError, match=r"input_ids: expected at least one token, got shape \(3, 0\)"):
+            generate(model, **nothing)
+    state = model(ids).past_key_values
+    expected = copy.deepcopy(state)
+    assert model(ids[:, :0], past_key_values=state).logits.shape == (3, 0, 61), "forward reads nothing, and goes on"
+    assert_same(state, expected)
+
+
+@pytest.mark.parametrize("architecture", ["lstm"], indirect=True)
+@pytest.mark.parametrize("wide", [dict(num_return_sequences=3, do_sample=True), dict(num_beams=3)])
+def test_a_state_is_not_widened_for_its_owner(model, ids, wide):
+    """Beams and samples go on from a copy: the caller's state is as it was."""
+    state = model(ids[:, :-2], use_cache=True).past_key_values
+    expected = copy.deepcopy(state)
+    torch.manual_seed(0)
+    first = generate(model, ids, past_key_values=state, **wide)
+    assert_same(state, expected)
+    torch.manual_seed(0)
+    assert torch.equal(generate(model, ids, use_cache=False, **wide), first)
+
+
+@pytest.mark.parametrize("architecture", ["lstm"], indirect=True)
+def test_a_prompt_in_chunks(model, ids):
+    assert torch.equal(generate(model, ids, prefill_chunk_size=5), greedy_without_cache(model, ids))
 
 
 def test_from_embeddings(model, ids):

@@ -48,7 +48,7 @@ def test_the_state_of_a_float64_model_is_float64(model, ids):
 def test_checkpointing_does_not_drop_a_state(model, ids):
     state = model(ids, use_cache=True).past_key_values.detach()
     model.train().gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="past_key_values: gradient checkpointing"):
+    with pytest.raises(ValueError, match="cache: gradient checkpointing"):
         model(ids, past_key_values=state)
 
 

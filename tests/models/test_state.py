@@ -1,5 +1,6 @@
 """The state: splitting, padding, packing and batch order change nothing, in logits and gradients."""
 
+import copy
 from dataclasses import fields
 from itertools import pairwise
 
@@ -205,6 +206,17 @@ def test_a_state_in_a_graph_is_not_overwritten(model, ids):
     loss.backward()
 
 
+def test_a_deep_copy_goes_its_own_way(model, ids):
+    """Out of a graph, too: gradients flow through the copy."""
+    state = model(ids, use_cache=True).past_key_values
+    other = copy.deepcopy(state)
+    loss = model(ids[:, :3], past_key_values=other).logits.sum()
+    assert other.seen_tokens == 20 and state.seen_tokens == 17 and state.model_type == model.config.model_type
+    gradient = torch.autograd.grad(loss, model.model.embed_tokens.weight, retain_graph=True)[0]
+    direct = model(ids[:, :3], past_key_values=state).logits.sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(direct, model.model.embed_tokens.weight)[0])
+
+
 def test_cache_methods(model, ids):
     with torch.no_grad():
         state = model(ids).past_key_values
@@ -220,7 +232,7 @@ def test_cache_methods(model, ids):
         state.batch_select_indices(torch.tensor([0, 5]))
         assert state.batch_size == 2
         state.reset()
-        assert state.get_seq_length() == 0 and not state.is_initialized
+        assert state.get_seq_length() == 0 and not state.is_initialized and state.model_type is None
         close(model, model(ids, past_key_values=state).logits, model(ids).logits)
         assert "seen_tokens=17" in repr(state)
     with pytest.raises(ValueError, match="cannot be cropped"):

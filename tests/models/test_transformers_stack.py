@@ -1,6 +1,8 @@
 """What users of transformers expect of any model."""
 
 import copy
+import inspect
+import warnings
 
 import pytest
 import torch
@@ -176,6 +178,21 @@ def test_dropout(make_model, ids):
     model = make_model(hidden_dropout=0.5).train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
     assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+
+
+def test_tools_that_look_at_every_attribute(model):
+    """A property that does not apply to a model is an attribute that it has not."""
+    for thing in (model, model.model, model.config, model(torch.zeros(1, 2).long()).past_key_values):
+        inspect.getmembers(thing)
+
+
+def test_trace(make_model, ids):
+    """torch.jit.trace, which wants tuples of tensors."""
+    model = make_model(use_cache=False, return_dict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of shapes and checks that become constants
+        traced = torch.jit.trace(model, (ids[:2, :5],), check_trace=False)
+    torch.testing.assert_close(traced(ids[1:, :5]), model(ids[1:, :5]))
 
 
 @pytest.mark.slow

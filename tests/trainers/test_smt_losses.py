@@ -101,6 +101,8 @@ def test_padding_is_passed_over(left, right):
     assert batch.lengths.tolist() == [6, 6]
     assert torch.equal(batch.x[:, :6], plain.x) and torch.equal(batch.y[:, :6], plain.y)
     assert (batch.y[:, 6:] == -100).all()
+    with pytest.raises(ValueError, match="attention_mask: expected zeros at padding"):
+        sequences(padded, padded, 2 * mask)
 
 
 def test_positions():

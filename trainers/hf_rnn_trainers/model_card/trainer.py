@@ -8,8 +8,12 @@ from typing import Any
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 from hf_rnn_trainers.model_card.card import Evaluation, Training, make_card, task
+from hf_rnn_trainers.model_card.files import others
+
+logger = logging.get_logger(__name__)
 
 EVAL_RESULTS = Path(".eval_results") / "hf_rnn.yaml"
 # Arguments that say where and how often, not how
@@ -106,8 +110,32 @@ class ModelCardMixin(Trainer):
         if _internal_call and output_dir is None:  # push_to_hub, which uploads what is saved here
             self._write_code()
 
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """Trainer's, called when one is made that will push: what it could not push is told before it trains."""
+        self._refuse_others()
+        super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        """Trainer's, which uploads all of `output_dir` but checkpoints.
+
+        Raises:
+            ValueError: there is what no checkpoint is made of, such as a text; `hf-rnn push` leaves it out.
+        """
+        self._refuse_others()
+        return super().push_to_hub(*args, **kwargs)
+
+    def _refuse_others(self) -> None:
+        if names := others(str(self.args.output_dir)):
+            raise ValueError(
+                f"output_dir: {self.args.output_dir} holds {', '.join(names[:5])}, which no checkpoint is made of, and "
+                "a push would upload it; move it elsewhere, or save without push_to_hub and share by `hf-rnn push`"
+            )
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer's, which uploads output_dir, with card and code in it."""
+        """Trainer's, which uploads output_dir, with card and code in it; not with what is none of a checkpoint's."""
+        if names := others(str(self.args.output_dir)):
+            logger.warning(f"not pushed: output_dir holds {', '.join(names[:5])}, which no checkpoint is made of")
+            return
         self._write_code()
         self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)

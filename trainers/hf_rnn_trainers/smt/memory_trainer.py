@@ -14,7 +14,7 @@ from hf_rnn_trainers.reliability import RecurrentTrainer
 from hf_rnn_trainers.sharding import refuse_sharding
 from hf_rnn_trainers.smt.memory_config import MemoryTrainingConfig
 from hf_rnn_trainers.smt.rollouts import errors
-from hf_rnn_trainers.smt.teacher import SMTTeacher
+from hf_rnn_trainers.smt.teacher import SMTTeacher, memory_shape
 from hf_rnn_trainers.smt.windows import Sequences, sequences
 
 TEACHER = "teacher"  # the folder of a checkpoint that holds it
@@ -63,11 +63,8 @@ class MemoryTrainer(RecurrentTrainer, ABC):
     def __init__(self, model=None, args=None, teacher: SMTTeacher | str | Path | None = None, **kwargs):
         if not isinstance(args, self.config_class):
             raise TypeError(f"args: expected a {self.config_class.__name__}, got {type(args).__name__}")
-        if model is not None and not hasattr(model, "memory_shape"):
-            raise TypeError(
-                f"model: expected a causal language model with memory_shape, initial_memory, update_memory, "
-                f"read_memory and to_memory (see hf_rnn.MemoryProtocol), got {type(model).__name__}"
-            )
+        if model is not None:
+            memory_shape(model)
         if kwargs.get("model_init") is not None:
             raise ValueError("model_init: the teacher fits one student; pass a model")
         super().__init__(model, args, **kwargs)

@@ -67,6 +67,23 @@ class SMTTeacherConfig(PreTrainedConfig):
         return config
 
 
+def memory_shape(student: Any) -> tuple[int, int]:
+    """(K, D) of a student's memories.
+
+    Raises:
+        TypeError: a model without memories.
+        ValueError: one that says why memories cannot train it.
+    """
+    if hasattr(student, "memory_shape"):
+        return student.memory_shape
+    if hasattr(student, "check_memories"):
+        return student.check_memories()
+    raise TypeError(
+        f"model: expected a causal language model with memory_shape, initial_memory, update_memory, read_memory and "
+        f"to_memory (see hf_rnn.MemoryProtocol), got {type(student).__name__}"
+    )
+
+
 class SMTTeacher(PreTrainedModel):
     """Encoder of the past into a memory, decoder of the future from it ("Pretraining Recurrent Networks without
     Recurrence", 2026): m_t = E(x_..t), p(y_t..) = D(m_t, x_t+1..). Thrown away when the student is trained.
@@ -134,7 +151,7 @@ class SMTTeacher(PreTrainedModel):
     @classmethod
     def for_student(cls, student: Any, **settings: Any) -> "SMTTeacher":
         """A new teacher whose memories are the student's; its width, too, unless told otherwise."""
-        tokens, size = student.memory_shape
+        tokens, size = memory_shape(student)
         width, heads = settings.get("hidden_size", size), settings.get("num_heads", 4)
         if heads < 1 or width % (2 * heads):
             raise ValueError(
@@ -147,7 +164,7 @@ class SMTTeacher(PreTrainedModel):
     def check_fits(self, student: Any) -> None:
         """Raise ValueError where memories or vocabulary are not the student's."""
         mine = (self.config.vocab_size, self.config.num_memory_tokens, self.config.memory_size)
-        theirs = (student.config.vocab_size, *student.memory_shape)
+        theirs = (student.config.vocab_size, *memory_shape(student))
         if mine != theirs:
             raise ValueError(
                 f"teacher: expected one for the student's vocabulary and memory (V, K, D) = {theirs}, got {mine}"

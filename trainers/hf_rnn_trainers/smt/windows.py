@@ -22,7 +22,7 @@ def sequences(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None =
     """A batch as causal language models take it (B, T + 1), whose labels are those of the token before.
 
     Raises:
-        ValueError: rows of fewer than two tokens, or labels of another shape.
+        ValueError: rows of fewer than two tokens, labels of another shape, or a mask of other values than 0 and 1.
     """
     if input_ids.dim() != 2 or input_ids.shape[1] < 2 or labels.shape != input_ids.shape:
         raise ValueError(
@@ -31,6 +31,8 @@ def sequences(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None =
         )
     if attention_mask is not None:
         real = attention_mask.bool()
+        if not bool((attention_mask == real).all()):
+            raise ValueError("attention_mask: expected zeros at padding and ones elsewhere, got other values")
         order = real.logical_not().long().argsort(dim=1, stable=True)
         input_ids, labels = input_ids.gather(1, order), labels.masked_fill(~real, -100).gather(1, order)
         lengths = (real.sum(1) - 1).clamp(min=0)
