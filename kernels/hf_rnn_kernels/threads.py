@@ -1,14 +1,15 @@
 """Running numba's parallel loops beside torch."""
 
-import importlib.util
 import os
 import threading
+import warnings
 from collections.abc import Callable
 
 import torch
 
 _launch = threading.Lock()  # numba's portable thread pool aborts the process when two threads start a loop at once
 _launched = _forked = False
+_numba: bool | None = None
 
 
 def _after_fork() -> None:
@@ -20,9 +21,28 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def _importable() -> bool:
+    global _numba
+    if _numba is None:
+        try:
+            import numba  # noqa: F401
+
+            _numba = True
+        except Exception as error:  # whatever a numba raises that was built for another NumPy
+            if not isinstance(error, ModuleNotFoundError) or error.name != "numba":
+                warnings.warn(
+                    f"numba cannot be imported, loops run as plain torch: {error}", RuntimeWarning, stacklevel=2
+                )
+            _numba = False
+    return _numba
+
+
+_importable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result, without its imports
+
+
 def available() -> bool:
-    """Whether numba is installed and its threads usable: OpenMP's do not survive a fork, and numba then aborts."""
-    return importlib.util.find_spec("numba") is not None and not _forked
+    """Whether numba works and its threads are usable: OpenMP's do not survive a fork, and numba then aborts."""
+    return _importable() and not _forked
 
 
 def worthwhile(x: torch.Tensor) -> bool:
