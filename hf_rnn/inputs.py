@@ -3,20 +3,23 @@
 import torch
 from torch import Tensor
 
-from hf_rnn_kernels.checks import check_cu_seqlens
+from hf_rnn_kernels.checks import check_cu_seqlens, values_known
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int, ignore_index: int | None = None) -> None:
     """Raise IndexError for ids outside the vocabulary.
 
-    Only on a CPU and outside torch.compile: elsewhere reading the values would stall the device, whose own assertion
-    then speaks.
+    Only on a CPU, where reading the values does not stall the device, and where they are known; elsewhere the
+    embedding's own assertion speaks.
     """
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected integer token ids (int64 or int32), got {ids.dtype}")
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
         return
-    low, high = (int(x) for x in torch.aminmax(ids))
+    extremes = torch.aminmax(ids)
+    if not values_known(extremes.min):  # the result, for FakeTensorMode makes fake ones of real ids, too
+        return
+    low, high = int(extremes.min), int(extremes.max)
     if ignore_index is not None and low == ignore_index:
         low = int(ids[ids != ignore_index].min()) if high != ignore_index else 0
         high = max(high, 0)
@@ -40,15 +43,11 @@ def padding_mask(attention_mask: Tensor | None, batch: int, time: int, past: int
             f"attention_mask: expected shape (B, T) = {(batch, time)} or, with the past in front, "
             f"{(batch, past + time)}, got {tuple(attention_mask.shape)}"
         )
-    compiling = torch.compiler.is_compiling()
-    if (
-        not compiling
-        and attention_mask.is_floating_point()
-        and not ((attention_mask == 0) | (attention_mask == 1)).all()
-    ):
-        raise ValueError("attention_mask: expected zeros at padding and ones elsewhere, got other values")
     mask = attention_mask[:, attention_mask.shape[1] - time :].bool()
-    if not compiling and bool(mask.all()):
+    known = values_known(mask)
+    if known and attention_mask.is_floating_point() and not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise ValueError("attention_mask: expected zeros at padding and ones elsewhere, got other values")
+    if known and bool(mask.all()):
         return None
     return mask
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from hf_rnn_kernels.transforms import transforming
+
 _launch = threading.Lock()  # numba's portable thread pool aborts the process when two threads start a loop at once
 _launched = _forked = False
 _numba: bool | None = None
@@ -46,8 +48,10 @@ def available() -> bool:
 
 
 def worthwhile(x: torch.Tensor) -> bool:
-    """Whether an elementwise operation of ours beats torch's: float32 on a CPU, large enough for what a call costs."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() >= 2**16 and available()
+    """Whether an elementwise operation of ours beats torch's: float32 on a CPU, large enough for what a call costs.
+    Transforms are torch's alone."""
+    large = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() >= 2**16
+    return large and not transforming() and available()
 
 
 def run(kernel: Callable, *arguments) -> None:
