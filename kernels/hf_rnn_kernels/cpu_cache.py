@@ -28,16 +28,15 @@ from numba.misc.appdirs import AppDirs
 _NAME, _KEPT = "hf_rnn_kernels-", 8  # folders of other versions that stay, the last ones written
 
 
-def _digest() -> str:
+def _digest(root: Path) -> str:
     """Of the package's sources, but for Triton's, and of what compiles them."""
-    root = Path(__file__).parent
     sources = [path for path in sorted(root.rglob("*.py")) if not path.name.startswith("triton")]
     hashes = [(str(path.relative_to(root)), hashlib.sha256(path.read_bytes()).digest()) for path in sources]
     versions = [sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, numpy.__version__]
     return hashlib.sha256(repr((hashes, versions)).encode()).hexdigest()[:24]
 
 
-_DIGEST = _digest()
+_DIGEST = _digest(Path(__file__).parent)
 
 
 def folder() -> Path:
