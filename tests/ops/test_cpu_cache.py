@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-numba = pytest.importorskip("numba")
-
 import hf_rnn_kernels
-from hf_rnn_kernels import cpu_cache, min_gru_scan, threads
+from hf_rnn_kernels import min_gru_scan, threads
+
+numba = pytest.importorskip("numba")
+cpu_cache = pytest.importorskip("hf_rnn_kernels.cpu_cache")
 
 PACKAGE = Path(hf_rnn_kernels.__file__).parent
 EDITED = """
