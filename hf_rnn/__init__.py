@@ -114,7 +114,15 @@ if TYPE_CHECKING:
     from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
     from hf_rnn.models.xlstm.modeling_xlstm import XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMModel
     from hf_rnn.tokenization.byte_tokenizer import byte_tokenizer
-    from hf_rnn_kernels import gru_scan, linear_scan, lstm_scan, min_gru_scan, min_lstm_scan
+    from hf_rnn_kernels import (
+        gru_scan,
+        linear_scan,
+        lstm_scan,
+        min_gru_scan,
+        min_lstm_scan,
+        mlstm_scan,
+        slstm_scan,
+    )
     from hf_rnn_kernels.coding import CorruptPayloadError
     from hf_rnn_trainers import (
         CheckpointError,

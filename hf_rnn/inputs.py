@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hf_rnn.cache import RecurrentCache
-from hf_rnn_kernels.checks import check_cu_seqlens
+from hf_rnn_kernels.checks import check_cu_seqlens, values_known
 
 _OTHER_VALUES = (
     "attention_mask: expected zeros at padding and ones elsewhere, got other values; sequences packed into a row are "
@@ -36,14 +36,17 @@ def state_of(cache: RecurrentCache | None, past_key_values: RecurrentCache | Non
 def check_ids(name: str, ids: Tensor, vocab_size: int, ignore_index: int | None = None) -> None:
     """Raise IndexError for ids outside the vocabulary.
 
-    Only on a CPU and outside torch.compile: elsewhere reading the values would stall the device, whose own assertion
-    then speaks.
+    Only on a CPU, where reading the values does not stall the device, and where they are known; elsewhere the
+    embedding's own assertion speaks.
     """
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected integer token ids (int64 or int32), got {ids.dtype}")
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
         return
-    low, high = (int(x) for x in torch.aminmax(ids))
+    extremes = torch.aminmax(ids)
+    if not values_known(extremes.min):  # the result, for FakeTensorMode makes fake ones of real ids, too
+        return
+    low, high = int(extremes.min), int(extremes.max)
     if ignore_index is not None and low == ignore_index:
         low = int(ids[ids != ignore_index].min()) if high != ignore_index else 0
         high = max(high, 0)
@@ -68,12 +71,14 @@ def padding_mask(attention_mask: Tensor | None, batch: int, time: int, past: int
             f"{(batch, past + time)}, got {tuple(attention_mask.shape)}"
         )
     mask = attention_mask[:, attention_mask.shape[1] - time :].bool()
-    known = (attention_mask == attention_mask.bool()).all()
+    valid = (attention_mask == attention_mask.bool()).all()
     if torch.compiler.is_compiling():
-        torch._assert_async(known, _OTHER_VALUES)  # spoken by the device, which nobody waits for
+        torch._assert_async(valid, _OTHER_VALUES)  # spoken by the device, which nobody waits for
         return mask
-    known, real = torch.stack([known, mask.all()]).tolist()  # the device is waited for once
-    if not known:
+    if not values_known(mask):
+        return mask
+    valid, real = torch.stack([valid, mask.all()]).tolist()  # the device is waited for once
+    if not valid:
         raise ValueError(_OTHER_VALUES)
     return None if real else mask
 

@@ -25,6 +25,7 @@ from hf_rnn.inputs import check_ids, check_known, packed_offsets, padding_mask, 
 from hf_rnn.layers import CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm
 from hf_rnn.memory import MemoryProtocol
 from hf_rnn.versions import STATE, STATE_NAMES, BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
+from hf_rnn_kernels.checks import values_known
 
 
 class RecurrentBlock(GradientCheckpointingLayer):
@@ -532,7 +533,7 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
         )
         x = outputs.last_hidden_state
         real = x.new_ones(x.shape[:2]).bool() if attention_mask is None else attention_mask[:, -x.shape[1] :].bool()
-        if not torch.compiler.is_compiling() and not bool(real.any(1).all()):
+        if values_known(real) and not bool(real.any(1).all()):
             raise ValueError("attention_mask: expected a real token in every row, got a row of padding only")
         last = (real * torch.arange(1, x.shape[1] + 1, device=x.device)).argmax(1)
         logits = self.score(x[torch.arange(x.shape[0], device=x.device), last])

@@ -1,6 +1,7 @@
 """The house stays as it is: layering, lazy imports, names that shadow nobody."""
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -104,3 +105,14 @@ def test_unknown_gates_and_public_names():
     for name in hf_rnn.__all__:
         assert getattr(hf_rnn, name) is not None
     assert set(dir(hf_rnn)) >= {"MinGRUConfig", "RecurrentTrainer", "min_gru_scan"}
+
+
+@pytest.mark.parametrize("package", ["hf_rnn", "kernels/hf_rnn_kernels", "trainers/hf_rnn_trainers"])
+def test_type_checkers_know_every_public_name(package):
+    """What is imported when first used stands in the TYPE_CHECKING block as well."""
+    tree = ast.parse((ROOT / package / "__init__.py").read_text())
+    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    statements = [statement for node in (tree, *blocks) for statement in node.body]
+    known = {alias.name for node in statements if isinstance(node, ast.ImportFrom) for alias in node.names}
+    module = importlib.import_module(Path(package).name)
+    assert set(module.__all__) <= known

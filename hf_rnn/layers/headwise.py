@@ -1,9 +1,10 @@
+from types import NoneType
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from hf_rnn.layers.mixer import RecurrentMixer
-from hf_rnn_kernels import Perturbed
 
 
 class HeadwiseMixer(RecurrentMixer):
@@ -35,25 +36,32 @@ class HeadwiseMixer(RecurrentMixer):
     def to_states(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.tanh(tokens[0]), *tokens[1:]  # h, and an LSTM's c
 
-    def library_applies(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
+    def library_applies(
+        self, x: Tensor, state: tuple[Tensor | None, ...], mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> bool:
         """Whether torch's own recurrence (oneDNN, cuDNN) can take this call: one head, no padding, no packing.
 
-        It takes x and the weights themselves, so the input projection must be a bare linear layer: no adapter, no
-        hook. Not for a single step, for which it packs its weights anew (see `cell_applies`), and not under
-        torch.compile or torch.export, which would unroll it.
+        It takes x and the weights themselves, so the input projection must be a bare linear layer, no adapter, no
+        hook, and the weights plain tensors: not perturbed, quantized or sharded. It takes states in its own dtype
+        alone: a float32 state in front of bfloat16 would be rounded. Not for a single step, for which it packs its
+        weights anew (see `cell_applies`), and not under torch.compile or torch.export, which would unroll it.
         """
-        return x.shape[1] > 1 and x.shape[0] > 0 and self._is_plain(mask, cu_seqlens)
+        if x.shape[1] < 2 or x.shape[0] == 0 or not self._is_plain(mask, cu_seqlens):
+            return False
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return all(s is None or s.dtype == dtype for s in state)
 
     def cell_applies(
         self, x: Tensor, state: tuple[Tensor | None, ...], mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> bool:
         """Whether torch's own cell can take this step: as `library_applies`, from a state in the dtype of x."""
-        same = state[0] is not None and x.dtype == state[0].dtype == self.in_proj.weight.dtype
         return (
             x.shape[1] == 1
-            and same
+            and state[0] is not None
             and not torch.is_autocast_enabled(x.device.type)
             and self._is_plain(mask, cu_seqlens)
+            and x.dtype == state[0].dtype == self.in_proj.weight.dtype
         )
 
     def cell_arguments(self) -> tuple:
@@ -64,10 +72,11 @@ class HeadwiseMixer(RecurrentMixer):
         projection = self.in_proj
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         hooked = "forward" in vars(projection) or any(getattr(projection, name) for name in hooks)
-        perturbed = any(isinstance(p, Perturbed) for p in self.parameters())
-        plain = not perturbed and mask is None and cu_seqlens is None
         bare = type(projection) is nn.Linear and not hooked
-        return plain and bare and self.config.num_heads == 1 and not torch.compiler.is_compiling()
+        weights = (projection.weight, projection.bias, self.recurrent_weight, self.recurrent_bias)
+        dense = bare and all(type(w) in (nn.Parameter, Tensor, NoneType) for w in weights)
+        simple = mask is None and cu_seqlens is None and self.config.num_heads == 1
+        return dense and simple and not torch.compiler.is_compiling()
 
     def library_arguments(self, x: Tensor, state: tuple[Tensor | None, ...]) -> tuple:
         """State (1, B, D) each, in the dtype of x, and the rest of what `torch.lstm` and `torch.gru` take after x."""

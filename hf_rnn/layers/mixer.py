@@ -100,7 +100,7 @@ class RecurrentMixer(Mixer):
         return tuple(s.to(dtype).expand(batch_size, -1) for s in self.initial_state)
 
     def read(self, state: tuple[Tensor, ...]) -> Tensor:
-        return self.out_proj(state[0].to(self.in_proj.weight.dtype))
+        return self.out_proj(state[0].to(next(self.parameters()).dtype))
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None, mask: Tensor | None, cu_seqlens: Tensor | None

@@ -4,13 +4,22 @@ import itertools
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+
+from hf_rnn_kernels.transforms import transforming
+
+
+def values_known(x: Tensor) -> bool:
+    """Whether Python can look at the values of this result: not under torch.compile, torch.func's transforms and
+    FakeTensorMode, nor on the meta device."""
+    return not (torch.compiler.is_compiling() or transforming() or isinstance(x, FakeTensor) or x.is_meta)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, time: int, name: str = "cu_seqlens") -> None:
     """Raise ValueError or TypeError unless `cu_seqlens` packs `time` rows of a batch of one.
 
-    Reads the values (on a GPU that waits for the device), except under torch.compile, where they are not known.
+    Reads the values (on a GPU that waits for the device) where they are known.
     """
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int32 or int64, got {cu_seqlens.dtype}")
@@ -18,7 +27,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, time: int, name: str = "cu_
         raise ValueError(f"{name}: expected shape (N + 1,) with N >= 1, got {tuple(cu_seqlens.shape)}")
     if batch != 1:
         raise ValueError(f"{name}: packed sequences lie in a batch of one, got a batch of {batch}")
-    if torch.compiler.is_compiling():
+    if not values_known(cu_seqlens):
         return  # on a CPU the operator checks them when it runs, the Triton kernels clamp them
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != time or any(b < a for a, b in itertools.pairwise(bounds)):

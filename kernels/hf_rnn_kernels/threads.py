@@ -1,14 +1,17 @@
 """Running numba's parallel loops beside torch."""
 
-import importlib.util
 import os
 import threading
+import warnings
 from collections.abc import Callable
 
 import torch
 
+from hf_rnn_kernels.transforms import transforming
+
 _launch = threading.Lock()  # numba's portable thread pool aborts the process when two threads start a loop at once
 _launched = _forked = False
+_numba: bool | None = None
 
 
 def _after_fork() -> None:
@@ -20,14 +23,35 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def _importable() -> bool:
+    global _numba
+    if _numba is None:
+        try:
+            import numba  # noqa: F401
+
+            _numba = True
+        except Exception as error:  # whatever a numba raises that was built for another NumPy
+            if not isinstance(error, ModuleNotFoundError) or error.name != "numba":
+                warnings.warn(
+                    f"numba cannot be imported, loops run as plain torch: {error}", RuntimeWarning, stacklevel=2
+                )
+            _numba = False
+    return _numba
+
+
+_importable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result, without its imports
+
+
 def available() -> bool:
-    """Whether numba is installed and its threads usable: OpenMP's do not survive a fork, and numba then aborts."""
-    return importlib.util.find_spec("numba") is not None and not _forked
+    """Whether numba works and its threads are usable: OpenMP's do not survive a fork, and numba then aborts."""
+    return _importable() and not _forked
 
 
 def worthwhile(x: torch.Tensor) -> bool:
-    """Whether an elementwise operation of ours beats torch's: float32 on a CPU, large enough for what a call costs."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() >= 2**16 and available()
+    """Whether an elementwise operation of ours beats torch's: float32 on a CPU, large enough for what a call costs.
+    Transforms are torch's alone."""
+    large = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() >= 2**16
+    return large and not transforming() and available()
 
 
 def run(kernel: Callable, *arguments) -> None:

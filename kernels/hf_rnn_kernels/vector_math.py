@@ -8,6 +8,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from hf_rnn_kernels.cpu_cache import loop
+
 FAST = {"contract", "nsz"}  # fused multiply-add; nothing that reorders sums or assumes finite values
 F32 = np.float32
 U = np.uint64  # unsigned indices spare the vectoriser the check for negative ones
@@ -24,7 +26,7 @@ _L6, _L7, _L8 = F32(0.078225933), F32(-0.0295052268), F32(0.0052326913)
 
 inline = njit(fastmath=FAST, error_model="numpy", inline="always")  # Python's check for division by zero stops LLVM
 row = njit(fastmath=FAST, error_model="numpy")
-parallel = njit(fastmath=FAST, error_model="numpy", parallel=True, nogil=True, cache=True)
+parallel = loop(fastmath=FAST, error_model="numpy", parallel=True)
 
 
 @intrinsic

@@ -17,10 +17,15 @@ def test_wrong_offsets_under_compile_are_an_error():
 
 
 def test_forward_mode_is_refused():
-    x = torch.randn(1, 300, 256)  # a small norm is torch's own, and may
-    for f in (lambda x: min_gru_scan(x, x)[0], lambda x: rms_norm(x, torch.ones(256), 1e-6)):
-        with pytest.raises(RuntimeError, match="forward-mode"):
-            torch.func.jvp(f, (x,), (torch.ones_like(x),))
+    x = torch.randn(1, 300, 256)  # a small norm is torch's own, and may; so is a large one under torch.func
+    scan, norm = lambda x: min_gru_scan(x, x)[0], lambda x: rms_norm(x, torch.ones(256), 1e-6)
+    for f in (scan, norm):
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+            f(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(scan, (x,), (torch.ones_like(x),))
+    y, dy = torch.func.jvp(norm, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(y + 1e-3 * dy, norm(x + 1e-3), atol=1e-4, rtol=1e-4)
 
 
 def test_rms_norm_weight():

@@ -259,3 +259,56 @@ def test_an_adapter_on_the_projection_is_not_passed_by():
     hooked = merged(ids).logits
     hook.remove()
     assert not torch.allclose(hooked, merged(ids).logits, atol=1e-3)
+
+
+class Int8(torch.Tensor):
+    """A matrix in int8 with a scale that looks like one of floats and knows one function, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight):
+        self.scale = weight.abs().max() / 127
+        self.values = (weight / self.scale).round().to(torch.int8)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            x, weight, *bias = args
+            return nn.functional.linear(x, weight.values.to(x.dtype) * weight.scale, *bias, **kwargs or {})
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{function}: no int8 kernel")
+
+
+def test_a_quantized_projection_is_not_passed_by(network):
+    """Prompt and single tokens, where torch's own recurrences would take its weight."""
+    model = network[1](network[1].config_class(vocab_size=61, hidden_size=16)).eval()
+    ids = torch.arange(18).view(2, 9)
+    expected = model(ids, use_cache=False).last_hidden_state
+    for mixer in model.mixers():
+        weight = mixer.in_proj.weight.detach()
+        mixer.in_proj.weight = nn.Parameter(Int8(weight), requires_grad=False)
+        assert type(mixer.in_proj) is nn.Linear and mixer.in_proj.weight.dtype == torch.float32
+    prompt = model(ids[:, :5], use_cache=True)
+    outputs = [prompt.last_hidden_state]
+    for token in ids[:, 5:].split(1, 1):
+        outputs.append(model(token, past_key_values=prompt.past_key_values).last_hidden_state)
+    h = torch.cat(outputs, 1)
+    torch.testing.assert_close(h, model(ids, use_cache=False).last_hidden_state, atol=1e-5, rtol=1e-4)
+    assert 0 < relative_error(h, expected) < 0.05
+
+
+def test_a_state_is_not_rounded_for_the_library(network):
+    mixer = network[1](network[1].config_class(hidden_size=8)).bfloat16().mixers()[0]
+    x, states = torch.randn(2, 5, 8).bfloat16(), (torch.randn(2, 8),) * mixer.num_states
+    assert mixer.library_applies(x, (None,) * mixer.num_states, None, None)
+    assert mixer.library_applies(x, tuple(s.bfloat16() for s in states), None, None)
+    assert not mixer.library_applies(x, states, None, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not mixer.library_applies(x.float(), states, None, None)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import ARCHITECTURES, skip_if_not_its_settings
+from conftest import ARCHITECTURES, relative_error, skip_if_not_its_settings
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -109,6 +109,16 @@ def test_the_papers_network(architecture):
     assert model_class(config).num_parameters() == 2 * 16 * 64 + 3 * layer + 64
     block = model_class(config).model.layers[0]
     assert block.conv is None and block.ff is None and isinstance(block.mixer_norm, torch.nn.RMSNorm)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
+def test_dynamically_quantized(model, ids):
+    """torch's int8 linear layers, whose weights are no tensors."""
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    expected, logits = (m(ids, use_cache=False).logits for m in (model, quantized))
+    assert 0 < relative_error(logits, expected) < 0.3
+    generated = quantized.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert generated.shape == (3, ids.shape[1] + 3)
 
 
 def test_tied_embeddings(make_model, ids, tmp_path):

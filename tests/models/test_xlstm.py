@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import relative_error
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers import AutoModelForCausalLM, xLSTMConfig
 from xlstm import (
     FeedForwardConfig,
@@ -368,3 +370,21 @@ def test_the_state_stays_float32_in_a_bfloat16_model(layout):
             steps.append(output.logits)
     assert all(x.dtype == torch.float32 for layer in state.states for x in layer)
     assert kl(torch.cat(steps, 1), exact) <= 1.2 * kl(whole, exact)
+
+
+@pytest.mark.parametrize("settings", [dict(block_layout="7b"), dict(block_layout="neurips", slstm_at=[1])])
+@pytest.mark.parametrize("norm", [spectral_norm, weight_norm])
+def test_a_norm_of_weights_that_start_at_zero(settings, norm):
+    """It would be NaN; of other values it works."""
+    model, ids = XLSTMForCausalLM(XLSTMConfig(**SETTINGS | settings)), torch.arange(12).view(2, 6)
+    slstm = "slstm_at" in settings
+    mixer = model.model.layers[1].mixer
+    module, name = (mixer, "recurrent_weight") if slstm else (mixer.gate_proj, "weight")
+    weight = getattr(module, name)
+    norm(module, name)
+    with pytest.raises(ValueError, match=f"{name}: NaN.*starts at zero"):
+        model(ids)
+    parametrize.remove_parametrizations(module, name)
+    setattr(module, name, torch.nn.Parameter(torch.randn_like(weight)))
+    norm(module, name)
+    assert model(ids).logits.isfinite().all()

@@ -127,10 +127,12 @@ def test_gradcheck(gates):
 def test_registration(gates):
     inputs, h0 = make_inputs(gates, 2, 7, 3)
     inputs = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(op.scan, (gates, inputs, h0.requires_grad_(), torch.ones(2, 7, dtype=torch.bool), None))
-    torch.library.opcheck(op.scan, (gates, inputs, None, None, None))
+    torch.library.opcheck(
+        op.scan.operator, (gates, inputs, h0.requires_grad_(), torch.ones(2, 7, dtype=torch.bool), None)
+    )
+    torch.library.opcheck(op.scan.operator, (gates, inputs, None, None, None))
     packed = [x[:1] for x in inputs]
-    torch.library.opcheck(op.scan, (gates, packed, None, None, torch.tensor([0, 3, 7])))
+    torch.library.opcheck(op.scan.operator, (gates, packed, None, None, torch.tensor([0, 3, 7])))
 
 
 @pytest.mark.parametrize("gates", GATES)

@@ -313,11 +313,11 @@ def test_weight_gradients_after_the_loop(cell, packed):
 def test_registration(cell):
     x, weight, bias, *initial = [t.requires_grad_() for t in make(cell, 2, 7, 2, 3)]
     mask = torch.ones(2, 7, dtype=torch.bool)
-    torch.library.opcheck(op.scan, (cell, x, weight, bias, initial, mask, None, True, []))
-    torch.library.opcheck(op.scan, (cell, x, weight, None, [], None, None, True, []))
+    torch.library.opcheck(op.scan.operator, (cell, x, weight, bias, initial, mask, None, True, []))
+    torch.library.opcheck(op.scan.operator, (cell, x, weight, None, [], None, None, True, []))
     plain = [t.detach() for t in (x, weight, bias)]
-    torch.library.opcheck(op.scan, (cell, *plain, [], None, None, False, []))
-    torch.library.opcheck(op.scan, (cell, x[:1], weight, bias, [], None, torch.tensor([0, 3, 7]), True, []))
+    torch.library.opcheck(op.scan.operator, (cell, *plain, [], None, None, False, []))
+    torch.library.opcheck(op.scan.operator, (cell, x[:1], weight, bias, [], None, torch.tensor([0, 3, 7]), True, []))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -441,7 +441,7 @@ def test_wrong_offsets_under_compile(dtype, offsets):
 def test_the_operator_itself_checks_shapes(change, message):
     arguments = dict(cell="lstm", x=X, weight=W, bias=torch.zeros(24), states=[], mask=None, cu_seqlens=None)
     with pytest.raises(ValueError, match=message):
-        op.scan(**arguments | change, training=False, perturbation=[])
+        op.scan(*(arguments | change).values(), False, [])
 
 
 def test_one_initial_state_without_the_other():

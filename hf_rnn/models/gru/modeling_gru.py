@@ -23,7 +23,7 @@ class GRU(HeadwiseMixer):
         if self.cell_applies(x, state, mask, cu_seqlens):
             h = torch.gru_cell(x[:, 0], state[0], *self.cell_arguments())
             return h[:, None].clone(), (h,)  # the state is written to in place later
-        if self.library_applies(x, mask, cu_seqlens) and x.is_cuda:  # on a CPU torch's is a loop over time
+        if self.library_applies(x, state, mask, cu_seqlens) and x.is_cuda:  # on a CPU torch's is a loop over time
             (h0,), *arguments = self.library_arguments(x, state)
             h, last = torch.gru(x, h0, *arguments)
             return h, (self.to_state_dtype(last[0]),)

@@ -25,7 +25,7 @@ class LSTM(HeadwiseMixer):
         if self.cell_applies(x, state, mask, cu_seqlens):
             h, c = torch.lstm_cell(x[:, 0], state, *self.cell_arguments())
             return h[:, None].clone(), (h, c)  # the state is written to in place later
-        if self.library_applies(x, mask, cu_seqlens) and (x.is_cuda or self._one_dnn_applies(x)):
+        if self.library_applies(x, state, mask, cu_seqlens) and (x.is_cuda or self._one_dnn_applies(x)):
             h, *last = torch.lstm(x, *self.library_arguments(x, state))
             return h, tuple(self.to_state_dtype(s[0]) for s in last)
         h0, c0 = state

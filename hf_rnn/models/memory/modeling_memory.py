@@ -50,7 +50,7 @@ class Memory(Mixer):
 
     def read(self, state: tuple[Tensor, ...]) -> Tensor:
         """y_t: (N, ..., K, D) to (N, ..., D)."""
-        x = self.out_proj(state[0].flatten(-2).to(self.out_proj.weight.dtype))
+        x = self.out_proj(state[0].flatten(-2).to(self.norm.weight.dtype))
         return x + self.ff(self.norm(x))
 
     def to_states(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -2,11 +2,13 @@
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import initialization as init
 
 from hf_rnn.layers import BlockLinear, CausalConv, Mixer, MultiHeadNorm
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
 from hf_rnn_kernels import mlstm_scan
+from hf_rnn_kernels.checks import values_known
 
 FORGET_BIASES = (3.0, 6.0)  # from the first head's to the last's: heads that keep for 20 to 400 tokens at first
 
@@ -40,6 +42,7 @@ class MLSTM(Mixer):
         init.normal_(self.out_proj.weight, std=self.output_std)
 
     def forward(self, x, state, mask, cu_seqlens):
+        check_normalized(self.gate_proj, "weight")
         *qkv, o = self.in_proj(x).split(self.split, -1)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in qkv)
         gates = self.gate_proj(x).float() if x.dtype != torch.float64 else self.gate_proj(x)
@@ -87,6 +90,7 @@ class UpProjectedMLSTM(Mixer):
         init.normal_(self.down_proj.weight, std=self.output_std)
 
     def forward(self, x, state, mask, cu_seqlens):
+        check_normalized(self.gate_proj, "weight")
         inner, z = self.up_proj(x).chunk(2, -1)
         C, n, m, conv_state = state or (None, None, None, None)
         convolved, conv_state = self.conv(inner, conv_state, mask, cu_seqlens)
@@ -104,3 +108,15 @@ def init_block_linear(std: float, *layers: BlockLinear) -> None:
         init.normal_(layer.weight, std=std)
         if layer.bias is not None:
             init.zeros_(layer.bias)
+
+
+def check_normalized(module: nn.Module, name: str) -> None:
+    """Raise ValueError where a parametrization divides a weight that starts at zero by its norm."""
+    if not parametrize.is_parametrized(module, name):
+        return
+    weight = getattr(module, name)
+    if values_known(weight) and bool(weight.isnan().any()):
+        raise ValueError(
+            f"{name}: NaN, made by a parametrization ({module.parametrizations[name][0]}); it starts at zero, which "  # type: ignore[index]
+            "spectral_norm and weight_norm cannot divide by its norm: initialise it before (nn.init.orthogonal_)"
+        )

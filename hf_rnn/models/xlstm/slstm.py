@@ -6,7 +6,7 @@ from transformers import initialization as init
 
 from hf_rnn.layers import BlockLinear, CausalConv, Mixer, MultiHeadNorm
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
-from hf_rnn.models.xlstm.mlstm import init_block_linear
+from hf_rnn.models.xlstm.mlstm import check_normalized, init_block_linear
 from hf_rnn_kernels import slstm_scan
 
 
@@ -51,6 +51,7 @@ class SLSTM(Mixer):
         return torch.tanh(h), n * torch.tanh(c), n, m, conv_state
 
     def forward(self, x, state, mask, cu_seqlens):
+        check_normalized(self, "recurrent_weight")
         h, c, n, m, conv_state = state or (None,) * 5
         convolved, conv_state = self.conv(x, conv_state, mask, cu_seqlens)
         halves = [self.if_proj(nn.functional.silu(convolved)), self.zo_proj(x)]

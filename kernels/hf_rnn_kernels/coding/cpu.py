@@ -10,10 +10,11 @@ import numpy as np
 from numba import njit, prange
 
 from hf_rnn_kernels.coding.ans import PRECISION, Table
+from hf_rnn_kernels.cpu_cache import loop
 from hf_rnn_kernels.threads import run
 
-_compiled = njit(nogil=True, cache=True)
-_parallel = njit(nogil=True, parallel=True, cache=True)
+_compiled = njit(nogil=True)
+_parallel = loop(parallel=True)
 _SHORT = 12  # bits looked up at once
 _U = np.uint64
 

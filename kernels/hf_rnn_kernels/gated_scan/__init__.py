@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_rnn_kernels.checks import check_scan, refuse_forward_mode
 from hf_rnn_kernels.gated_scan import op, reference
+from hf_rnn_kernels.transforms import tracked
 
 
 def linear_scan(
@@ -99,7 +100,6 @@ def _scan(
     tensors = list(inputs.values())
     refuse_forward_mode(*tensors, h0)
     mask = None if mask is None else mask.bool()
-    tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, h0))
-    if first.shape[1] == 1 and cu_seqlens is None and not tracked and not torch.compiler.is_exporting():
+    if first.shape[1] == 1 and cu_seqlens is None and not tracked(*tensors, h0) and not torch.compiler.is_exporting():
         return reference.step(gates, tensors, h0, mask)  # one step of decoding: a few elementwise calls, no scan
     return op.scan(gates, tensors, h0, mask, cu_seqlens)

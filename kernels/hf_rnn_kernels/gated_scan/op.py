@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_rnn_kernels import threads
 from hf_rnn_kernels.checks import check_scan
 from hf_rnn_kernels.gated_scan import reference
+from hf_rnn_kernels.transforms import transformable
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -28,6 +29,7 @@ def _compiled(x: Tensor):
     return None
 
 
+@transformable
 @torch.library.custom_op("hf_rnn::gated_scan", mutates_args=())
 def scan(
     gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
@@ -61,6 +63,7 @@ def _(gates, inputs, h0, mask, cu_seqlens):
     return h, h.new_empty(sequences, h.shape[2], dtype=dtype)
 
 
+@transformable
 @torch.library.custom_op("hf_rnn::gated_scan_backward", mutates_args=())
 def scan_backward(
     gates: str,

@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_rnn_kernels.checks import refuse_forward_mode
 from hf_rnn_kernels.mlstm_scan import op, reference
 from hf_rnn_kernels.mlstm_scan.reference import States
+from hf_rnn_kernels.transforms import tracked
 
 
 def mlstm_scan(
@@ -61,12 +62,12 @@ def mlstm_scan(
         zeros = reference.initial_states(q, v, sequences)
         states = [zero if s is None else s for zero, s in zip(zeros, (C0, n0, m0), strict=True)]
     mask = None if mask is None else mask.bool()
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, i, f, *states))
-    if q.shape[1] == 1 and cu_seqlens is None and mask is None and not tracked and not torch.compiler.is_exporting():
+    training = tracked(q, k, v, i, f, *states)
+    if q.shape[1] == 1 and cu_seqlens is None and mask is None and not training and not torch.compiler.is_exporting():
         C, n, m = states or reference.initial_states(q, v, q.shape[0])
         h, last = mlstm_step(q[:, 0], k[:, 0], v[:, 0], i[:, 0], f[:, 0], C, n, m, eps)
         return h[:, None], last
-    h, _, C, n, m = op.scan(q, k, v, i, f, states, mask, cu_seqlens, eps, tracked)
+    h, _, C, n, m = op.scan(q, k, v, i, f, states, mask, cu_seqlens, eps, training)
     return h, (C, n, m)
 
 

@@ -10,6 +10,7 @@ from hf_rnn_kernels import threads
 from hf_rnn_kernels.checks import check_scan
 from hf_rnn_kernels.mlstm_scan import reference
 from hf_rnn_kernels.mlstm_scan.reference import state_dtype
+from hf_rnn_kernels.transforms import transformable
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -56,6 +57,7 @@ def check_shapes(
             raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
 
 
+@transformable
 @torch.library.custom_op("hf_rnn::mlstm_scan", mutates_args=())
 def scan(
     q: Tensor,
@@ -102,6 +104,7 @@ def _(q, k, v, i, f, states, mask, cu_seqlens, eps, training):
     return (q.new_empty(v.shape), norms, *_new_states(q, v, cu_seqlens))
 
 
+@transformable
 @torch.library.custom_op("hf_rnn::mlstm_scan_backward", mutates_args=())
 def scan_backward(
     q: Tensor,

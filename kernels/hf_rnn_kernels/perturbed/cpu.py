@@ -6,12 +6,13 @@ from numba import njit, prange
 from torch import Tensor
 
 from hf_rnn_kernels.arrays import flat
+from hf_rnn_kernels.cpu_cache import loop
 from hf_rnn_kernels.threads import run
 from hf_rnn_kernels.vector_math import F32, U
 
 # Sums over a row may be taken in any order, so that they vectorise
 _sum = njit(fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
-_parallel = njit(fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", parallel=True, nogil=True, cache=True)
+_parallel = loop(fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", parallel=True)
 
 
 @_sum

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_rnn_kernels.checks import check_scan, refuse_forward_mode
 from hf_rnn_kernels.perturbed import Perturbed
 from hf_rnn_kernels.recurrent_scan import op, reference
+from hf_rnn_kernels.transforms import tracked
 
 
 def lstm_scan(
@@ -150,13 +151,13 @@ def _scan(
         states = [zeros if state is None else state for state in initial.values()]
     refuse_forward_mode(x, weight, bias, *states)
     mask = None if mask is None else mask.bool()
-    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *states))
-    if x.shape[1] == 1 and cu_seqlens is None and not tracked and not torch.compiler.is_exporting():
+    training = tracked(x, weight, bias, *states)
+    if x.shape[1] == 1 and cu_seqlens is None and not training and not torch.compiler.is_exporting():
         h, _, last = reference.scan(
             cell, x, weight, bias, states, mask, perturbation=perturbation
         )  # one step of decoding: a few torch calls
     else:
-        h, _, last = op.scan(cell, x, weight, bias, states, mask, cu_seqlens, tracked, perturbation)
+        h, _, last = op.scan(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation)
     return h, last
 
 

@@ -10,6 +10,7 @@ from hf_rnn_kernels import threads
 from hf_rnn_kernels.checks import check_scan
 from hf_rnn_kernels.recurrent_scan import reference
 from hf_rnn_kernels.recurrent_scan.reference import CELLS, state_dtype
+from hf_rnn_kernels.transforms import transformable
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -24,6 +25,7 @@ def _backend(x: Tensor):
     return reference
 
 
+@transformable
 @torch.library.custom_op("hf_rnn::recurrent_scan", mutates_args=())
 def scan(
     cell: str,
@@ -108,6 +110,7 @@ def _(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation):
     )
 
 
+@transformable
 @torch.library.custom_op("hf_rnn::recurrent_scan_backward", mutates_args=())
 def scan_backward(
     cell: str,

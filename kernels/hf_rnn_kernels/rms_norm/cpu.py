@@ -2,13 +2,14 @@
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
+from hf_rnn_kernels.cpu_cache import loop
 from hf_rnn_kernels.threads import run
 
 # Sums over a row may be taken in any order, so that they vectorise
-_parallel = njit(fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", parallel=True, nogil=True, cache=True)
+_parallel = loop(fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", parallel=True)
 _ONE = np.float32(1)
 
 
