@@ -58,6 +58,7 @@ class NonFiniteGuard(Trainer):
                 "weights that these steps made"
             )
         self._count_anew()
+        self.current_flos = 0
         return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
