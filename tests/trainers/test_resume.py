@@ -84,6 +84,14 @@ class TestOrderOfData:
         again.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{step + 1}"))
         assert same(straight, again)
 
+    def test_a_group_that_is_not_known_is_told(self, copy, caplog):
+        (copy / "checkpoint-4/manifest.json").unlink()
+        (copy / "checkpoint-4/epoch_rng_state.pth").unlink()
+        trainer = make_trainer(copy, train_sampling_strategy="group_by_length", save_strategy="no")
+        with caplog.at_level("WARNING", logger="hf_rnn_trainers"):
+            trainer.train(resume_from_checkpoint=str(copy / "checkpoint-4"))
+        assert "does not have epoch_rng_state.pth: the rest of this epoch is grouped otherwise" in caplog.text
+
     def test_a_sampler_of_ones_own(self, tmp_path):
         """That draws from Python's and numpy's random numbers."""
 
@@ -112,7 +120,8 @@ class TestOrderOfData:
         workers = dict(
             dataloader_num_workers=1, dataloader_persistent_workers=True, dataloader_multiprocessing_context="fork"
         )
-        plain = make_trainer(tmp_path / "plain", save_strategy="no")
+        workers |= dict(max_steps=4)
+        plain = make_trainer(tmp_path / "plain", save_strategy="no", max_steps=4)
         plain.train()
         straight = make_trainer(tmp_path, save_steps=1, **workers)
         straight.train()

@@ -8,6 +8,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_pt_utils import safe_globals
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 class RepeatableEpochs(Trainer):
@@ -50,6 +53,11 @@ class RepeatableEpochs(Trainer):
 
     def _go_back_to_start(self, checkpoint: Path) -> None:
         if not self._epoch_file(checkpoint).is_file():  # another Trainer's, or of another number of processes
+            if self.args.train_sampling_strategy == "group_by_length":
+                logger.warning(
+                    f"resume_from_checkpoint: {checkpoint} does not have {self._epoch_file(checkpoint).name}: the rest "
+                    "of this epoch is grouped otherwise, so some data is seen twice in it or not at all"
+                )
             return
         with safe_globals():
             states = torch.load(self._epoch_file(checkpoint), weights_only=True)

@@ -87,7 +87,8 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
 
     def card_method(self) -> str:
         args = self.args
-        log = f"; {replay_log.NAME} rebuilds the weights from those before training" if args.replay_log else ""
+        told = self._log is not None and not self._log.ended
+        log = f"; {replay_log.NAME} rebuilds the weights from those before training" if told else ""
         return (
             f"zero-order estimates ({args.estimator}, {args.num_directions} {args.directions} directions, epsilon "
             f"{args.epsilon:g}{log})"
