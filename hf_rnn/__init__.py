@@ -48,6 +48,7 @@ _MODULES = {
     "SMTTrainer": "hf_rnn_trainers",
     "ZOConfig": "hf_rnn_trainers",
     "ZOTrainer": "hf_rnn_trainers",
+    "accept_checkpoint": "hf_rnn_trainers",
 }
 for _stem, _name in _ARCHITECTURES.items():
     _MODULES[f"{_stem}Config"] = f"hf_rnn.models.{_name}.configuration_{_name}"
@@ -140,4 +141,5 @@ if TYPE_CHECKING:
         SMTTrainer,
         ZOConfig,
         ZOTrainer,
+        accept_checkpoint,
     )

@@ -1,9 +1,12 @@
 """Checkpoints are whole or not there, and a run goes on from a whole one or says why not."""
 
+import errno
 import json
 import os
 import pickle
+import re
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ import torch
 from runs import At, make_trainer, same, stop
 from transformers import TrainerCallback
 
+import hf_rnn
+from hf_rnn import GRUForCausalLM
 from hf_rnn_trainers.reliability import manifest
 from hf_rnn_trainers.reliability.checkpoints import CheckpointError, sweep
 from hf_rnn_trainers.reliability.manifest import checkpoints, find_damage, newest_whole
@@ -234,3 +239,67 @@ class TestCheckpoints:
                 make_trainer(copy, save_strategy="no").train(resume_from_checkpoint=str(checkpoint))
             assert not (copy / "ran").exists()
             (checkpoint / name).write_bytes(original)
+
+
+class TestFolders:
+    @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
+    def test_that_cannot_be_flushed(self, tmp_path, monkeypatch, number):
+        """As on CIFS, sshfs and FUSE mounts, or Windows; files still have to be, and a broken disk is one."""
+        fsync, flushed = os.fsync, []
+
+        def refuse(file):
+            if stat.S_ISDIR(os.fstat(file).st_mode):
+                raise OSError(refuse.number, os.strerror(refuse.number))
+            fsync(file)
+            flushed.append(file)
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        (tmp_path / "inner").mkdir()
+        (tmp_path / "inner/file").write_text("x")
+        refuse.number = number
+        manifest.flush(tmp_path)
+        assert len(flushed) == 1
+        refuse.number = errno.EIO
+        with pytest.raises(OSError, match="Input/output"):
+            manifest.flush(tmp_path)
+
+        def refuse_files(file):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", refuse_files)
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            manifest.flush_one(tmp_path / "inner/file")
+
+
+class TestAccept:
+    def test_weights_sharded_otherwise(self, copy, run):
+        """Refused as damaged, with the way to accept them; then the run goes on as it would have."""
+        checkpoint = copy / "checkpoint-6"
+        make_trainer(copy)  # has a model of the kind
+        model = GRUForCausalLM.from_pretrained(checkpoint)
+        (checkpoint / "model.safetensors").unlink()
+        model.save_pretrained(checkpoint, max_shard_size="6KB")
+        with pytest.raises(ValueError, match="model.safetensors is missing.*accept_checkpoint"):
+            make_trainer(copy).train(resume_from_checkpoint=str(checkpoint))
+        hf_rnn.accept_checkpoint(checkpoint)
+        assert find_damage(checkpoint) is None and [p.name for p in checkpoints(copy)][:2] == [
+            "checkpoint-7",
+            "checkpoint-6",
+        ]
+        trainer = make_trainer(copy, save_strategy="no")
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert same(trainer, run[1])
+
+    def test_one_without_a_manifest_becomes_the_latest(self, copy):
+        (copy / "checkpoint-2/manifest.json").unlink()
+        hf_rnn.accept_checkpoint(str(copy / "checkpoint-2"))
+        assert newest_whole(copy)[0] == copy / "checkpoint-2"
+        make_trainer(copy, max_steps=3, save_strategy="no").train(resume_from_checkpoint=True)
+
+    def test_what_cannot_be_read_is_not_accepted(self, copy):
+        weights = copy / "checkpoint-7/model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-9])
+        with pytest.raises(OSError, match="model.safetensors cannot be read back"):
+            hf_rnn.accept_checkpoint(copy / "checkpoint-7")
+        with pytest.raises(ValueError, match="folder: expected the folder of a checkpoint"):
+            hf_rnn.accept_checkpoint(copy / "nowhere")

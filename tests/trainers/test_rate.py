@@ -369,7 +369,7 @@ def test_bad_arguments(tmp_path):
         RateConstrainedConfig(**arguments(tmp_path, max_loss_increase=0.1))
     with pytest.raises(ValueError, match="reference_loss"):
         RateConstrainedConfig(**arguments(tmp_path, max_loss_increase=0.1, eval_strategy="epoch"))
-    with pytest.raises(ValueError, match="args"):
+    with pytest.raises(TypeError, match="args"):
         RateConstrainedTrainer(make_model(), TrainingArguments(**arguments(tmp_path)))
     with pytest.raises(ValueError, match="leaves no matrix"):
         make_trainer(tmp_path, rate_exclude=".").train()

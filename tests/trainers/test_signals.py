@@ -61,6 +61,34 @@ class TestSignals:
             make_trainer(tmp_path, callbacks=[tell], **settings).train()
         make_trainer(tmp_path, **settings).train(resume_from_checkpoint=True)
 
+    def test_the_second_one_is_answered(self, tmp_path, capfd):
+        def twice(control):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(SystemExit):
+            make_trainer(tmp_path, callbacks=[At(3, twice)], save_strategy="no").train()
+        told = capfd.readouterr().err
+        assert told.count("SIGINT: saving a checkpoint") == 1
+        assert "SIGINT: the checkpoint at the end of this step is still to come; SIGQUIT" in told
+        assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint-3"
+
+    def test_an_interactive_session_goes_on(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+        interrupt = At(3, lambda _: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt, match="the run is saved"):
+            make_trainer(tmp_path, callbacks=[interrupt], save_strategy="no").train()
+        assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint-3"
+
+    def test_without_a_signal_for_children(self, tmp_path, monkeypatch):
+        """Windows has none."""
+        monkeypatch.setattr("hf_rnn_trainers.reliability.signals.CHILD_ENDED", None)
+        monkeypatch.delattr(signal, "SIGCHLD")
+        tell = At(3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            make_trainer(tmp_path, callbacks=[tell], save_strategy="no").train()
+        assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint-3"
+
     def test_from_the_command_line(self, tmp_path):
         """SIGTERM to `hf-rnn train`, then the same command goes on."""
         (tmp_path / "text.txt").write_text("to be or not to be " * 400)

@@ -111,3 +111,54 @@ class TestNonFinite:
     def test_bad_limit(self, tmp_path):
         with pytest.raises(ValueError, match="max_skipped_steps: expected at least 0"):
             RecurrentTrainingArguments(str(tmp_path), max_skipped_steps=-1)
+
+
+def without_targets(trainer, rows):
+    """The trainer, with nothing to predict in these rows, in the order of the data."""
+    data = [dict(row, labels=torch.full_like(row["labels"], -100) if n in rows else row["labels"]) for n, row in
+            enumerate(trainer.train_dataset)]  # fmt: skip
+    trainer.train_dataset = data
+    return trainer
+
+
+class TestWithoutTargets:
+    @pytest.mark.parametrize("name", ["backpropagation", "zo", "rate"])
+    def test_a_step_of_such_data_is_left_out(self, name, tmp_path, caplog):
+        """With a warning, and counted by no limit; the others are as they were."""
+        settings = dict(save_strategy="no", train_sampling_strategy="sequential", max_steps=2, weight_decay=0.1)
+        trainer = make_trainer(tmp_path, name, gradient_accumulation_steps=2, **settings)
+        without_targets(trainer, {4, 5, 6, 7})
+        seen = []
+        trainer.add_callback(At(1, lambda _: seen.append([p.detach().clone() for p in trainer.model.parameters()])))
+        with caplog.at_level("WARNING", logger="hf_rnn_trainers"):
+            trainer.train()
+        assert caplog.text.count("step 1: all labels are -100, nothing to learn from; left out") == 1
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], trainer.model.parameters(), strict=True))
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert math.isfinite(losses[0]) and math.isnan(losses[1])
+        assert "skipped_steps" not in trainer.state.log_history[-1]
+        assert not list(tmp_path.glob("_non_finite*"))
+
+    @pytest.mark.parametrize("name", ["backpropagation", "zo", "smt", "dmt", "rate"])
+    def test_a_batch_of_such_data_in_a_step_adds_nothing(self, name, tmp_path):
+        settings = dict(save_strategy="no", train_sampling_strategy="sequential", max_steps=2)
+        trainer = without_targets(make_trainer(tmp_path, name, gradient_accumulation_steps=2, **settings), {2, 3})
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.train()
+        assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+        assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+    @pytest.mark.parametrize("own_loss", [False, True])
+    def test_estimates_are_those_of_the_other_batches(self, own_loss, tmp_path):
+        class Own(hf_rnn.ZOTrainer):
+            def compute_loss(self, *args, **kwargs):
+                return super().compute_loss(*args, **kwargs)
+
+        base = Own if own_loss else None
+        settings = dict(save_strategy="no", train_sampling_strategy="sequential", max_steps=1)
+        with_it = make_trainer(tmp_path / "a", "zo", base, gradient_accumulation_steps=2, **settings)
+        alone = make_trainer(tmp_path / "b", "zo", base, **settings)
+        without_targets(with_it, {2, 3}).train()
+        alone.train()
+        for a, b in zip(with_it.model.parameters(), alone.model.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

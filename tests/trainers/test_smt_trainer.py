@@ -342,3 +342,11 @@ def test_an_optimizer_of_the_student_alone_is_refused(tmp_path):
         make_trainer(tmp_path, teacher=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="teacher_hidden_size, teacher_heads: expected"):
         make_trainer(tmp_path, teacher_hidden_size=10)
+
+
+def test_random_numbers_of_a_step_are_the_same_in_every_python(tmp_path):
+    """Not by hash(), which is another where Python is."""
+    trainer = make_trainer(tmp_path, seed=7)
+    trainer.state.global_step = 5
+    seeds = [trainer._generator().initial_seed() for _ in range(2)]
+    assert seeds[0] == 921070050333812680 and seeds[1] != seeds[0]

@@ -79,7 +79,9 @@ def test_shared_data_give_the_same_scalars(runs):
     folder, found = runs
     for world, lines in found.items():
         assert len({digest for kind, digest in lines if kind == "DATA"}) == 1, world  # equal on all its processes
-        c, expected = ([c for _, _, c in read(folder / str(w) / "data" / "zo_replay.jsonl")[1]] for w in (world, 1))
+        c, expected = (
+            [step.coefficients for step in read(folder / str(w) / "data" / "zo_replay.jsonl")[1]] for w in (world, 1)
+        )
         assert len(c) == 4
         torch.testing.assert_close(torch.stack(c), torch.stack(expected), rtol=1e-5, atol=1e-5)
 

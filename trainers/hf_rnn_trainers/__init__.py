@@ -7,6 +7,7 @@ from hf_rnn_trainers.reliability import (
     NonFiniteLossError,
     RecurrentTrainer,
     RecurrentTrainingArguments,
+    accept_checkpoint,
 )
 from hf_rnn_trainers.smt import SMTConfig, SMTTeacher, SMTTeacherConfig, SMTTrainer
 from hf_rnn_trainers.zo import ZOConfig, ZOTrainer
@@ -27,4 +28,5 @@ __all__ = [
     "SMTTrainer",
     "ZOConfig",
     "ZOTrainer",
+    "accept_checkpoint",
 ]

@@ -88,9 +88,8 @@ class RateCallback(TrainerCallback, ExportableState):
         self.restore()  # of a run that was interrupted
         check_arguments(self.settings, args)
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
-        if state.global_step == 0:
-            self._begin()
-        elif isinstance(saved, dict):
+        self._begin()
+        if state.global_step > 0 and isinstance(saved, dict):
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
             self.steered_at = state.global_step  # eval_on_start evaluates again where no evaluation was

@@ -3,7 +3,7 @@
 from typing import Any
 
 from hf_rnn_trainers.rate.rate_callback import RateCallback, settings_of
-from hf_rnn_trainers.rate.rate_config import RateConstrainedConfig
+from hf_rnn_trainers.rate.rate_config import RateConstrainedConfig, RateSettings
 from hf_rnn_trainers.reliability import RecurrentTrainer
 
 
@@ -20,17 +20,23 @@ class RateConstrainedTrainer(RecurrentTrainer):
     """
 
     card_papers = ("wu2025backslash",)
+    config_class = RateConstrainedConfig
 
     def card_method(self) -> str:
         return "backpropagation through time with a rate term (weights pulled towards what costs few bits; `rate.png`)"
 
     def __init__(self, model: Any = None, args: RateConstrainedConfig | None = None, callbacks=None, **options: Any):
-        args = RateConstrainedConfig() if args is None else args
-        if not isinstance(args, RateConstrainedConfig):
-            raise ValueError(f"args: expected a RateConstrainedConfig, got a {type(args).__name__}")
         # Before those that may raise, so that quantised weights are put back first
-        rate = RateCallback(**settings_of(args))
-        super().__init__(model=model, args=args, callbacks=[rate, *(callbacks or [])], **options)
+        super().__init__(model, args, callbacks=[RateCallback(), *(callbacks or [])], **options)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Give the callback its settings, which a search for hyper-parameters changes from run to run."""
+        self.rate.settings = RateSettings(**settings_of(self.args))
+
+    def _inner_training_loop(self, *args, **kwargs):
+        self._settle()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def check_sharding(self) -> None:
         super().check_sharding()
@@ -49,8 +55,8 @@ class RateConstrainedTrainer(RecurrentTrainer):
             self.rate.restore()
             raise
 
-    def skip_or_stop(self, message: str) -> None:
-        super().skip_or_stop(message)
+    def leave_out(self) -> None:
+        super().leave_out()
         self.rate.rest()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -21,6 +21,7 @@ from hf_rnn_trainers.reliability.manifest import (
     find_damage,
     find_missing,
     flush,
+    flush_one,
     newest_whole,
     next_order,
     order_of,
@@ -30,6 +31,7 @@ from hf_rnn_trainers.reliability.manifest import (
 
 logger = logging.get_logger(__name__)
 
+ON_PURPOSE = "if it was changed on purpose, hf_rnn.accept_checkpoint(folder) takes its files as they are"
 STAGING = "_saving"  # the Hub's uploads of a run leave out names that begin so
 
 
@@ -128,10 +130,11 @@ class AtomicCheckpoints(Trainer):
             return str(wanted)
         path, damages = newest_whole(run)
         for name, damage in damages.items():
-            logger.warning(f"resume_from_checkpoint: skipped {run / name}: {damage}")
+            logger.warning(f"resume_from_checkpoint: skipped {run / name}: {damage}; {ON_PURPOSE}")
         if path is None:
             reasons = "".join(f"; {name}: {damage}" for name, damage in damages.items())
-            raise ValueError(f"resume_from_checkpoint: {run} has no whole checkpoint{reasons}")
+            hint = f". {ON_PURPOSE}" if reasons else ""
+            raise ValueError(f"resume_from_checkpoint: {run} has no whole checkpoint{reasons}{hint}")
         return str(path)
 
     def _check_whole(self, folder: Path) -> None:
@@ -145,7 +148,7 @@ class AtomicCheckpoints(Trainer):
         if damage is not None:
             raise ValueError(
                 f"resume_from_checkpoint: {folder}: {damage}. resume_from_checkpoint=True takes the latest whole one "
-                "of output_dir; to start anew from weights alone, load them with from_pretrained"
+                f"of output_dir; to start anew from weights alone, load them with from_pretrained; {ON_PURPOSE}"
             )
 
     def _batch(self) -> int:
@@ -156,7 +159,7 @@ class AtomicCheckpoints(Trainer):
         if checkpoint is None or not (Path(checkpoint) / "manifest.json").exists():
             return
         before, now = read_manifest(Path(checkpoint))["batch"], self._batch()
-        if before != now:
+        if before not in (None, now):
             logger.warning(
                 f"resume_from_checkpoint: {checkpoint} was trained with {before} sequences a step, this run has {now}: "
                 "it skips by steps, so some data is seen twice in an epoch or not at all"
@@ -174,7 +177,9 @@ class AtomicCheckpoints(Trainer):
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
         if (damage := find_damage(best)) not in (None, NO_MANIFEST):
-            raise CheckpointError(f"load_best_model_at_end: {best}: {damage}. The last checkpoint is what it was")
+            raise CheckpointError(
+                f"load_best_model_at_end: {best}: {damage}. The last checkpoint is what it was; {ON_PURPOSE}"
+            )
         super()._load_best_model()
 
     def _run_epoch(self, *args, **kwargs) -> None:
@@ -220,11 +225,7 @@ def put_in_place(staged: Path, final: Path) -> None:
         if old.exists():
             os.replace(old, final)
         raise
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_one(final.parent)
 
 
 def rotate(run: Path, limit: int | None, best: str | None) -> None:

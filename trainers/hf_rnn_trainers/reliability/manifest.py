@@ -1,5 +1,6 @@
 """What files a checkpoint consists of, and whether they still are what was written."""
 
+import errno
 import hashlib
 import json
 import math
@@ -17,13 +18,16 @@ NO_MANIFEST = f"{NAME} is missing"
 _NEEDED = {"trainer_state.json": ["trainer_state.json"], "rng_state.pth": ["rng_state*.pth"]}
 _NEEDED |= {"optimizer.pt": ["optimizer*", "global_step*"], "scheduler.pt": ["scheduler.pt", "global_step*"]}
 
+# What Windows, CIFS, sshfs, vboxsf and FUSE mounts answer to flushing a folder
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EISDIR}
 
-def write_manifest(folder: Path, order: int, world_size: int, batch: int) -> None:
+
+def write_manifest(folder: Path, order: int, world_size: int, batch: int | None) -> None:
     """Write `manifest.json`: size and SHA-256 of every file below `folder`, and of the run what resuming has to know.
 
     Args:
         order: of this checkpoint among those of the run's folder, by which the latest is known; steps can go back.
-        world_size, batch: processes, and sequences of a step over all of them.
+        world_size, batch: processes, and sequences of a step over all of them; None: not known.
     """
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _digest(path)}
@@ -32,6 +36,29 @@ def write_manifest(folder: Path, order: int, world_size: int, batch: int) -> Non
     }
     content = {"order": order, "world_size": world_size, "batch": batch, "files": files}
     (folder / NAME).write_text(json.dumps({**content, "sha256": _own_digest(content)}, indent=1))
+
+
+def accept_checkpoint(folder: str | Path) -> None:
+    """Take the files of a checkpoint as they are: for one that was changed on purpose, weights sharded otherwise, say.
+
+    They are read back and described by a new `manifest.json`. A checkpoint that had one keeps its place among those of
+    its run; another becomes the latest.
+
+    Raises:
+        ValueError: no such folder.
+        OSError: a file that cannot be read back.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"folder: expected the folder of a checkpoint, got {folder}")
+    check_readable(folder)
+    try:
+        before = read_manifest(folder)
+    except ValueError:
+        processes = max(1, len(list(folder.glob("rng_state*.pth"))))
+        before = {"order": next_order(folder.parent), "world_size": processes, "batch": None}
+    write_manifest(folder, before["order"], before["world_size"], before["batch"])
+    flush(folder)
 
 
 def check_readable(folder: Path) -> None:
@@ -143,11 +170,21 @@ def newest_whole(run: Path) -> tuple[Path | None, dict[str, str]]:
 def flush(folder: Path) -> None:
     """Have all that is below `folder` on the disk itself, so that it outlives a loss of power."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
+        flush_one(path)
+
+
+def flush_one(path: Path) -> None:
+    """A file's content, or the names in a folder where the file system can do that by itself."""
+    try:
+        # Windows flushes only what is open for writing
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+            raise
 
 
 def _digest(path: Path) -> str:

@@ -27,6 +27,9 @@ class NonFiniteGuard(Trainer):
     checkpoint stays the last, and the batch is kept beside it. `max_skipped_steps` of `RecurrentTrainingArguments` lets
     so many steps of a run pass first: they change no weight and no state of the optimizer, and the loss logged is the
     mean of the others, beside `skipped_steps`. Weights that are not finite are never saved.
+
+    A step whose loss is NaN because its data have no targets, all labels being -100, is left out with a warning and
+    counts for nothing.
     """
 
     model: Any
@@ -34,22 +37,39 @@ class NonFiniteGuard(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(_GradientGuard(self))
-        self._skipped = 0  # steps of this run
-        self._skips = False  # this step is one of them
+        self._count_anew()
+
+    def _count_anew(self) -> None:
+        self._skipped = 0  # steps of this run, of those that `max_skipped_steps` limits
+        self._skips = False  # this step is left out
         self._step_loss = torch.zeros(())  # what this step's batches added to the loss so far
         self._since_log = [0, 0]  # steps, and those without a finite loss
         self._since_start = [0, 0]
 
     def train(self, *args, **kwargs):
-        self._skipped, self._skips, self._step_loss = 0, False, torch.zeros(())
-        self._since_log, self._since_start = [0, 0], [0, 0]
+        self._since_start = [0, 0]
         return super().train(*args, **kwargs)
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """Trainer's, which begins again with a smaller batch where one was too large (`auto_find_batch_size`)."""
+        if steps := self._since_start[0]:
+            logger.warning(
+                f"auto_find_batch_size: out of memory after {steps} steps; begins anew with a smaller batch, from the "
+                "weights that these steps made"
+            )
+        self._count_anew()
+        self.current_flos = 0
+        return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         losses = self.accelerator.gather(loss.detach().reshape(1))
         if not torch.isfinite(losses).all():
-            self.skip_or_stop(self._describe_non_finite_loss(losses, inputs))
+            without = self.accelerator.gather(losses.new_full((1,), has_no_targets(inputs)))
+            if (losses.isfinite() | without.bool()).all():
+                self.leave_out_without_targets()
+            else:
+                self.skip_or_stop(self._describe_non_finite_loss(losses, inputs))
             loss = -self._step_loss.to(loss.device)  # as if the step's other batches had not been
         elif self._skips:
             loss = torch.zeros_like(loss)
@@ -68,6 +88,16 @@ class NonFiniteGuard(Trainer):
                 raise NonFiniteLossError(f"{message} {self.advice()}")
             logger.warning(f"{message} Skipped, {self._skipped + 1} of at most {limit}.")
             self._skipped += 1
+        self.leave_out()
+
+    def leave_out_without_targets(self) -> None:
+        """Leave this step out, since there is nothing to learn from its data."""
+        if not self._skips:
+            logger.warning(f"step {self.state.global_step}: all labels are -100, nothing to learn from; left out")
+        self.leave_out()
+
+    def leave_out(self) -> None:
+        """Make this step change no weight and no state of the optimizer."""
         self._skips = True
 
     def _describe_non_finite_loss(self, losses: torch.Tensor, inputs: dict) -> str:
@@ -147,6 +177,15 @@ class _GradientGuard(TrainerCallback):
             for p in parameters:
                 p.grad = None  # which an optimizer passes by
         trainer._skips, trainer._step_loss = False, torch.zeros(())
+
+
+def has_no_targets(inputs: dict[str, Any]) -> bool:
+    """Whether all labels are -100, but for a row's first, which language models predict from nothing."""
+    labels = inputs.get("shift_labels", inputs.get("labels"))
+    if not torch.is_tensor(labels):
+        return False
+    predicted = labels[..., 1:] if labels.dim() > 1 and "shift_labels" not in inputs else labels
+    return not bool((predicted != -100).any())
 
 
 def _is_finite(p: torch.Tensor) -> bool:

@@ -1,27 +1,47 @@
 """The trainer that all of the package's are."""
 
+from typing import Any
+
+from transformers import TrainingArguments
+
 from hf_rnn_trainers.model_card import ModelCardMixin
+from hf_rnn_trainers.reliability.arguments import RecurrentTrainingArguments
 from hf_rnn_trainers.reliability.checkpoints import AtomicCheckpoints
+from hf_rnn_trainers.reliability.epochs import RepeatableEpochs
 from hf_rnn_trainers.reliability.non_finite import NonFiniteGuard
 from hf_rnn_trainers.reliability.signals import SaveOnSignal
 from hf_rnn_trainers.sharding import check_fsdp
 
 
-class RecurrentTrainer(NonFiniteGuard, SaveOnSignal, AtomicCheckpoints, ModelCardMixin):
+class RecurrentTrainer(NonFiniteGuard, SaveOnSignal, AtomicCheckpoints, RepeatableEpochs, ModelCardMixin):
     """transformers' Trainer for runs that nobody watches. `NonFiniteGuard` stops at a loss that is not finite,
-    `AtomicCheckpoints` keeps every checkpoint whole and goes on from whole ones alone, `SaveOnSignal` saves when told
-    to end, and the card beside the weights (`ModelCardMixin`) tells of the run. A run that nothing happens to is the
-    stock Trainer's, bit for bit.
+    `AtomicCheckpoints` keeps every checkpoint whole and goes on from whole ones alone, with the data in the order of
+    the run that was interrupted (`RepeatableEpochs`), `SaveOnSignal` saves when told to end, and the card beside the
+    weights (`ModelCardMixin`) tells of the run. A run that nothing happens to is the stock Trainer's, bit for bit.
 
     Base of `ZOTrainer`, `SMTTrainer`, `DMTTrainer` and `RateConstrainedTrainer`; by itself the one for backpropagation.
 
     Args:
-        args: `TrainingArguments`, or `RecurrentTrainingArguments`, which add `max_skipped_steps`.
+        args: `TrainingArguments`, or `RecurrentTrainingArguments`, which add `max_skipped_steps`; None: the defaults of
+            the latter.
         others: Trainer's; any model.
+
+    Attributes:
+        config_class: of the arguments that a method needs, whose defaults stand in for None.
+
+    Raises:
+        TypeError: arguments of another class.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    config_class: type[TrainingArguments] = RecurrentTrainingArguments
+
+    def __init__(self, model: Any = None, args: Any = None, *others, **options):
+        args = self.config_class() if args is None else args
+        # Backpropagation does with transformers' own
+        needed = TrainingArguments if self.config_class is RecurrentTrainingArguments else self.config_class
+        if not isinstance(args, needed):
+            raise TypeError(f"args: expected a {needed.__name__}, got {type(args).__name__}")
+        super().__init__(model, args, *others, **options)
         self.check_sharding()
 
     def check_sharding(self) -> None:

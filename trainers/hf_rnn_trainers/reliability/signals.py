@@ -2,9 +2,10 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import torch
@@ -14,14 +15,17 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+CHILD_ENDED: signal.Signals | None = getattr(signal, "SIGCHLD", None)  # Windows has none
+_AT_ONCE = "SIGQUIT (Ctrl-\\)" if hasattr(signal, "SIGQUIT") else "Ctrl-Break"
 
 
 class SaveOnSignal(Trainer):
     """Trainer that after SIGTERM or SIGINT makes the step to its end, saves, and exits with 128 + the signal's number.
 
     An evaluation that is due at that step comes first, so that the resumed run is the same as one without a signal.
-    Further signals change nothing. With several processes all save and exit after the same step, whichever got the
-    signal. Handlers stand during `train` in the main thread; those before come back after it.
+    Further signals change nothing, and are told so. With several processes all save and exit after the same step,
+    whichever got the signal. Handlers stand during `train` in the main thread; those before come back after it. In an
+    interactive session, which is not to be ended, SIGINT raises KeyboardInterrupt where it would exit.
     """
 
     _signal = 0
@@ -32,30 +36,40 @@ class SaveOnSignal(Trainer):
         with self._signals_noted():
             output = super().train(*args, **kwargs)
         if self._signal:  # while the run was being ended
-            raise SystemExit(128 + self._signal)
+            _exit(self._signal)
         return output
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """Trainer's, which begins again with a smaller batch where one was too large (`auto_find_batch_size`)."""
+        self._saved_at = self._looked_at = None
+        return super()._inner_training_loop(*args, **kwargs)
 
     @contextmanager
     def _signals_noted(self) -> Iterator[None]:
-        self._signal, self._saved_at, self._looked_at = 0, None, None
+        self._signal = 0
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        before[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD)
+        if CHILD_ENDED:
+            before[CHILD_ENDED] = signal.getsignal(CHILD_ENDED)
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if handler is not None:  # else one that Python did not set and cannot set again
+                    signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        if not self._signal:
-            self._signal = number
+        name = signal.Signals(number).name
+        if self._signal:
+            _tell(f"{name}: the checkpoint at the end of this step is still to come; {_AT_ONCE} stops without it")
+            return
+        self._signal = number
+        if CHILD_ENDED:
             # With it torch would raise an error in the middle of anything, the loaders' workers having got the signal
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            # Not print: a signal may come while something is being printed
-            os.write(2, f"\n{signal.Signals(number).name}: saving a checkpoint at the end of this step\n".encode())
+            signal.signal(CHILD_ENDED, signal.SIG_DFL)
+        _tell(f"{name}: saving a checkpoint at the end of this step")
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
@@ -98,10 +112,22 @@ class SaveOnSignal(Trainer):
             f"{signal.Signals(number).name}: stopped after step {self.state.global_step}, which is saved; "
             "resume_from_checkpoint=True goes on from there"
         )
-        raise SystemExit(128 + number)
+        _exit(number)
 
     def _received(self) -> int:
         """The signal that any process got."""
         if self.args.world_size == 1:
             return self._signal
         return int(gather(torch.tensor([self._signal], device=self.args.device)).max())
+
+
+def _tell(message: str) -> None:
+    """Not by print: a signal may come while something is being printed."""
+    with suppress(OSError):  # nobody may be there to read it
+        os.write(2, f"\n{message}\n".encode())
+
+
+def _exit(number: int) -> NoReturn:
+    if number == signal.SIGINT and hasattr(sys, "ps1"):  # a notebook, or Python's own prompt
+        raise KeyboardInterrupt("the run is saved")
+    raise SystemExit(128 + number)

@@ -1,5 +1,6 @@
 """What SMT and DMT share: a student with a teacher beside it, in training, checkpoints and evaluation."""
 
+import random
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -57,20 +58,20 @@ class MemoryTrainer(RecurrentTrainer, ABC):
     args: Any
     model: Any
     state: Any
-    config_class: type[MemoryTrainingConfig]
+    config_class: type[MemoryTrainingConfig] = MemoryTrainingConfig
     card_papers = ("kumar2026smt",)
 
     def __init__(self, model=None, args=None, teacher: SMTTeacher | str | Path | None = None, **kwargs):
-        if not isinstance(args, self.config_class):
-            raise TypeError(f"args: expected a {self.config_class.__name__}, got {type(args).__name__}")
         if model is not None:
             memory_shape(model)
         if kwargs.get("model_init") is not None:
-            raise ValueError("model_init: the teacher fits one student; pass a model")
+            raise ValueError(
+                "model_init: the teacher fits one student; pass a model, and in a search make a trainer for each trial"
+            )
         super().__init__(model, args, **kwargs)
         if self.compute_loss_func is not None:
             raise ValueError("compute_loss_func: this trainer has its own loss; leave it out")
-        if args.n_gpu > 1:
+        if self.args.n_gpu > 1:
             raise ValueError("DataParallel: start a process for each GPU instead (accelerate launch)")
         teacher = self.new_teacher() if teacher is None else teacher
         self.teacher = teacher if isinstance(teacher, SMTTeacher) else load_teacher(teacher)
@@ -82,9 +83,17 @@ class MemoryTrainer(RecurrentTrainer, ABC):
             if any(p.requires_grad and id(p) not in given for p in self.teacher.parameters()):
                 raise ValueError("optimizers: expected an optimizer of the teacher's parameters as well as the model's")
         self.model_accepts_loss_kwargs = False  # the loss is a mean, divided by the accumulation steps
+        self._count_terms_anew()
+        self._measured: list[tuple[int, dict[str, Tensor]]] = []  # rows and terms of the evaluation going on
+
+    def _count_terms_anew(self) -> None:
         self._draws = (-1, 0)  # the step, and batches of it so far
         self._terms: dict[str, Tensor] = {}  # sum and number of each since the last log
-        self._measured: list[tuple[int, dict[str, Tensor]]] = []  # rows and terms of the evaluation going on
+
+    def _inner_training_loop(self, *args, **kwargs):
+        self.losses = self.make_losses()  # anew, since another trainer may have frozen the teacher meanwhile
+        self._count_terms_anew()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def check_sharding(self) -> None:
         refuse_sharding(self, "two networks train together, by single steps")
@@ -143,8 +152,8 @@ class MemoryTrainer(RecurrentTrainer, ABC):
         """Random numbers that are a function of the step, so that a resumed run draws the same."""
         step, batch = self.state.global_step, self._draws[1] + 1 if self._draws[0] == self.state.global_step else 0
         self._draws = (step, batch)
-        seed = (self.args.seed, self.args.process_index, step, batch)
-        return torch.Generator().manual_seed(hash(seed) % 2**63)
+        seed = random.Random(f"{self.args.seed} {self.args.process_index} {step} {batch}").getrandbits(63)
+        return torch.Generator().manual_seed(seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with the mean of each term of the loss since the last time."""

@@ -1,16 +1,21 @@
 """The losses of a training step, at every perturbation that this process has to evaluate."""
 
 import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.utils import logging
 
+from hf_rnn_trainers.reliability.non_finite import has_no_targets
 from hf_rnn_trainers.zo.directions import Directions
 from hf_rnn_trainers.zo.estimators import ESTIMATORS
 from hf_rnn_trainers.zo.evaluation import Member, call_with, moved, perturbed, stream_losses
 from hf_rnn_trainers.zo.zo_config import ZOConfig
+
+logger = logging.get_logger(__name__)
 
 # Tokens of a forward pass, by which it is chosen how many members and how much of a row it takes, on a CPU what stays
 # in its caches (docs/log.md, 2026-11-22); the longest and the shortest piece of a row.
@@ -35,10 +40,26 @@ class PerturbedLosses(Trainer):
         """This process's part of directions (`_group` of `_groups`) and data (`_shard`), and how it takes losses."""
         self._group, self._shard = divmod(self.args.process_index, self.args.data_shards)
         self._groups = self.args.world_size // self.args.data_shards
-        own_loss = type(self).compute_loss is not Trainer.compute_loss or self.compute_loss_func is not None
         supported = getattr(type(self.model), "supports_perturbed", False)  # the class's: an adapter's wrapper is none
-        self._streams = supported and not own_loss and not self.label_smoother
+        self._streams = supported and not self._own_loss()
         self.forward_passes = 0
+
+    def _own_loss(self) -> str | None:
+        """What makes the loss another than the one that Trainer would give a language model."""
+        if type(self).compute_loss is not Trainer.compute_loss:
+            return f"{type(self).__name__}.compute_loss"
+        if self.compute_loss_func is not None:
+            return "compute_loss_func"
+        return "label_smoothing_factor" if self.label_smoother else None
+
+    def _tell_if_slow(self) -> None:
+        reason, args = self._own_loss(), self.args
+        fast = getattr(type(self.model), "supports_perturbed", False) and args.evaluation == "functional"
+        if reason and fast and args.directions == "low_rank":
+            logger.warning(
+                f"{reason}: directions are evaluated one after another, since the loss may be anything; where it is "
+                "Trainer's own, leave it out, and many are evaluated in one forward pass, several times as fast"
+            )
 
     def _losses(self, inputs: dict[str, Any], step: int) -> Tensor:
         """This process's share of the losses of every direction and sign, summed, and what they are sums of: (2, N, S)
@@ -118,5 +139,7 @@ class PerturbedLosses(Trainer):
             torch.default_generator.manual_seed(seed)  # the same for all members
             if on_gpu:
                 torch.cuda.manual_seed(seed)
-            loss = float(self.compute_loss(self.model, inputs))  # type: ignore[arg-type]
+            loss = float(self.compute_loss(self.model, dict(inputs)))  # type: ignore[arg-type]
+        if math.isnan(loss) and has_no_targets(inputs):
+            return torch.zeros(2, 1, dtype=torch.float64, device=self.args.device)
         return torch.tensor([[loss], [1.0]], dtype=torch.float64, device=self.args.device)

@@ -95,6 +95,8 @@ class ZOConfig(RecurrentTrainingArguments):
                 f"data_per_direction: expected a batch of a multiple of {self.num_directions} rows, one for each "
                 f"direction, got per_device_train_batch_size={self.per_device_train_batch_size}"
             )
+        if self.data_per_direction and self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size: data_per_direction needs its batch as it is; leave one of them out")
         if self.fp16:
             raise ValueError("fp16: its loss scaling belongs to backpropagation; use bf16=True with float32 weights")
         if self.torch_compile:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import cached_file, logging
 
 from hf_rnn_kernels import Perturbed
@@ -27,9 +27,10 @@ from hf_rnn_trainers.zo.zo_config import ZOConfig
 logger = logging.get_logger(__name__)
 
 SEARCH = 2**32 - 1  # the step whose directions the search for a learning rate uses
-# The settings that a log's steps depend on
+# The settings that a log's steps depend on, and the methods that make the optimizer of them
 _REPLAYED = ["directions", "rank", "density", "seed", "optim", "optim_args", "weight_decay", "max_grad_norm"]
 _REPLAYED += ["adam_beta1", "adam_beta2", "adam_epsilon"]
+_MAKE_OPTIMIZER = ("create_optimizer", "get_optimizer_cls_and_kwargs", "get_decay_parameter_names")
 
 
 class ZOTrainer(PerturbedLosses, RecurrentTrainer):
@@ -61,26 +62,33 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
     model: Any
     optimizer: Any
     card_papers = ("chaubard2025zero",)
+    config_class = ZOConfig
 
     def __init__(self, model=None, args: ZOConfig | None = None, **kwargs):
-        if not isinstance(args, ZOConfig):
-            raise TypeError(f"args: expected a ZOConfig, got {type(args).__name__}")
         super().__init__(model, args, **kwargs)
-        self._own_optimizer = self.optimizer is not None  # the caller's, of which the log cannot tell
+        self._given_optimizer = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        self._log: ReplayLog | None = None
+        self.add_callback(_StepLog(self))
+        self._begin()
+
+    def _begin(self) -> None:
+        """What belongs to a model and a run, bound to the model as it is now; `model_init` gives each run its own."""
         self._refuse()
         for p in self.model.parameters():
             if p.data_ptr() % 64:  # as read from a file: matrix products would round in another way
                 p.data = p.data.clone()
+        args = self.args
         self.directions = Directions(self.model, args.directions, args.seed, args.rank, args.density)
         self._share_out()
         self._pending: Tensor | None = None  # summed losses and their counts (2, N, signs) of this step so far
-        self._log: ReplayLog | None = None
+        self._coefficients = torch.zeros(0)  # of this step
         self._norm = 0.0
         self._seen = self._zeros = self._dropped = 0  # directions since the last log
 
     def card_method(self) -> str:
         args = self.args
-        log = f"; {replay_log.NAME} rebuilds the weights from those before training" if args.replay_log else ""
+        told = self._log is not None and not self._log.ended
+        log = f"; {replay_log.NAME} rebuilds the weights from those before training" if told else ""
         return (
             f"zero-order estimates ({args.estimator}, {args.num_directions} {args.directions} directions, epsilon "
             f"{args.epsilon:g}{log})"
@@ -119,7 +127,15 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
         if self.args.world_size > 1:
             for p in self.model.parameters():
                 broadcast(p.data)
-        return super().create_optimizer(model)
+        search = self.args.search_learning_rate and self.is_in_train and not self.state.global_step
+        if search:
+            self.args.learning_rate = self.find_learning_rate()
+            logger.info(f"learning rate {self.args.learning_rate:.3g}")
+        optimizer = super().create_optimizer(model)
+        if search:
+            for group in optimizer.param_groups:  # which an earlier run or the caller may have made
+                group["lr"] = group["initial_lr"] = self.args.learning_rate
+        return optimizer
 
     def get_train_dataloader(self):
         """Trainer's, with the batch split over `data_shards` instead of all processes."""
@@ -130,12 +146,13 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
                 shard.num_processes, shard.process_index = self.args.data_shards, self._shard
         return loader
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        self._log = self._pending = None
-        if self.args.search_learning_rate and not resume_from_checkpoint:
-            self.args.learning_rate = self.find_learning_rate()
-            logger.info(f"learning rate {self.args.learning_rate:.3g}")
-        return super().train(resume_from_checkpoint, **kwargs)
+    def _inner_training_loop(self, *args, resume_from_checkpoint=None, trial=None, **kwargs):
+        self._begin()
+        self._tell_if_slow()
+        self._log = None
+        if self.args.replay_log and self.is_world_process_zero():
+            self._open_log(Path(self._get_output_dir(trial)), resume_from_checkpoint)
+        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Take losses; with the last batch of a step, estimate the gradient. Returns the step's loss then, else 0."""
@@ -143,28 +160,34 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
         self._pending = losses if self._pending is None else self._pending + losses
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        means = self._means(self._pending)
+        sums, counts = self._total(self._pending)
         self._pending = None
+        means = sums / counts
         finite = means.isfinite().all(1)
         if not finite.any():
-            return self._skip(means, inputs)
-        c = self._estimate(means)
-        self._count(means[finite], c)
-        self._write_log(c)
-        self._give(self.state.global_step, c)
+            if counts.any():
+                self.skip_or_stop(self._describe_non_finite_loss(means.flatten(), inputs))
+            else:
+                self.leave_out_without_targets()
+            return torch.zeros((), device=self.args.device)
+        self._coefficients = self._estimate(means)
+        self._count(means[finite], self._coefficients)
+        self._give(self.state.global_step, self._coefficients)
         return means[finite].mean().float().to(self.args.device)
 
-    def _skip(self, means: Tensor, inputs) -> Tensor:
-        """Leave this step out, or stop; in the log its coefficients are NaN."""
-        self.skip_or_stop(self._describe_non_finite_loss(means.flatten(), inputs))
-        self._write_log(means.new_full(means.shape[:1], float("nan")))
+    def leave_out(self) -> None:
+        """Trainer's; in the log the step's coefficients are NaN."""
+        super().leave_out()
+        self._coefficients = torch.full((self.args.num_directions,), torch.nan)
         if isinstance(optimizer := getattr(self.optimizer, "optimizer", self.optimizer), ZOSGD):
             optimizer.coefficients = None
-        return torch.zeros((), device=self.args.device)
+
+    def _total(self, losses: Tensor) -> Tensor:
+        """Sums over all processes, and the number of tokens they are of, (2, N, S), the same bits everywhere."""
+        return self.accelerator.gather(losses[None]).sum(0)
 
     def _means(self, losses: Tensor) -> Tensor:
-        """Means over all processes and tokens, (N, S), the same bits everywhere."""
-        sums, counts = self.accelerator.gather(losses[None]).sum(0)
+        sums, counts = self._total(losses)
         return sums / counts
 
     def _estimate(self, means: Tensor) -> Tensor:
@@ -204,17 +227,33 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
                 )
         super().log(logs, start_time)
 
-    def _write_log(self, c: Tensor) -> None:
-        if not self.args.replay_log or not self.is_world_process_zero():
-            return
-        if self._log is None:
-            header = {name: getattr(self.args, name) for name in _REPLAYED} | {"size": self.directions.size}
-            if self._own_optimizer:
-                header["optim"] = None
-            path = Path(self.args.output_dir or ".") / replay_log.NAME
-            self._log = ReplayLog(path, header, self.state.global_step)
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._log.append(self.state.global_step, rates, c)
+    def _open_log(self, run: Path, checkpoint: str | None) -> None:
+        """The log of the steps to come, after those of the checkpoint; where it cannot tell of all, it says so."""
+        header = {name: getattr(self.args, name) for name in _REPLAYED} | {"size": self.directions.size}
+        self._log = ReplayLog(run / replay_log.NAME, header, Path(checkpoint) if checkpoint else None)
+        if self._given_optimizer or any(getattr(type(self), x) is not getattr(ZOTrainer, x) for x in _MAKE_OPTIMIZER):
+            self._log.end("it has an optimizer of its own, which the log does not know")
+        elif steps := self._since_start[0]:
+            self._log.end(f"auto_find_batch_size began anew after {steps} steps, from the weights that they had made")
+        elif checkpoint is None and self.optimizer is not None and self.optimizer.state:
+            self._log.end("its optimizer went on with what it had kept from an earlier call of train()")
+        self._warn_of_log()
+
+    def _warn_of_log(self) -> None:
+        if self._log and self._log.ended:
+            logger.warning(f"{self._log.path}: cannot be replayed to the weights of this run: {self._log.ended}")
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Trainer's, with the log that leads to these weights beside them."""
+        super()._save(output_dir, state_dict)
+        if self._log:
+            self._log.copy_to(Path(str(output_dir or self.args.output_dir)))
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if self._log:
+            self._log.take(Path(str(self.state.best_model_checkpoint)))
+            self._warn_of_log()
 
     @classmethod
     def replay(cls, base: str | Path | PreTrainedModel | nn.Module, log: str | Path) -> Any:
@@ -229,14 +268,12 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
             The model. Equal to the trained one bit for bit on the same kind of machine with as many threads.
 
         Raises:
-            ValueError: a log of a run with an optimizer of its own, of other weights, or with steps missing.
+            ValueError: a log with steps missing or that does not tell of all (it says why), or of other weights.
         """
         path = log if Path(log).is_file() else cached_file(str(log), replay_log.NAME)
         header, steps = replay_log.read(str(path))
         model = base if isinstance(base, nn.Module) else AutoModelForCausalLM.from_pretrained(base)
         size = header.pop("size")
-        if header["optim"] is None:
-            raise ValueError(f"log: {path} is of a run with an optimizer of its own, which it does not know")
         with tempfile.TemporaryDirectory() as folder:
             on_cpu = next(model.parameters()).device.type == "cpu"
             args = ZOConfig(output_dir=folder, report_to="none", use_cpu=on_cpu, **header)
@@ -246,9 +283,9 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
                 f"base: expected {size} trainable parameters, as in the log, got {trainer.directions.size}"
             )
         optimizer = trainer.create_optimizer()
-        for step, rates, c in steps:
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+        for step, rates, groups, c in steps:
+            for group, rate, options in zip(optimizer.param_groups, rates, groups, strict=True):
+                group.update(options, lr=rate)
             if c.isnan().all():
                 continue  # skipped
             trainer._give(step, c.to(args.device))
@@ -285,3 +322,14 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
         with self.compute_loss_context_manager():
             losses = call_with(self.model, new, functools.partial(self._run, batch, 0, self._streamed(inputs)))
         return float(self._means(losses[..., None]))
+
+
+class _StepLog(TrainerCallback):
+    """Writes each step to the log when it is made, before its learning rates become those of the next."""
+
+    def __init__(self, trainer: ZOTrainer):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self.trainer._log:
+            self.trainer._log.append(state.global_step, optimizer.param_groups, self.trainer._coefficients)
