@@ -83,6 +83,7 @@ def _questions(names: list[str]) -> list[str]:
 def summary(states: dict[str, dict]) -> list[str]:
     """A line for each question, and a few for what is wrong or slow there."""
     from driver import commit, device_name, results_path
+    from resumable import read_partial
 
     lines = [f"{device_name()}, commit {commit() or 'unknown'}"]
     for step, commands in STEPS.items():
@@ -91,6 +92,8 @@ def summary(states: dict[str, dict]) -> list[str]:
             path = results_path(question)
             results = json.loads(path.read_text())["results"] if path.exists() else {}
             first, *others = headlines(question, results)
+            if state["state"] != "done" and (kept := len(read_partial(question)["runs"])):
+                first += f"; {kept} parts kept for the next call"
             lines.append(f"{step} {question:24} {state['state']:12} {state['seconds']:4.0f} s  {first}"[:160])
             lines += [f"    {line}"[:160] for line in others[:SHOWN]]
             lines += [f"    and {len(others) - SHOWN} more"] if len(others) > SHOWN else []

@@ -1,6 +1,6 @@
 """The tests marked `gpu`, each result kept as it comes: what passed at these sources is not run again.
 
-python benchmarks/gpu_tests.py [pytest's own options]
+python benchmarks/gpu_tests.py [files, pytest's own options]
 """
 
 import os
@@ -40,6 +40,8 @@ def main() -> int:
     left_out = [f"--deselect={name}" for name in kept.passed()]
     sys.path.remove(str(Path(__file__).parent))  # where other packages' names are
     options = ["-m", "gpu", "-q", "--tb=short", "-n", WORKERS, "-p", "no:cacheprovider"]
+    if not DRY:  # what hangs is ended with its process, and another takes over
+        options += ["--timeout=150", "--timeout-method=thread"]
     options += ["--continue-on-collection-errors", *left_out]
     code = pytest.main([*options, *(sys.argv[1:] or map(str, (TESTS / "gpu", TESTS / "ops")))], plugins=[kept])
     save("gpu_tests", {"tests": kept.runs})

@@ -176,7 +176,10 @@ def decoding(results: Results) -> str:
     tokens = {title: rows for title, rows in results.items() if ", a token after " in title}
     for what, value in (
         ("milliseconds a token", lambda row: number(row["ms"]) if "ms" in row else row["refused"]),
-        ("bytes of state, or of keys and values", lambda row: f"{row['state_bytes']:,}"),
+        (
+            "bytes of state, or of keys and values",
+            lambda row: f"{row['state_bytes']:,}" if "state_bytes" in row else "",
+        ),
     ):
         columns, lines = by_shape(tokens, ", a token after ", value)
         parts.append(f"{what}, after a prefix:\n\n" + markdown(["", *columns], [[n, *c] for n, c in lines.items()]))
@@ -261,7 +264,8 @@ def faster_peers() -> list[list[str]]:
 def page() -> str:
     parts = [
         "# Performance\n\nMade by `make performance` from [benchmarks/results](../benchmarks/results); not edited by "
-        "hand. `make bench` measures again, `make bench-check` compares ratios with these. Contestants are checked "
+        "hand. `make bench` measures again, `make bench-check` compares ratios with these; `make gpu` measures on a GPU "
+        "([how](../CONTRIBUTING.md#on-a-gpu)). Contestants are checked "
         "against float64 before they are timed; what is wrong is not timed, and says so. (A decoder with one step "
         "after 128 tokens, training steps of more than 4,096 tokens with 64, xLSTM's beside transformers' beyond 1,024 "
         "against each other; generate() not, but compiled against plain.) Times are medians of rounds in "
@@ -275,8 +279,10 @@ def page() -> str:
         parts.append(f"## {title}\n\n{source(record, question)}")
         parts.append(WRITERS.get(question, generic)(record["results"]))
         if (gpu := load(question, "gpu")) is not None:
+            failed = gpu["results"].pop("failed", {})
             parts.append(f"### On a GPU\n\n{source(gpu, question + '_gpu')}")
             parts.append(WRITERS.get(question, generic)(gpu["results"]))
+            parts += [f"Not measured: {part} ({why})." for part, why in failed.items()]
     parts.append(
         "## Published tables, and what we get\n\n"
         + markdown(["published", "theirs", "ours", "by"], published_rows(load))

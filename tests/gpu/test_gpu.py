@@ -22,6 +22,7 @@ from ops.test_recurrent_triton import multiply_bfloat16
 DRY = os.environ.get("HF_RNN_DRY") == "1"
 DEVICE = "cpu" if DRY else "cuda"
 HIDDEN, LENGTH = (16, 5) if DRY else (128, 137)
+RANGE = 1.2 / math.sqrt(HIDDEN)  # every part of a model matters, and no recurrence is chaotic
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not DRY and not torch.cuda.is_available(), reason="needs a GPU"),
@@ -48,7 +49,7 @@ def bfloat16_dot(monkeypatch):
 def made(architecture, make_model):
     """A model on the device, of two heads where it has any: one head may be cuDNN's."""
     heads = {} if architecture in ("mingru", "minlstm", "memoryrnn") else dict(num_heads=2)
-    return make_model(hidden_size=HIDDEN, **heads).to(DEVICE)
+    return make_model(hidden_size=HIDDEN, initializer_range=RANGE, **heads).to(DEVICE)
 
 
 def random_ids(rows=3, length=LENGTH):
@@ -92,12 +93,13 @@ def exact(model, ids, settings):
     return logits_and_gradients(copy.deepcopy(model).cpu().double(), ids.cpu(), on_cpu)
 
 
-def assert_close(actual, expected, tolerance):
-    """Relative errors; a gradient that is next to nothing beside the others is measured by them."""
+def assert_close(actual, expected):
+    """Relative errors; a gradient that is next to nothing beside the others is measured by them. A sum over tokens that
+    nearly cancels loses two digits in float32, whatever computes it."""
     size = max(x.pow(2).mean().sqrt() for name, x in expected.items() if name != "logits")
     for name, x in expected.items():
         error, own = (actual[name].detach().cpu().double() - x).pow(2).mean().sqrt(), x.pow(2).mean().sqrt()
-        assert error <= tolerance * (own if name == "logits" else max(own, 1e-2 * size)), (name, error / own)
+        assert error <= (1e-4 * own if name == "logits" else 1e-3 * max(own, 1e-2 * size)), (name, error / own)
 
 
 class TestModels:
@@ -105,35 +107,39 @@ class TestModels:
     def test_values_and_gradients(self, made, layout):
         ids, settings = LAYOUTS[layout]()
         expected = exact(made, ids, settings)
-        assert_close(logits_and_gradients(made, ids, settings), expected, 1e-4)
+        assert_close(logits_and_gradients(made, ids, settings), expected)
 
     @pytest.mark.parametrize("architecture", ["gru", "lstm"])
     def test_one_head(self, make_model, architecture):
         """cuDNN's, or on a CPU torch's own."""
-        model = make_model(hidden_size=HIDDEN).to(DEVICE)
+        model = make_model(hidden_size=HIDDEN, initializer_range=RANGE).to(DEVICE)
         for layout in ("plain", "padded"):
             ids, settings = LAYOUTS[layout]()
-            assert_close(logits_and_gradients(model, ids, settings), exact(model, ids, settings), 1e-4)
+            assert_close(logits_and_gradients(model, ids, settings), exact(model, ids, settings))
 
     def test_slstm_blocks(self, make_model, architecture):
         if architecture != "xlstm":
             pytest.skip("no sLSTM")
-        model = make_model(hidden_size=HIDDEN, num_heads=2, block_layout="neurips", slstm_at=[1]).to(DEVICE)
+        settings = dict(hidden_size=HIDDEN, initializer_range=RANGE, num_heads=2, block_layout="neurips")
+        model = make_model(**settings, slstm_at=[1]).to(DEVICE)
         for layout in ("plain", "packed"):
             ids, settings = LAYOUTS[layout]()
-            assert_close(logits_and_gradients(model, ids, settings), exact(model, ids, settings), 1e-4)
+            assert_close(logits_and_gradients(model, ids, settings), exact(model, ids, settings))
 
     def test_autocast(self, made, bfloat16_dot):
-        """In bfloat16: logits and gradients, all together, to 10%."""
+        """In bfloat16, as near to float64 as a CPU comes in bfloat16."""
         ids, settings = LAYOUTS["padded"]()
         with torch.autocast(DEVICE, torch.bfloat16):
             actual = logits_and_gradients(made, ids, settings)
-        expected = exact(made, ids, settings)
         assert all(actual[name].dtype == parameter.dtype for name, parameter in made.named_parameters())
-        one, other = (
-            torch.cat([results[n].flatten().cpu().double() for n in expected]) for results in (actual, expected)
-        )
-        assert (one - other).norm() <= 0.1 * other.norm()
+        expected, on_cpu = exact(made, ids, settings), {name: x.cpu() for name, x in settings.items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            other = logits_and_gradients(copy.deepcopy(made).cpu(), ids.cpu(), on_cpu)
+
+        def distance(results):
+            return sum((results[name].detach().cpu().double() - x).pow(2).sum() for name, x in expected.items()).sqrt()
+
+        assert distance(actual) <= 2 * distance(other)
 
     def test_in_two_pieces(self, made):
         ids = random_ids()
@@ -174,16 +180,18 @@ class TestGenerate:
             assert torch.equal(made.generate(ids, compile_config=CompileConfig(), **self.settings), expected)
 
     def test_in_bfloat16(self, made, bfloat16_dot):
-        """States stay in float32; a step is as a CPU takes it in float64."""
-        ids = random_ids()
-        half = copy.deepcopy(made).bfloat16()
+        """States stay in float32; a step comes as near to float64 as a CPU's in bfloat16."""
+        ids, double = random_ids(), copy.deepcopy(made).cpu().double()
         with torch.no_grad():
-            output = half(ids, use_cache=True)
-            step = half(ids[:, :1], past_key_values=output.past_key_values).logits
-            double = copy.deepcopy(made).cpu().double()
             expected = double(torch.cat([ids, ids[:, :1]], 1).cpu()).logits[:, -1:]
-        assert all(state.dtype == torch.float32 for layer in output.past_key_values.states for state in layer)
-        assert relative_error(step.cpu(), expected) <= 0.1
+            errors = []
+            for device in (DEVICE, "cpu"):
+                half = copy.deepcopy(made).to(device, torch.bfloat16)
+                state = half(ids.to(device), use_cache=True).past_key_values
+                step = half(ids[:, :1].to(device), past_key_values=state).logits
+                errors.append(relative_error(step.cpu(), expected))
+                assert all(x.dtype == torch.float32 for layer in state.states for x in layer)
+        assert errors[0] <= 2 * errors[1]
 
 
 class TestTrainers:
