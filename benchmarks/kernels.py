@@ -189,7 +189,7 @@ OPS = {
     "linear_scan": Op(
         gates(2, positive=True), first_of(linear_scan), 2 * WIDTH, WIDTH,
         peers={"minGRU-pytorch": lambda a, b: log_scan(a.log(), b.log())}
-        | ({"accelerated-scan": accelerated_scan} if LIKE_GPU else {}),
+        | ({"accelerated-scan": accelerated_scan} if GPU else {}),
         tolerance=LOG_SPACE,
     ),
     "min_gru_scan": Op(
