@@ -16,8 +16,8 @@ BENCH = $(VENV)-bench/bin/python
 BENCH_STAMP = $(VENV)-bench/.installed
 WHEELS ?= wheels
 
-.PHONY: demo test test-oldest test-newest test-next test-slow test-all lint bench bench-quality bench-check bench-gpu gpu-wheels performance model-cards \
-	setup clean
+.PHONY: demo test test-oldest test-newest test-next test-slow test-all lint bench bench-quality bench-check gpu gpu-wheels \
+	performance model-cards setup clean
 
 setup: $(STAMP)
 
@@ -92,17 +92,26 @@ bench-quality: $(BENCH_STAMP)
 bench-check: $(BENCH_STAMP)
 	$(BENCH) benchmarks/suite.py check
 
-# What `bench-gpu` installs, for a machine without a network: gigabytes, CUDA's libraries among them.
+# What `gpu` takes along to a machine without a network: for Python 3.12 on x86-64, without torch, triton and CUDA.
 gpu-wheels:
-	$(PYTHON) -m pip download --quiet -d $(WHEELS) -c constraints.txt '.[bench,bench-gpu]' 'setuptools>=77' wheel
+	rm -rf $(WHEELS)/*.whl $(WHEELS)/site
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check -d $(WHEELS) -r benchmarks/gpu-wheels.txt \
+		-c constraints.txt --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(foreach libc,2_28 2_27 2_17 2_12 2_5,--platform manylinux_$(libc)_x86_64)
+	@kib=$$(du -sk $(WHEELS) | cut -f1); echo "$(WHEELS): $$(ls $(WHEELS) | wc -l) wheels, $$kib KiB"; test $$kib -lt 51200
 
-# On an NVIDIA GPU, from the folder of wheels alone. Goes on where it was interrupted, question by question.
-bench-gpu:
-	test -x $(BENCH) || $(PYTHON) -m venv $(VENV)-bench
-	$(BENCH) -m pip install --quiet --disable-pip-version-check --no-index --find-links $(WHEELS) -c constraints.txt \
-		-e '.[bench,bench-gpu]'
-	$(BENCH) benchmarks/suite.py gpu
-	$(BENCH) benchmarks/page.py
+# On an NVIDIA GPU, with the machine's own python3, torch and transformers. Goes on where it was stopped.
+# STEPS="a decoding" for some of the steps in benchmarks/gpu.py; DRY=1 rehearses, tiny and without a GPU.
+gpu: $(if $(DRY),,$(WHEELS)/site)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/trainers:$(abspath $(WHEELS))/site$(if $(PYTHONPATH),:$(PYTHONPATH)) \
+		$(PYTHON) benchmarks/gpu.py $(STEPS) $(if $(DRY),--dry)
+
+$(WHEELS)/site:
+	@ls $(WHEELS)/*.whl > /dev/null || { echo "no wheels: make gpu-wheels first, where there is a network"; exit 1; }
+	rm -rf $@.part
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --target $@.part \
+		$(WHEELS)/*.whl
+	mv $@.part $@
 
 # docs/performance.md and its pictures from the committed results.
 performance: $(STAMP)

@@ -13,19 +13,19 @@ import copy
 from collections.abc import Callable
 
 import torch
-from driver import GPU, compare, measure, milliseconds, ratios, relative_error, save, table
+from driver import DEVICE, DRY, compare, measure, milliseconds, ratios, relative_error, sized, table
 from models import MODELS, make
 from peers import PEERS, pair
+from resumable import Parts
 from torch import Tensor, nn
 from transformers import CompileConfig, DynamicCache
 
 import hf_rnn
 
-DEVICE = "cuda" if GPU else "cpu"
-PARAMETERS, VOCABULARY = 10_000_000 if GPU else 1_000_000, 256
-PREFIXES, BATCHES = (128, 1024, 8192, 65536), (1, 64)
-LARGEST_CACHE = 40 * 2**30 if GPU else 4 * 2**30  # bytes of keys and values
-NEW_TOKENS = 64
+PARAMETERS, VOCABULARY = sized(cpu=1_000_000, gpu=10_000_000, dry=40_000), 256
+PREFIXES, BATCHES = sized(*2 * [((128, 1024, 8192, 65536), (1, 64))], dry=((5,), (2,)))
+LARGEST_CACHE = sized(cpu=4, gpu=40, dry=1) * 2**30  # bytes of keys and values
+PROMPT, NEW_TOKENS = sized(*2 * [(128, 64)], dry=(4, 2))
 OTHERS = [name for name in MODELS if "transformers" in name]
 ACCEPTED = {
     "Transformer (transformers)": "another architecture, which grows: it is left behind with longer prefixes",
@@ -71,10 +71,11 @@ def decoder(name: str, model: nn.Module, prefix: int, batch: int) -> Decoder:
         made.cache, made.prefix = DynamicCache(config=config), prefix
         for layer in range(config.num_hidden_layers):
             shape = (batch, config.num_key_value_heads, prefix, config.head_dim)
-            made.cache.update(torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE), layer)
+            keys, values = (torch.randn(shape, device=DEVICE, dtype=model.dtype) for _ in range(2))
+            made.cache.update(keys, values, layer)
         return made
     if "Mamba" in name:
-        return Decoder(model, torch.zeros(batch, 128, dtype=torch.long, device=DEVICE))
+        return Decoder(model, torch.zeros(batch, PROMPT, dtype=torch.long, device=DEVICE))
     made = Decoder(model, torch.randint(0, VOCABULARY, (1, prefix), device=DEVICE))
     made.cache.batch_repeat_interleave(batch)
     made.token = made.token.expand(batch, 1)
@@ -88,7 +89,7 @@ def key_value_bytes(model: nn.Module, prefix: int, batch: int) -> int:
 
 def check(model: nn.Module) -> float:
     """Relative error of a step after 128 zeros against all of them at once in float64."""
-    zeros = torch.zeros(1, 129, dtype=torch.long, device=DEVICE)
+    zeros = torch.zeros(1, PROMPT + 1, dtype=torch.long, device=DEVICE)
     return relative_error(Decoder(model, zeros[:, :-1])()[0], last_logits(model, zeros))
 
 
@@ -99,7 +100,7 @@ def last_logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 def generation(model: nn.Module, **settings) -> Callable[[], list[Tensor]]:
     """New tokens by generate()."""
-    prompt = torch.ones(1, 128, dtype=torch.long, device=DEVICE)
+    prompt = torch.ones(1, PROMPT, dtype=torch.long, device=DEVICE)
 
     def run():
         tokens = model.generate(
@@ -119,58 +120,77 @@ def against_others(rows: dict[str, dict]) -> dict[str, dict]:
     }
 
 
+def after(models: dict[str, nn.Module], errors: dict[str, float], batch: int, prefix: int) -> dict[str, dict]:
+    """A step of every model with what it knows of so many tokens."""
+    decoders, left_out = {}, {}
+    for name, model in models.items():
+        if not errors[name] <= 1e-3:
+            left_out[name] = {"error": errors[name], "refused": f"wrong: relative error {errors[name]:.2e}"}
+            continue
+        if "Transformer" in name and (size := key_value_bytes(model, prefix, batch)) > LARGEST_CACHE:
+            left_out[name] = {"error": None, "state_bytes": size, "refused": "more memory than there is"}
+            continue
+        decoders[name] = decoder(name, model, prefix, batch)
+    sizes = {name: step.state_bytes() for name, step in decoders.items()}
+    rows = measure(decoders, repeats=40, seconds=5) | left_out
+    for name, size in sizes.items():
+        rows[name] |= {"state_bytes": size, "error": errors[name]}
+    results = {}
+    for name, trio in against_others(rows).items():
+        title = f"{name}, a token after {prefix}, batch {batch}"
+        results[title] = trio
+        table(title, trio)
+    return results
+
+
+def generate(models: dict[str, nn.Module], name: str) -> dict[str, dict]:
+    """generate() of one of ours, plain and with its step compiled, beside the others."""
+    contestants = {"hf_rnn": generation(models[name])} | {other: generation(models[other]) for other in OTHERS}
+    references, seconds = {}, None
+    if not DRY:  # the interpreter's kernels do not compile
+        references["hf_rnn, compiled"] = contestants["hf_rnn"]()  # the same tokens
+        run = generation(models[name], compile_config=CompileConfig())
+        seconds = milliseconds(run) / 1e3
+        print(f"{name}: first call with its step to compile {seconds:.0f} s", flush=True)
+        contestants = {"hf_rnn": contestants.pop("hf_rnn"), "hf_rnn, compiled": run} | contestants
+    title = f"{name}, generate() of {NEW_TOKENS} after {PROMPT}"
+    results = {title: ratios(measure(contestants, references, repeats=10, seconds=6), "hf_rnn", ACCEPTED)}
+    if seconds is not None:
+        results[title]["hf_rnn, compiled"]["first_call_seconds"] = seconds
+    for row in results[title].values():
+        if "ms" in row:
+            row["ms_per_token"] = row["ms"] / NEW_TOKENS
+    table(title, results[title])
+    return results
+
+
+def same_architecture(name: str) -> dict[str, dict]:
+    """A step of one of ours beside the same by others."""
+    peer = PEERS[name]
+    ours, theirs = (model.to(DEVICE).eval() for model in pair(name, PARAMETERS, VOCABULARY))
+    zeros = torch.zeros(1, PROMPT + 1, dtype=torch.long, device=DEVICE)
+    steps = {"hf_rnn": Decoder(ours, zeros[:, :-1]), peer: Decoder(theirs, zeros[:, :-1])}
+    title = f"{name} and the same of {peer}, a token"
+    rows = compare(steps, [last_logits(ours, zeros)], 1e-3, repeats=100, accepted=ACCEPTED)
+    table(title, rows)
+    return {title: rows}
+
+
 def main() -> None:
-    models, results = {}, {}
+    models, parts = {}, Parts("decoding")
     for name in MODELS:
         torch.manual_seed(0)
         models[name] = make(name, PARAMETERS, VOCABULARY).to(DEVICE).eval()
-    errors = {name: check(model) for name, model in models.items()}
-    results["parameters"] = {name: model.num_parameters() for name, model in models.items()}
+    errors = parts.run("errors", lambda: {name: check(model) for name, model in models.items()}) or {}
+    results: dict[str, dict] = {"parameters": {name: model.num_parameters() for name, model in models.items()}}
     for batch in BATCHES:
         for prefix in PREFIXES:
-            decoders, left_out = {}, {}
-            for name, model in models.items():
-                if not errors[name] <= 1e-3:
-                    left_out[name] = {"error": errors[name], "refused": f"wrong: relative error {errors[name]:.2e}"}
-                    continue
-                if "Transformer" in name and (size := key_value_bytes(model, prefix, batch)) > LARGEST_CACHE:
-                    left_out[name] = {"error": None, "state_bytes": size, "refused": "more memory than there is"}
-                    continue
-                decoders[name] = decoder(name, model, prefix, batch)
-            sizes = {name: step.state_bytes() for name, step in decoders.items()}
-            rows = measure(decoders, repeats=40, seconds=5) | left_out
-            for name, size in sizes.items():
-                rows[name] |= {"state_bytes": size, "error": errors[name]}
-            for name, trio in against_others(rows).items():
-                title = f"{name}, a token after {prefix}, batch {batch}"
-                results[title] = trio
-                table(title, trio)
-    contestants = {name: generation(model) for name, model in models.items()}
-    seconds, references = {}, {}
+            results |= parts.run(f"after {prefix}, batch {batch}", after, models, errors, batch, prefix) or {}
     for name in [name for name in models if name not in OTHERS]:
-        references[f"{name} compiled"] = contestants[name]()  # the same tokens
-        contestants[f"{name} compiled"] = run = generation(models[name], compile_config=CompileConfig())
-        seconds[name] = milliseconds(run) / 1e3
-        print(f"{name}: first call with its step to compile {seconds[name]:.0f} s", flush=True)
-    rows = measure(contestants, references, repeats=10, seconds=20)
-    for name, compile_seconds in seconds.items():
-        others = {other: rows[other] for other in OTHERS}
-        group = {"hf_rnn": rows[name], "hf_rnn, compiled": rows[f"{name} compiled"], **others}
-        title = f"{name}, generate() of {NEW_TOKENS} after 128"
-        results[title] = ratios(group, "hf_rnn", ACCEPTED)
-        results[title]["hf_rnn, compiled"]["first_call_seconds"] = compile_seconds
-        for row in results[title].values():
-            if "ms" in row:
-                row["ms_per_token"] = row["ms"] / NEW_TOKENS
-        table(title, results[title])
-    for name, peer in PEERS.items():
-        ours, theirs = (model.to(DEVICE).eval() for model in pair(name, PARAMETERS, VOCABULARY))
-        zeros = torch.zeros(1, 129, dtype=torch.long, device=DEVICE)
-        steps = {"hf_rnn": Decoder(ours, zeros[:, :-1]), peer: Decoder(theirs, zeros[:, :-1])}
-        title = f"{name} and the same of {peer}, a token"
-        results[title] = compare(steps, [last_logits(ours, zeros)], 1e-3, repeats=100, accepted=ACCEPTED)
-        table(title, results[title])
-    save("decoding", results)
+        results |= parts.run(f"{name}, generate()", generate, models, name) or {}
+    for name in PEERS:
+        results |= parts.run(f"{name} by others", same_architecture, name) or {}
+    parts.finish(results)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from datetime import date
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, tells of every start
@@ -30,11 +30,42 @@ from torch import Tensor
 # `suite.py check` measures anew without touching what is committed
 RESULTS = Path(os.environ.get("HF_RNN_RESULTS", Path(__file__).with_name("results")))
 GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DRY = os.environ.get("HF_RNN_DRY") == "1"  # `make gpu DRY=1`: what a GPU would run, tiny, in Triton's interpreter
+LIKE_GPU = GPU or DRY
+torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in cuDNN's recurrences and convolutions, too
+if DRY:
+    import interpreter
+
+    interpreter.use()
 PACKAGES = (
     "torch", "transformers", "numba", "triton", "minGRU-pytorch", "xlstm", "mlstm_kernels", "flashrnn", "mambapy",
     "accelerated-scan", "fla-core",
 )  # fmt: skip
 Rows = dict[str, dict[str, Any]]
+Size = TypeVar("Size")
+LOST: set[str] = set()  # contestants that `measure` leaves out
+
+
+class DeviceLost(RuntimeError):
+    """An illegal address, say: nothing can be computed any more in this process."""
+
+    def __init__(self, contestant: str):
+        super().__init__(f"{contestant} took the device from the process")
+        self.contestant = contestant
+
+
+def device_is_lost() -> bool:
+    try:
+        _synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def sized(cpu: Size, gpu: Size, dry: Size) -> Size:
+    """What is measured on a CPU, on a GPU, and in a rehearsal of the latter."""
+    return dry if DRY else gpu if GPU else cpu
 
 
 def relative_error(x: Tensor, reference: Tensor) -> float:
@@ -76,12 +107,17 @@ def measure(
     rows: Rows = {}
     for name, run in contestants.items():
         rows[name] = row = {"error": None}
+        if name in LOST:
+            row["refused"] = "left out: it took the device from its process"
+            continue
         expected = reference.get(name) if isinstance(reference, dict) else reference
         try:
             outputs = run()  # the first, since a decoder goes on from call to call
             row["peak_mib"] = peak_bytes(run) / 2**20  # what is allocated once is there by now
         except Exception as error:  # a peer's kernel may fail in ways of its own
             row["refused"] = f"failed: {type(error).__name__}: {error}".splitlines()[0][:200]
+            if device_is_lost():
+                raise DeviceLost(name) from error
             continue
         if outputs is None:
             row["other_work"] = True
@@ -94,7 +130,7 @@ def measure(
     for name in timed:
         rows[name]["times"] = []
     begun = time.perf_counter()
-    for round_ in range(repeats):
+    for round_ in range(1 if DRY else repeats):
         if round_ >= 3 and time.perf_counter() - begun > seconds:
             break
         for name, run in timed.items():
@@ -140,6 +176,8 @@ def peak_bytes(run: Callable) -> int:
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() - before
+    if DRY:
+        return 0
     # Large results of our loops are in memory that they keep for the next; here torch is to give, and count, them
     with (
         patch("hf_rnn_kernels.arrays._LARGE", math.inf),
@@ -154,10 +192,9 @@ def peak_bytes(run: Callable) -> int:
 @cache
 def limits() -> dict[str, float]:
     """What this machine allows: bytes copied and float32 (bfloat16 on a GPU) operations of a product, each a second."""
-    device, dtype = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-    source, target = torch.ones(2**26, device=device), torch.empty(2**26, device=device)
-    size = 8192 if GPU else 2048
-    x = torch.randn(size, size, device=device, dtype=dtype)
+    numbers, size = sized(2**26, 2**30, 2**10), sized(2048, 8192, 32)
+    source, target = torch.ones(numbers, device=DEVICE), torch.empty(numbers, device=DEVICE)
+    x = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
     out = torch.empty_like(x)
     copies = [milliseconds(lambda: target.copy_(source)) for _ in range(10)]
     products = [milliseconds(lambda: torch.mm(x, x, out=out)) for _ in range(10)]
@@ -168,10 +205,13 @@ def limits() -> dict[str, float]:
 
 
 def share_of_limit(row: dict, bytes_: float, operations: float) -> None:
-    """Add to a row how near it comes to the time that its traffic or its products alone would take."""
+    """Add to a row how near it comes to the time that its traffic and its products alone would take, and to the longer
+    of both, its limit."""
     if "ms" in row:
-        bound = max(bytes_ / limits()["bytes_per_second"], operations / limits()["operations_per_second"])
-        row |= {"limit_ms": 1e3 * bound, "share_of_limit": 1e3 * bound / row["ms"]}
+        copy = 1e3 * bytes_ / limits()["bytes_per_second"]
+        products = 1e3 * operations / limits()["operations_per_second"]
+        row |= {"share_of_copy": copy / row["ms"], "share_of_products": products / row["ms"]}
+        row |= {"limit_ms": max(copy, products), "share_of_limit": max(copy, products) / row["ms"]}
 
 
 @contextmanager
@@ -255,7 +295,7 @@ def save(question: str, results: dict) -> Path:
         "command": _command(),
         "results": results,
     } | ({"other_runs": others} if others and others[0]["ratios"] else {})
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nsaved {path}")
     return path
@@ -268,7 +308,9 @@ def _command() -> str:
 
 
 def commit() -> str:
-    """The checkout's, marked where the package is not as committed."""
+    """The checkout's, marked where the package is not as committed; HF_RNN_COMMIT's where a copy has no git."""
+    if given := os.environ.get("HF_RNN_COMMIT"):
+        return given
     changed = _git("status", "--porcelain", "--", "hf_rnn", "kernels", "trainers", "benchmarks/*.py")
     return _git("rev-parse", "HEAD") + ("+changes" if changed else "")
 
@@ -281,7 +323,10 @@ def _version(name: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        result = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
     return result.stdout.strip()
 
 

@@ -29,22 +29,26 @@ from functools import partial
 
 import numpy as np
 import torch
-from driver import GPU, compare, compilations, limits, milliseconds, save, share_of_limit, table
+from driver import DEVICE, GPU, LIKE_GPU, compare, compilations, limits, milliseconds, share_of_limit, sized, table
+from resumable import Parts
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from hf_rnn_kernels import gru_scan, linear_scan, lstm_scan, min_gru_scan, min_lstm_scan, mlstm_scan, slstm_scan
 
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+DTYPE = torch.bfloat16 if GPU else torch.float32
 TOLERANCE = 5e-2 if GPU else 1e-4
 CHECKED = 2**10 if GPU else 2**16  # tokens at most whose equation in float64, step by step, is worth its time
-SHAPES = [(2, 512), (128, 512), (32, 2048), (8, 8192), (1, 65536), (1, 512), (8, 512)] if GPU else [
-    (128, 512), (16, 4096), (1, 65536), (1, 512), (8, 512),
-]  # fmt: skip
-WIDTH = 1024 if GPU else 64
-HEADS = 16 if GPU else 2
-KEYS, VALUES = (128, 256) if GPU else (32, 64)  # of each head of mLSTM
+SHAPES = sized(
+    cpu=[(128, 512), (16, 4096), (1, 65536), (1, 512), (8, 512)],
+    gpu=[(2, 512), (128, 512), (32, 2048), (8, 8192), (1, 65536), (1, 512), (8, 512)],
+    dry=[(2, 16)],
+)
+WIDTH, HEADS = sized(cpu=(64, 2), gpu=(1024, 16), dry=(32, 2))
+KEYS, VALUES = sized(cpu=(32, 64), gpu=(128, 256), dry=(16, 16))  # of each head of mLSTM
+COLD = sized(cpu=(4, 256), gpu=(4, 256), dry=(1, 4))  # the shape of the first call, and those after it
+WARM = sized(*2 * [[(4, 512), (3, 257), (17, 64), (1, 4096), (64, 33)]], dry=[(2, 3)])
 
 Function = Callable[..., Tensor]
 
@@ -93,7 +97,7 @@ def peer_min_lstm(forget: Tensor, input_: Tensor, candidate: Tensor) -> Tensor:
 
 
 def accelerated_scan(a: Tensor, b: Tensor) -> Tensor:
-    from accelerated_scan.triton import scan
+    from accelerated_scan.scalar import scan
 
     return scan(a.mT.contiguous(), b.mT.contiguous()).mT
 
@@ -170,8 +174,8 @@ def simple_gla(q, k, v, i, f):
 
 
 def attention(q, k, v, i, f):
-    """Causal attention of heads of 128, as wide as the values: other work, and no state."""
-    x = v.flatten(2).unflatten(2, (-1, 128)).transpose(1, 2)
+    """Causal attention of heads of 128 (fewer in a rehearsal), as wide as the values: other work, and no state."""
+    x = v.flatten(2).unflatten(2, (-1, min(128, VALUES))).transpose(1, 2)
     return F.scaled_dot_product_attention(x, x, x, is_causal=True).transpose(1, 2).reshape(v.shape)
 
 
@@ -202,17 +206,17 @@ OPS = {
     "gru_scan and its projection": Op(
         dense(3), projected(gru_scan), WIDTH, WIDTH, 6 * WIDTH**2, peers={"torch.nn.GRU": library("gru")}
     ),
-    "slstm_scan": Op(
-        with_heads, first_of(slstm_scan), 4 * WIDTH, WIDTH, 4 * WIDTH**2 // HEADS,
-        peers=FUSED if GPU else {"flashrnn vanilla": flash_rnn("vanilla")},
-    ),
     "mlstm_scan": Op(
         matrix_memory, first_of(mlstm_scan), HEADS * (2 * KEYS + VALUES + 2), HEADS * VALUES, 2 * HEADS * KEYS * VALUES,
         peers={
             "mlstm_kernels triton_xl_chunk": mlstm_kernels("triton_xl_chunk"), "fla simple_gla": simple_gla,
             "attention": attention,
         }
-        if GPU else {"mlstm_kernels native_autograd": mlstm_kernels("native_autograd")},
+        if LIKE_GPU else {"mlstm_kernels native_autograd": mlstm_kernels("native_autograd")},
+    ),
+    "slstm_scan": Op(
+        with_heads, first_of(slstm_scan), 4 * WIDTH, WIDTH, 4 * WIDTH**2 // HEADS,
+        peers=FUSED if LIKE_GPU else {"flashrnn vanilla": flash_rnn("vanilla")},
     ),
 }  # fmt: skip
 FAMILIES = ["min_gru_scan", "lstm_scan and its projection", "mlstm_scan"]  # others share their compiled loops
@@ -256,20 +260,24 @@ def in_float64(name: str, batch: int, time: int) -> list[np.ndarray]:
 
 
 def references(names: list[str]) -> dict[tuple, list[np.ndarray]]:
-    """`in_float64` of every op and shape that is worth its time; on a CPU a process with one thread for each core."""
+    """`in_float64` of every op and shape that is worth its time, on a CPU: a process with one thread for each core."""
     jobs = [(name, *shape) for shape in SHAPES for name in names if math.prod(shape) <= CHECKED]
     jobs.sort(key=lambda job: -job[2])  # the longest first
-    told = partial(tqdm, total=len(jobs), desc="float64", unit="reference")
-    if GPU:
-        return {job: in_float64(*job) for job in told(jobs)}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(torch.get_num_threads(), context, torch.set_num_threads, (1,)) as pool:
-        return dict(zip(jobs, told(pool.map(in_float64, *zip(*jobs, strict=True))), strict=True))
+        found = pool.map(in_float64, *zip(*jobs, strict=True))
+        return dict(zip(jobs, tqdm(found, total=len(jobs), desc="float64", unit="reference"), strict=True))
 
 
-def measure(name: str, batch: int, time: int, expected: list[Tensor] | None, wrong: set[str]) -> dict[str, dict]:
-    """The op at one shape, beside its peers; who is `wrong` is left out, and who turns out to be is added there."""
-    op, results = OPS[name], {}
+def measure(
+    name: str, batch: int, time: int, arrays: list[np.ndarray] | None, results: dict[str, dict]
+) -> dict[str, dict]:
+    """The op at one shape, beside its peers but those that `results` show to be wrong; expected are `arrays`."""
+    op, wrong = OPS[name], known_wrong(name, results)
+    if LIKE_GPU and batch * time <= CHECKED:
+        arrays = in_float64(name, batch, time)
+    expected = None if arrays is None else [torch.from_numpy(x) for x in arrays]
+    results = {}
     inputs, grad = arguments(op, batch, time), gradient(op, batch, time)
     for what, given in (("forward", None), ("forward + backward", grad)):
         contestants: dict[str, Callable] = {"hf_rnn": partial(call, op.ours, inputs, given)}
@@ -284,14 +292,22 @@ def measure(name: str, batch: int, time: int, expected: list[Tensor] | None, wro
                 contestants[peer] = (lambda run=run: run() and None) if peer in OTHER_WORK else run
         reference = expected if given is not None or expected is None else expected[:1]
         rows = compare(contestants, reference, op.tolerance, seconds=2, accepted=ACCEPTED) | left_out
-        if batch * time <= 1024:
-            wrong |= {f"{peer} {what}" for peer, row in rows.items() if "refused" in row}
         size, back = inputs[0].element_size(), given is not None
         moved = op.arguments + op.results + back * (2 * op.arguments + 2 * op.results)
         share_of_limit(rows["hf_rnn"], moved * size * batch * time, 2 * op.products * batch * time * (3 if back else 1))
         results[f"{name} {what}, {batch} x {time}"] = rows
         table(f"{name}, {what}, {batch} x {time} tokens", rows)
     return results
+
+
+def known_wrong(name: str, results: dict[str, dict]) -> set[str]:
+    """Who was refused with 1,024 tokens or fewer."""
+    found = set()
+    for title, rows in results.items():
+        what, _, shape = title.removeprefix(name).strip().rpartition(", ")
+        if title.startswith(name) and math.prod(map(int, shape.split(" x "))) <= 1024:
+            found |= {f"{peer} {what}" for peer, row in rows.items() if "refused" in row}
+    return found
 
 
 def first_call(name: str) -> dict[str, float | int]:
@@ -303,9 +319,9 @@ def first_call(name: str) -> dict[str, float | int]:
         return milliseconds(lambda: op.ours(*inputs).sum().backward())
 
     with compilations() as first:
-        ms = once(4, 256)
+        ms = once(*COLD)
     with compilations() as later:
-        for shape in ((4, 512), (3, 257), (17, 64), (1, 4096), (64, 33)):
+        for shape in WARM:
             once(*shape)
     return {"ms": ms, "compiled": len(first), "compiled_again": len(later)}
 
@@ -323,14 +339,6 @@ def first_calls(name: str) -> dict[str, dict]:
     return found
 
 
-def compile_peers() -> None:
-    """FlashRNN compiles its CUDA kernels at the first call."""
-    inputs = arguments(OPS["slstm_scan"], *SHAPES[0])
-    for name, function in FUSED.items():
-        print(name, flush=True)
-        call(function, inputs, torch.ones_like(OPS["slstm_scan"].ours(*inputs)))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first-call", metavar="OP", help="print what the first call takes, and end")
@@ -340,18 +348,18 @@ def main() -> None:
         print(json.dumps(first_call(options.first_call)))
         return
 
-    results: dict[str, dict] = {"limits": limits(), "first call": {}}
-    print(f"{limits()['bytes_per_second'] / 1e9:.1f} GB/s, {limits()['operations_per_second'] / 1e9:.0f} GFLOP/s")
-    doubles = references(options.ops)
+    parts, results = Parts("kernels"), {}
+    ceiling, first = parts.run("limits", limits), {}
+    print(f"{ceiling['bytes_per_second'] / 1e9:.1f} GB/s, {ceiling['operations_per_second'] / 1e9:.0f} GFLOP/s")
+    doubles = {} if LIKE_GPU else references(options.ops)
     for name in options.ops:
-        if name in FAMILIES:
-            results["first call"][name] = first_calls(name)
-        wrong: set[str] = set()
+        if name in FAMILIES and (found := parts.run(f"first call, {name}", first_calls, name)):
+            first[name] = found
         for batch, time in SHAPES:
             arrays = doubles.pop((name, batch, time), None)
-            expected = None if arrays is None else [torch.from_numpy(x) for x in arrays]
-            results |= measure(name, batch, time, expected, wrong)
-    save("kernels", results)
+            found = parts.run(f"{name}, {batch} x {time}", measure, name, batch, time, arrays, results)
+            results |= found or {}
+    parts.finish({"limits": ceiling, "first call": first} | results)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ python benchmarks/layers.py
 """
 
 import torch
-from driver import compare, save, table
+from driver import DEVICE, compare, save, sized, table
 from torch import nn
 
 from hf_rnn.layers import CausalConv, RMSNorm
 
-BATCH, TIME, WIDTH, KERNEL = 8, 512, 384, 4
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BATCH, TIME, WIDTH = sized(cpu=(8, 512, 384), gpu=(8, 4096, 1024), dry=(2, 9, 16))
+KERNEL = 4
 
 
 def training_step(run, module: nn.Module, x: torch.Tensor, grad: torch.Tensor):
@@ -29,11 +29,12 @@ def main() -> None:
     shape, results = f"forward + backward, (B, T, D) = {(BATCH, TIME, WIDTH)}", {}
 
     norms = {"hf_rnn": RMSNorm(WIDTH, eps=1e-6), "torch.nn.RMSNorm": nn.RMSNorm(WIDTH, eps=1e-6)}
+    norms = {name: norm.to(DEVICE) for name, norm in norms.items()}
     steps = {name: training_step(norm, norm, x, grad) for name, norm in norms.items()}
     layer_norm = training_step(layer := nn.LayerNorm(WIDTH).to(DEVICE), layer, x, grad)
     steps["torch.nn.LayerNorm, other work"] = lambda: layer_norm() and None
     doubles = [t.detach().double().requires_grad_() for t in (x, grad)]
-    expected = training_step(double := nn.RMSNorm(WIDTH, eps=1e-6).double(), double, *doubles)()
+    expected = training_step(double := nn.RMSNorm(WIDTH, eps=1e-6).to(DEVICE).double(), double, *doubles)()
     results[f"RMSNorm {shape}"] = compare(steps, expected, repeats=200, seconds=5)
 
     conv = nn.Conv1d(WIDTH, WIDTH, KERNEL, groups=WIDTH, padding=KERNEL - 1).to(DEVICE)

@@ -10,7 +10,8 @@ Published, on a T4: 175 and 235 times as fast at T = 512, over 1,300 times at T 
 import copy
 
 import torch
-from driver import compare, save, table
+from driver import DEVICE, compare, sized, table
+from resumable import Parts
 from torch import nn
 
 import hf_rnn
@@ -19,8 +20,7 @@ from hf_rnn.models.lstm.modeling_lstm import LSTM
 from hf_rnn.models.mingru.modeling_mingru import MinGRU
 from hf_rnn.models.minlstm.modeling_minlstm import MinLSTM
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH, WIDTH = 64, 64
+BATCH, WIDTH, TIMES = sized(*2 * [(64, 64, (512, 4096))], dry=(2, 16, (3,)))
 WHY = "this package's own traditional cell: on few cores 64 sequences are work enough for a loop over time"
 ACCEPTED = {"GRU, fused": WHY, "LSTM, fused": WHY}
 PAIRS = {
@@ -75,25 +75,31 @@ def count(mixer: nn.Module) -> int:
     return sum(p.numel() for name, p in mixer.named_parameters() if name in names)
 
 
+def training_steps(pair: str, time: int) -> dict[str, dict]:
+    ours, traditional, cell_class = PAIRS[pair]
+    x = torch.randn(BATCH, time, WIDTH, device=DEVICE, requires_grad=True)
+    minimal, fused = (layer(*p, output_projection=False) for p in (ours, traditional))
+    cell = cell_class(WIDTH, WIDTH, device=DEVICE)
+    time_major = x.detach().transpose(0, 1).contiguous().requires_grad_()
+    name = traditional[1].__name__
+    made = {
+        "hf_rnn": (mixer_step, minimal, x),
+        f"{name}, fused": (mixer_step, fused, x),
+        f"{name}, step by step": (cell_step, cell, time_major),
+    }
+    contestants = {what: make(module, x) for what, (make, module, x) in made.items()}
+    references = {what: in_float64(*parts) for what, parts in made.items()}
+    title = f"{pair}: training step, {time} tokens, batch {BATCH}, width {WIDTH}"
+    rows = compare(contestants, references, 1e-3, seconds=8, accepted=ACCEPTED)
+    table(title, rows)
+    return {title: rows}
+
+
 def main() -> None:
-    results = {}
-    for pair, (ours, traditional, cell_class) in PAIRS.items():
-        for time in (512, 4096):
-            x = torch.randn(BATCH, time, WIDTH, device=DEVICE, requires_grad=True)
-            minimal, fused = (layer(*p, output_projection=False) for p in (ours, traditional))
-            cell = cell_class(WIDTH, WIDTH, device=DEVICE)
-            time_major = x.detach().transpose(0, 1).contiguous().requires_grad_()
-            name = traditional[1].__name__
-            made = {
-                "hf_rnn": (mixer_step, minimal, x),
-                f"{name}, fused": (mixer_step, fused, x),
-                f"{name}, step by step": (cell_step, cell, time_major),
-            }
-            contestants = {what: make(module, x) for what, (make, module, x) in made.items()}
-            references = {what: in_float64(*parts) for what, parts in made.items()}
-            title = f"{pair}: training step, {time} tokens, batch {BATCH}, width {WIDTH}"
-            results[title] = compare(contestants, references, 1e-3, seconds=8, accepted=ACCEPTED)
-            table(title, results[title])
+    parts, results = Parts("min_against_traditional"), {}
+    for pair, (ours, traditional, _) in PAIRS.items():
+        for time in TIMES:
+            results |= parts.run(f"{pair}, {time}", training_steps, pair, time) or {}
         print(f"\n{pair}: parameters")
         for expansion in (1, 2, 4):
             small, large = (count(layer(*p, expansion_factor=expansion)) for p in (ours, traditional))
@@ -103,7 +109,7 @@ def main() -> None:
                 "traditional": large,
                 "fewer": 1 - small / large,
             }
-    save("min_against_traditional", results)
+    parts.finish(results)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from driver import sized
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 import hf_rnn
 
-LAYERS = 4
+LAYERS = sized(cpu=4, gpu=4, dry=1)
 
 
 def _ours(name: str, **settings) -> Callable[..., PreTrainedModel]:

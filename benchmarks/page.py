@@ -26,6 +26,7 @@ TITLES = {
     "training_step": "Training steps at equal parameters",
     "xlstm": "xLSTM beside transformers' own class",
     "decoding": "Decoding",
+    "decoding_7b": "Decoding at seven billion parameters",
     "min_against_traditional": "Minimal cells against traditional ones",
     "zero_order": "Losses of many perturbed copies",
     "quality": "Quality at equal budget",
@@ -176,7 +177,7 @@ def decoding(results: Results) -> str:
     tokens = {title: rows for title, rows in results.items() if ", a token after " in title}
     for what, value in (
         ("milliseconds a token", lambda row: number(row["ms"]) if "ms" in row else row["refused"]),
-        ("bytes of state, or of keys and values", lambda row: f"{row['state_bytes']:,}"),
+        ("bytes of state, or of keys and values", lambda row: f"{row.get('state_bytes', 0):,}"),
     ):
         columns, lines = by_shape(tokens, ", a token after ", value)
         parts.append(f"{what}, after a prefix:\n\n" + markdown(["", *columns], [[n, *c] for n, c in lines.items()]))
@@ -261,7 +262,8 @@ def faster_peers() -> list[list[str]]:
 def page() -> str:
     parts = [
         "# Performance\n\nMade by `make performance` from [benchmarks/results](../benchmarks/results); not edited by "
-        "hand. `make bench` measures again, `make bench-check` compares ratios with these. Contestants are checked "
+        "hand. `make bench` measures again, `make bench-check` compares ratios with these; `make gpu` measures on a "
+        "GPU ([how](../CONTRIBUTING.md#on-a-gpu)). Contestants are checked "
         "against float64 before they are timed; what is wrong is not timed, and says so. (A decoder with one step "
         "after 128 tokens, training steps of more than 4,096 tokens with 64, xLSTM's beside transformers' beyond 1,024 "
         "against each other; generate() not, but compiled against plain.) Times are medians of rounds in "
@@ -269,14 +271,14 @@ def page() -> str:
         "of tensors at the peak of one call, by the allocator."
     ]
     for question, title in TITLES.items():
-        record = load(question)
-        if record is None:
-            continue
-        parts.append(f"## {title}\n\n{source(record, question)}")
-        parts.append(WRITERS.get(question, generic)(record["results"]))
+        if (record := load(question)) is not None:
+            parts.append(f"## {title}\n\n{source(record, question)}")
+            parts.append(WRITERS.get(question, generic)(record["results"]))
         if (gpu := load(question, "gpu")) is not None:
-            parts.append(f"### On a GPU\n\n{source(gpu, question + '_gpu')}")
+            failed = gpu["results"].pop("failed", {})
+            parts.append(f"### {title}, on a GPU\n\n{source(gpu, question + '_gpu')}")
             parts.append(WRITERS.get(question, generic)(gpu["results"]))
+            parts += [f"Not measured: {part} ({why})." for part, why in failed.items()]
     parts.append(
         "## Published tables, and what we get\n\n"
         + markdown(["published", "theirs", "ours", "by"], published_rows(load))

@@ -5,11 +5,12 @@ TFLA, the data in mlstm_kernels' notebooks (H100, bfloat16); xLSTM-7B, arXiv 250
 CD-RGE, arXiv 2505.17852, its README (A40); SMT, 2026; BackSlash, arXiv 2504.16968.
 """
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 Load = Callable[..., dict[str, Any] | None]
-NO_GPU = "no GPU has run it yet: `make bench-gpu`"
+NO_GPU = "no GPU has run it yet: `make gpu`"
 
 
 def published_rows(load: Load) -> list[list[str]]:
@@ -84,17 +85,21 @@ def _gpu_only(load: Load) -> list[list[str]]:
 
 
 def _xlstm_7b(load: Load) -> list[list[str]]:
-    results = _results(load, "decoding")
+    results, large = _results(load, "decoding"), load("decoding_7b", "gpu")
     if results is None:
         return []
     short, long = (results[f"xLSTM, a token after {n}, batch 1"]["hf_rnn"]["ms"] for n in (128, 8192))
     theirs = "157.4 tokens a second after 128 to 16,384 tokens (a Transformer of Llama's: 147.6 to 37.2)"
-    ours = f"at a million parameters {short:.2f} ms a token after 128, {long:.2f} after 8,192 (2 cores); 7B: {NO_GPU}"
+    seven = NO_GPU
+    if large is not None:
+        rates = [large["results"][f"a token after {n}, batch 1"]["hf_rnn"]["tokens_per_second"] for n in (128, 16384)]
+        seven = f"{rates[0]:.1f} after 128, {rates[1]:.1f} after 16,384 ({large['device']}, decoding_7b.py)"
+    ours = f"at a million parameters {short:.2f} ms a token after 128, {long:.2f} after 8,192 (2 cores); 7B: {seven}"
     return [["xLSTM-7B: decoding at batch 1", theirs, ours, "decoding.py"]]
 
 
 def _zero_order(load: Load) -> list[list[str]]:
-    results = _results(load, "zero_order")
+    results, large = _results(load, "zero_order"), load("zero_order_billion", "gpu")
     if results is None:
         return []
     found = results["LSTM, batch 1, 16 tokens"]
@@ -103,6 +108,9 @@ def _zero_order(load: Load) -> list[list[str]]:
         f"64 directions, two blocks of width 256, 16 tokens: {found[name]['ms'] / 1e3:.3f} s, one after another "
         f"{found['one after another']['ratio']:.0f} times as long (2 cores)"
     )
+    if large is not None:
+        seconds = statistics.median(large["results"]["seconds"])
+        ours += f"; 1.1B: {seconds:.1f} s ({large['device']}, zero_order_billion.py)"
     theirs = "96 directions, 10 tokens, one GPU: 5.7 s a step at 100k parameters, 6.0 at 1M, 7.8 at 10M, 145 at 1.1B"
     return [["CD-RGE: seconds a step", theirs, ours, "zero_order.py"]]
 

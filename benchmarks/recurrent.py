@@ -8,7 +8,8 @@ on a GPU FlashRNN's backends and, at one head, cuDNN. On a GPU everything is bfl
 """
 
 import torch
-from driver import compare, save, table
+from driver import DEVICE, GPU, LIKE_GPU, compare, sized, table
+from resumable import Parts
 from torch import Tensor, nn
 
 from hf_rnn import GRUConfig, LSTMConfig
@@ -16,8 +17,9 @@ from hf_rnn.models.gru.modeling_gru import GRU
 from hf_rnn.models.lstm.modeling_lstm import LSTM
 from hf_rnn_kernels import gru_scan, lstm_scan
 
-GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+DTYPE = torch.bfloat16 if GPU else torch.float32
+DENSE = sized(cpu=(8, 512, 384), gpu=(16, 1024, 768), dry=(2, 3, 16))  # batch, time, width
+HEADS = sized(*2 * [(16, 1024, 12, 64)], dry=(2, 3, 2, 8))  # batch, time, heads, units of each
 TOLERANCE = 5e-2 if GPU else 1e-4
 ACCEPTED = {
     "torch.nn.LSTM": "level on a CPU: our loop and oneDNN's kernel, which of them is ahead changes from run to run"
@@ -154,7 +156,7 @@ def with_heads(cell: str, batch: int, time: int, heads: int, size: int) -> dict[
             "hf_rnn": by_head(step(lambda *t: scan(*t)[0], inputs, grad, backward)),
             "loop over Wx.unbind(0)": by_head(run_loop, 2, 0, 1, 3),
         }
-        if GPU:
+        if LIKE_GPU:
             contestants |= flash_rnn(cell, x, weight, bias, grad, backward)
         else:
             contestants["products and activations alone"] = arithmetic(cell, batch * time, heads, size, backward)
@@ -190,11 +192,11 @@ def flash_rnn(cell: str, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, 
 
 
 def main() -> None:
-    results = {}
+    parts, results = Parts("recurrent"), {}
     for cell in CELLS:
-        results |= dense(cell, *((16, 1024, 768) if GPU else (8, 512, 384)))
-        results |= with_heads(cell, 16, 1024, 12, 64)
-    save("recurrent", results)
+        results |= parts.run(f"dense {cell}", dense, cell, *DENSE) or {}
+        results |= parts.run(f"{cell} with heads", with_heads, cell, *HEADS) or {}
+    parts.finish(results)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
     python benchmarks/suite.py speed                        # make bench
     python benchmarks/suite.py quality --data text.txt      # make bench-quality
-    python benchmarks/suite.py gpu                          # make bench-gpu
     python benchmarks/suite.py check                        # make bench-check
 
-"quality" goes on where it was interrupted, run by run; "gpu" question by question: what has results of this commit is
-not measured again. "check" measures the speed questions anew, elsewhere, and compares ratios with the committed ones,
-the least favourable of the runs that a results file remembers; a question in which something is more than 15% worse is
-measured again, up to twice, and what is worse each time is named.
+Both go on where they were interrupted, part by part. "check" measures the speed questions anew, elsewhere, and compares
+ratios with the committed ones, the least favourable of the runs that a results file remembers; a question in which
+something is more than 15% worse is measured again, up to twice, and what is worse each time is named. For a GPU there
+is gpu.py.
 """
 
 import argparse
@@ -35,23 +34,18 @@ QUALITY = [
     "memory_scaling", "memory_retrieval", "memory_drift", "memory_tasks", "memory_language", "rate_constrained",
     "coding", "planning", "faults",
 ]  # fmt: skip
-ON_A_GPU = [*SPEED, "zero_order"]
 WITH_DATA = {"quality"}  # questions about a text
-GPU_SECONDS = 480  # for each question
 WORSE = 0.15
 TRIES = 3  # a busy neighbour on the same cores halves the speed of some for minutes, not of all (docs/log.md)
 
 
-def measure(question: str, *arguments: str, results: Path | None = None, timeout: float | None = None) -> bool:
+def measure(question: str, *arguments: str, results: Path | None = None) -> bool:
     """Whether it went well."""
     start = time.perf_counter()
     print(f"\n=== {question}", flush=True)
     environment = os.environ | ({"HF_RNN_RESULTS": str(results)} if results else {})
     command = [sys.executable, str(HERE / f"{question}.py"), *arguments]
-    try:
-        code = subprocess.run(command, env=environment, timeout=timeout).returncode
-    except subprocess.TimeoutExpired:
-        code = f"longer than {timeout:.0f} s"
+    code = subprocess.run(command, env=environment).returncode
     print(f"=== {question}: {time.perf_counter() - start:.0f} s{f', FAILED ({code})' if code else ''}", flush=True)
     return code == 0
 
@@ -102,39 +96,15 @@ def check(questions: list[str]) -> int:
     return 1 if behind else 0
 
 
-def gpu(questions: list[str]) -> int:
-    """FlashRNN's kernels are compiled first, since that takes minutes."""
-    import driver
-
-    if not driver.GPU:
-        print("no GPU that torch can use")
-        return 1
-    compile_ = [sys.executable, "-c", "import kernels; kernels.compile_peers()"]
-    try:
-        subprocess.run(compile_, cwd=HERE, timeout=GPU_SECONDS)
-    except subprocess.TimeoutExpired:
-        print("FlashRNN's kernels are not compiled yet; the next call goes on with that")
-    commit, failed = driver.commit(), []
-    for question in questions:
-        path = driver.results_path(question)
-        if "+" not in commit and path.exists() and json.loads(path.read_text())["commit"] == commit:
-            print(f"{question}: measured at this commit already")
-        elif not measure(question, timeout=GPU_SECONDS):
-            failed.append(question)
-    return 1 if failed else 0
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "quality", "gpu", "check"])
+    parser.add_argument("what", choices=["speed", "quality", "check"])
     parser.add_argument("--data", help="a text file; default: CPython's documentation")
     parser.add_argument("--questions", nargs="+", help="only these")
     options = parser.parse_args()
-    questions = options.questions or {"quality": QUALITY, "gpu": ON_A_GPU}.get(options.what, SPEED)
+    questions = options.questions or (QUALITY if options.what == "quality" else SPEED)
     if options.what == "check":
         return check(questions)
-    if options.what == "gpu":
-        return gpu(questions)
     data = ["--data", options.data] if options.data else []
     done = [measure(question, *(data if question in WITH_DATA else [])) for question in questions]
     return 0 if all(done) else 1

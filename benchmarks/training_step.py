@@ -14,17 +14,22 @@ import copy
 from collections.abc import Callable
 
 import torch
-from driver import GPU, compare, measure, ratios, relative_error, save, table
+from driver import DEVICE, GPU, LIKE_GPU, compare, measure, ratios, relative_error, sized, table
 from models import MODELS, make
 from peers import PEERS, pair
+from resumable import Parts
 from torch import Tensor, nn
 
-DEVICE = "cuda" if GPU else "cpu"
-PARAMETERS = (10_000_000, 100_000_000) if GPU else (1_000_000,)
-SHAPES = [(64, 512), (8, 4096), (1, 32768)] if GPU else [(64, 64), (8, 512), (1, 4096), (1, 8192)]
+PARAMETERS = sized(cpu=(1_000_000,), gpu=(10_000_000, 100_000_000), dry=(40_000,))
+SHAPES = sized(
+    cpu=[(64, 64), (8, 512), (1, 4096), (1, 8192)],
+    gpu=[(64, 512), (8, 4096), (1, 32768)],
+    dry=[(2, 5)],
+)
+PEERS_SHAPE, CHECKED = sized(*2 * [((8, 512), 64)], dry=((2, 5), 4))  # beside peers; tokens of a check
 VOCABULARY = 256
 OTHERS = [name for name in MODELS if "transformers" in name]
-LONGEST_CHECKED = 0 if GPU else 4096  # tokens in float64; else the model is checked with 64
+LONGEST_CHECKED = 0 if LIKE_GPU else 4096  # tokens in float64; else the model is checked with 64
 TOLERANCE = 3e-2 if GPU else 1e-3
 ACCEPTED = {
     "Transformer (transformers)": "another architecture, without a recurrence: it is left behind as sequences grow",
@@ -77,63 +82,67 @@ def matrix_products(model: nn.Module, tokens: int) -> Callable[[], None]:
     return run
 
 
-def architectures(parameters: int) -> dict[str, dict]:
-    """Each of ours beside Mamba and the Transformer, all measured in turn."""
-    results: dict[str, dict] = {}
-    for batch, time in SHAPES:
-        ids = torch.randint(0, VOCABULARY, (batch, time), device=DEVICE)
-        contestants, references, checked = {}, {}, {}
-        for name in MODELS:
-            if "Mamba" in name and time > 64 and not GPU:
-                continue
-            torch.manual_seed(0)
-            model = make(name, parameters, VOCABULARY).to(DEVICE).train()
-            results.setdefault("parameters", {})[name] = model.num_parameters()
-            contestants[name] = training_step(model, ids)
-            if ids.numel() <= LONGEST_CHECKED:
-                references[name] = expected(model, ids)
-            else:
-                checked[name] = check(model, ids[:1, :64])
-        rows = measure(contestants, references, TOLERANCE, seconds=6)
-        for name, error in checked.items():
-            rows[name]["error"] = error
-            if not error <= TOLERANCE:
-                rows[name] = {"error": error, "refused": f"wrong: relative error {error:.2e} > {TOLERANCE:.0e}"}
-        for name in [name for name in rows if name not in OTHERS]:
-            trio = {"hf_rnn": rows[name]} | {other: rows[other] for other in OTHERS if other in rows}
-            title = f"{name}, {batch} x {time} tokens"
-            results[title] = ratios(trio, "hf_rnn", ACCEPTED)
-            for row in results[title].values():
-                if "ms" in row:
-                    row["tokens_per_second"] = 1e3 * ids.numel() / row["ms"]
-                    row["bytes_per_token"] = row["peak_mib"] * 2**20 / ids.numel()
-            table(title, results[title])
+def architectures(parameters: int, batch: int, time: int) -> dict[str, dict]:
+    """Each of ours beside Mamba and the Transformer, all measured in turn; their sizes as `parameters`."""
+    results: dict[str, dict] = {"parameters": {}}
+    ids = torch.randint(0, VOCABULARY, (batch, time), device=DEVICE)
+    contestants, references, checked = {}, {}, {}
+    for name in MODELS:
+        if "Mamba" in name and time > 64 and not GPU:
+            continue
+        torch.manual_seed(0)
+        model = make(name, parameters, VOCABULARY).to(DEVICE).train()
+        results["parameters"][name] = model.num_parameters()
+        contestants[name] = training_step(model, ids)
+        if ids.numel() <= LONGEST_CHECKED:
+            references[name] = expected(model, ids)
+        else:
+            checked[name] = check(model, ids[:1, :CHECKED])
+    rows = measure(contestants, references, TOLERANCE, seconds=6)
+    for name, error in checked.items():
+        rows[name]["error"] = error
+        if not error <= TOLERANCE:
+            rows[name] = {"error": error, "refused": f"wrong: relative error {error:.2e} > {TOLERANCE:.0e}"}
+    for name in [name for name in rows if name not in OTHERS]:
+        trio = {"hf_rnn": rows[name]} | {other: rows[other] for other in OTHERS if other in rows}
+        title = f"{name}, {batch} x {time} tokens"
+        results[title] = ratios(trio, "hf_rnn", ACCEPTED)
+        for row in results[title].values():
+            if "ms" in row:
+                row["tokens_per_second"] = 1e3 * ids.numel() / row["ms"]
+                row["bytes_per_token"] = row["peak_mib"] * 2**20 / ids.numel()
+        table(title, results[title])
     return results
 
 
-def same_architecture(parameters: int) -> dict[str, dict]:
-    results = {}
-    ids = torch.randint(0, VOCABULARY, (8, 512), device=DEVICE)
-    for name, peer in PEERS.items():
-        ours, theirs = (model.to(DEVICE).train() for model in pair(name, parameters, VOCABULARY))
-        contestants: dict[str, Callable] = {"hf_rnn": training_step(ours, ids), peer: training_step(theirs, ids)}
-        if name == "minGRU":
-            contestants["matrix products alone"] = matrix_products(ours, ids.numel())
-        # minGRU-pytorch's gradients, in log space, are off by nearly 1e-3
-        rows = compare(contestants, expected(ours, ids), 5e-2 if GPU else 1e-2, seconds=7, accepted=ACCEPTED)
-        results[f"{name} and the same of {peer}"] = rows
-        table(f"{name}, {ours.num_parameters():,} parameters, 8 x 512 tokens", rows)
-    return results
+def same_architecture(parameters: int, name: str) -> dict[str, dict]:
+    """One of ours beside the same by others."""
+    peer, (batch, time) = PEERS[name], PEERS_SHAPE
+    ids = torch.randint(0, VOCABULARY, (batch, time), device=DEVICE)
+    ours, theirs = (model.to(DEVICE).train() for model in pair(name, parameters, VOCABULARY))
+    contestants: dict[str, Callable] = {"hf_rnn": training_step(ours, ids), peer: training_step(theirs, ids)}
+    if name == "minGRU":
+        contestants["matrix products alone"] = matrix_products(ours, ids.numel())
+    # minGRU-pytorch's gradients, in log space, are off by nearly 1e-3
+    rows = compare(contestants, expected(ours, ids), 5e-2 if GPU else 1e-2, seconds=7, accepted=ACCEPTED)
+    table(f"{name}, {ours.num_parameters():,} parameters, {batch} x {time} tokens", rows)
+    return {f"{name} and the same of {peer}": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, nargs="+", default=PARAMETERS)
     options = parser.parse_args()
-    results = {}
-    for parameters in options.parameters:
-        results[f"{parameters:,} parameters"] = architectures(parameters) | same_architecture(parameters)
-    save("training_step", results)
+    parts, results = Parts("training_step"), {}
+    for size in options.parameters:
+        results[f"{size:,} parameters"] = found = {"parameters": {}}
+        for batch, time in SHAPES:
+            part = parts.run(f"{size:,} parameters, {batch} x {time}", architectures, size, batch, time)
+            if part is not None:
+                found |= part | {"parameters": found["parameters"] | part["parameters"]}
+        for name in PEERS:
+            found |= parts.run(f"{size:,} parameters, {name} by others", same_architecture, size, name) or {}
+    parts.finish(results)
 
 
 if __name__ == "__main__":

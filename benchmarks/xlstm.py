@@ -7,17 +7,19 @@ of ours, the cell's included, by torch. Checked in float64 up to 1,024 tokens, l
 """
 
 import copy
+from functools import partial
 
 import torch
-from driver import compare, save, table
+from driver import DEVICE, compare, sized, table
 from peers import xlstm_pair
+from resumable import Parts
 from torch import nn
 
 from hf_rnn import XLSTMConfig
 
-VOCABULARY, WIDTH, LAYERS, HEADS, BATCH, TIME = 256, 256, 4, 4, 4, 512
+VOCABULARY, LAYERS, HEADS, BATCH = 256, *sized(*2 * [(4, 4, 4)], dry=(1, 2, 2))
+WIDTH, TIME, LENGTHS = sized(*2 * [(256, 512, (512, 1024, 4096, 16384))], dry=(128, 5, (7,)))
 KEYS, VALUES, INNER, CHUNK = WIDTH // 2 // HEADS, WIDTH // HEADS, 704, 64
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def training_step(model: nn.Module, ids: torch.Tensor):
@@ -44,7 +46,7 @@ def matrix_products(batch: int, time_: int, backward: bool):
     """Every matrix product of a pass, by torch: projections, and the cell's, within chunks and with its states."""
     tokens, chunks = batch * time_, batch * HEADS * -(-time_ // CHUNK)
     shapes = [(2 * (WIDTH // 2 + WIDTH), WIDTH), (2 * HEADS, WIDTH), (WIDTH, WIDTH), (2 * INNER, WIDTH), (WIDTH, INNER)]
-    weights = [torch.randn(*shape, device=DEVICE) for shape in shapes * LAYERS] + [torch.randn(VOCABULARY, WIDTH)]
+    weights = [torch.randn(*shape, device=DEVICE) for shape in [*shapes * LAYERS, (VOCABULARY, WIDTH)]]
     inputs = {width: torch.randn(tokens, width, device=DEVICE) for width in {w.shape[1] for w in weights}}
     grads = {width: torch.randn(tokens, width, device=DEVICE) for width in {w.shape[0] for w in weights}}
     q, k = (torch.randn(chunks, CHUNK, KEYS, device=DEVICE) for _ in range(2))
@@ -72,7 +74,7 @@ def main() -> None:
     config = XLSTMConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_heads=HEADS)
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None
     both = dict(zip(("hf_rnn", "transformers"), (model.to(DEVICE) for model in xlstm_pair(config)), strict=True))
-    double, results = copy.deepcopy(both["hf_rnn"]).double(), {}
+    double, parts, results = copy.deepcopy(both["hf_rnn"]).double(), Parts("xlstm"), {}
 
     def measure(make, batch: int, length: int, title: str, **others) -> dict[str, dict]:
         ids = torch.randint(0, VOCABULARY, (batch, length), device=DEVICE)
@@ -88,13 +90,14 @@ def main() -> None:
     ):
         products = {"matrix products alone": matrix_products(BATCH, length, backward=make is training_step)}
         title = f"{what} of {length}"
-        results[title] = measure(make, BATCH, length, f"{title} tokens, batch {BATCH}", **products)
+        run = partial(measure, make, BATCH, length, f"{title} tokens, batch {BATCH}", **products)
+        results[title] = parts.run(title, run) or {}
     for what, make in (("prompt", prompt), ("training step", training_step)):
-        results[f"{what} by length"] = {
-            length: measure(make, 1, length, f"{what} of {length} tokens, batch 1")
-            for length in (512, 1024, 4096, 16384)
-        }
-    save("xlstm", results)
+        results[f"{what} by length"] = by_length = {}
+        for length in LENGTHS:
+            title = f"{what} of {length} tokens, batch 1"
+            by_length[str(length)] = parts.run(title, measure, make, 1, length, title) or {}
+    parts.finish(results)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,21 @@ to the other side and back, three passes of generating it for each direction (Me
 "inference", a plain forward pass with as many rows. Where B * T is over 2,048, 8 directions instead of 64.
 """
 
+import math
 import sys
 import tempfile
 
 import matplotlib
 import torch
-from driver import RESULTS, compare, save, table
+from driver import DEVICE, GPU, LIKE_GPU, RESULTS, compare, sized, table
+from resumable import Parts
 
 from hf_rnn import LSTMConfig, LSTMForCausalLM, MinGRUConfig, MinGRUForCausalLM, ZOConfig, ZOTrainer
 
 matplotlib.use("Agg")
-GPU = torch.cuda.is_available()
 MODELS = {"minGRU": (MinGRUConfig, MinGRUForCausalLM), "LSTM": (LSTMConfig, LSTMForCausalLM)}
-BATCHES, TIMES = (1, 4, 16, 64), (1, 16, 128, 512)
+BATCHES, TIMES = sized(*2 * [((1, 4, 16, 64), (1, 16, 128, 512))], dry=((2,), (3,)))
+WIDTH, DIRECTIONS = sized(cpu=(256, 64), gpu=(1024, 64), dry=(16, 2))
 WHY = "a batch that fills a forward pass by itself gains nothing from others: ours evaluates its copies singly there"
 ACCEPTED = {"one after another": WHY, "in place, dense": WHY}
 
@@ -61,7 +63,7 @@ def contestants(model, inputs, directions: int) -> dict:
         "one after another": one_by_one,
         "in place, dense": lambda: in_place(model, inputs, directions, 1e-3),
     }
-    if GPU:
+    if LIKE_GPU:
         rows = {name: x.repeat(2 * directions, 1) for name, x in inputs.items()}
 
         def inference():
@@ -79,7 +81,8 @@ def picture(results: dict) -> None:
     figure, axes = plt.subplots(1, len(MODELS), figsize=(9, 3.6), sharey=True)
     for axis, name in zip(axes, MODELS, strict=True):
         for batch in BATCHES:
-            ratios = [results[f"{name}, batch {batch}, {time} tokens"]["one after another"]["ratio"] for time in TIMES]
+            rows = [results.get(f"{name}, batch {batch}, {time} tokens", {}) for time in TIMES]
+            ratios = [row.get("one after another", {}).get("ratio", math.nan) for row in rows]
             axis.plot(TIMES, ratios, "o-", label=f"batch {batch}")
         axis.axhline(1, color="gray", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=name)
@@ -89,27 +92,31 @@ def picture(results: dict) -> None:
     figure.savefig(RESULTS / f"zero_order_{'gpu' if GPU else 'cpu'}.png", dpi=120)
 
 
+def losses(name: str, batch: int, time: int) -> dict[str, dict]:
+    config, model_class = MODELS[name]
+    torch.manual_seed(0)
+    model = model_class(config(hidden_size=WIDTH, num_hidden_layers=2, feed_forward_factor=0)).eval().to(DEVICE)
+    directions = DIRECTIONS if batch * time <= 2048 else 8
+    ids = torch.randint(0, 256, (batch, time + 1), device=DEVICE)
+    runs = contestants(model, {"input_ids": ids, "labels": ids}, directions)
+    title = f"{name}, batch {batch}, {time} tokens"
+    reference = runs["one after another"]()
+    rows = compare(runs, reference, repeats=5 if batch * time <= 2048 else 3, accepted=ACCEPTED)
+    for row in rows.values():
+        row["directions"] = directions
+    table(title, rows)
+    sys.stdout.flush()
+    return {title: rows}
+
+
 def main() -> None:
-    results = {}
-    for name, (config, model_class) in MODELS.items():
-        torch.manual_seed(0)
-        model = model_class(config(hidden_size=1024 if GPU else 256, num_hidden_layers=2, feed_forward_factor=0)).eval()
-        model = model.to("cuda" if GPU else "cpu")
+    parts, results = Parts("zero_order"), {}
+    for name in MODELS:
         for batch in BATCHES:
             for time in TIMES:
-                directions = 64 if batch * time <= 2048 else 8
-                ids = torch.randint(0, 256, (batch, time + 1), device=model.device)
-                runs = contestants(model, {"input_ids": ids, "labels": ids}, directions)
-                title = f"{name}, batch {batch}, {time} tokens"
-                reference = runs["one after another"]()
-                repeats = 5 if batch * time <= 2048 else 3
-                results[title] = compare(runs, reference, repeats=repeats, accepted=ACCEPTED)
-                for row in results[title].values():
-                    row["directions"] = directions
-                table(title, results[title])
-                sys.stdout.flush()
-    save("zero_order", results)
+                results |= parts.run(f"{name}, {batch} x {time}", losses, name, batch, time) or {}
     picture(results)
+    parts.finish(results)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,109 @@ def test_runs_go_on_where_they_were(tmp_path):
     for name in partial:
         assert (tmp_path / f"{name[-1]}.times").read_text() == "x"
     assert list((tmp_path / "results").iterdir()) == []
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """Begins the same question again, as another call of its benchmark does."""
+    import driver
+    import resumable
+
+    monkeypatch.setattr(driver, "RESULTS", tmp_path)
+    monkeypatch.setattr(driver, "LOST", set())
+    monkeypatch.setattr(resumable, "sources", lambda: "these")
+    return lambda: resumable.Parts("question")
+
+
+def test_parts_go_on_where_they_were(parts, tmp_path):
+    """What is done is not done again; what fails does not stop the others, and is tried once more."""
+    calls = []
+
+    def part(n):
+        calls.append(n)
+        return {"square": n // (n - 2)}
+
+    for _ in range(3):
+        question = parts()
+        results = {str(n): question.run(str(n), part, n) for n in range(4)}
+        assert results["2"] is None and results["3"] == {"square": 3}
+        with pytest.raises(SystemExit) as end:
+            question.finish(results)
+        assert end.value.code == 1
+    assert calls == [0, 1, 2, 3, 2]
+    saved = json.loads((tmp_path / "question_cpu.json").read_text())["results"]
+    assert saved["failed"] == {"2": "given up after 2 tries"}
+    mended = parts()
+    mended.saved["runs"]["2"] = {"result": {"square": 4}}
+    mended.finish({str(n): mended.run(str(n), part, n) for n in range(4)})
+    assert [path.name for path in tmp_path.iterdir()] == ["question_cpu.json"]
+
+
+def test_who_takes_the_device_is_left_out(parts, monkeypatch):
+    """An illegal address in a peer's kernel ends the process; the next one measures all but that peer."""
+    import driver
+    import resumable
+
+    def breaking():
+        monkeypatch.setattr(driver, "device_is_lost", lambda: True)
+        raise RuntimeError("illegal memory access")
+
+    def part():
+        x = torch.ones(1)
+        return driver.compare({"hf_rnn": lambda: [x], "peer": breaking, "other": lambda: [x]}, [x], repeats=1)
+
+    with pytest.raises(SystemExit) as end:
+        parts().run("part", part)
+    assert end.value.code == resumable.AGAIN
+    monkeypatch.setattr(driver, "device_is_lost", lambda: False)
+    rows = parts().run("part", part)
+    assert rows["peer"]["refused"].startswith("left out") and rows["other"]["ms"] > 0
+
+
+def test_a_step_on_a_gpu_ends_in_time_and_a_crash_is_gone_over(tmp_path, monkeypatch):
+    import gpu
+
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    (tmp_path / "slow.py").write_text(
+        "import subprocess, sys, time\nfrom pathlib import Path\n"
+        "args = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "Path(__file__).with_suffix('.pid').write_text(str(subprocess.Popen(args).pid))\ntime.sleep(60)\n"
+    )
+    assert gpu.run(["slow"], 0.5) == "stopped"
+    begun, ended = time.perf_counter(), False
+    while not ended and time.perf_counter() - begun < 20:  # what it started ends with it
+        process = Path(f"/proc/{(tmp_path / 'slow.pid').read_text()}/stat")
+        ended = not process.exists() or process.read_text().split()[2] == "Z"
+    assert ended
+    (tmp_path / "crash.py").write_text(
+        "import os, sys\nfrom pathlib import Path\npath = Path(__file__).with_suffix('.times')\n"
+        "path.open('a').write('x')\nif len(path.read_text()) < 3:\n    os.kill(os.getpid(), 11)\n"
+        "sys.exit(int(sys.argv[1]))\n"
+    )
+    assert gpu.run(["crash", "0"], 60) == "done"
+    assert gpu.run(["crash", "3"], 60) == "failed (3)"
+
+
+def test_a_rehearsal_without_a_gpu(tmp_path, monkeypatch, capsys):
+    import driver
+    import gpu
+
+    monkeypatch.setattr(driver, "RESULTS", tmp_path)
+    for name, value in dict(HF_RNN_DRY="1", TRITON_INTERPRET="1", HF_RNN_RESULTS=str(tmp_path)).items():
+        monkeypatch.setenv(name, value)
+    assert gpu.run_steps(["layers"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:2] in ("a ", "b ", "c ", "d ")]
+    assert len(lines) == 11 and sum(" not run " in line for line in lines) == 10
+    assert lines[2].startswith("b layers ") and " done " in lines[2] and "2 tables, 0 without ours" in lines[2]
+    assert json.loads((tmp_path / "gpu_steps_cpu.json").read_text())["results"]["layers"]["state"] == "done"
+
+
+def test_wheels_for_a_gpu_are_pinned():
+    """And none of them brings a torch."""
+    names = [line for line in (BENCHMARKS / "gpu-wheels.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert [name for name in names if "==" not in name and name.lower() not in pinned] == []
+    assert not {name.partition("==")[0] for name in names} & {"torch", "triton", "transformers"}
 
 
 def test_models_are_of_equal_size():

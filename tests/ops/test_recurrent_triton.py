@@ -106,6 +106,10 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def bfloat16_dot(monkeypatch):
+    multiply_bfloat16(monkeypatch)
+
+
+def multiply_bfloat16(monkeypatch):
     """The interpreter keeps bfloat16 as its bits, which its `tl.dot` would multiply as integers."""
     builder = triton.runtime.interpreter.InterpreterBuilder
     create_dot = builder.create_dot
