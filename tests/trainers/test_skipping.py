@@ -12,6 +12,11 @@ from hf_rnn import NonFiniteLossError, RecurrentTrainer, RecurrentTrainingArgume
 from hf_rnn_trainers.reliability.manifest import checkpoints
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("hf_rnn_trainers.rate.rate_callback.draw_rate", lambda *_: None)
+
+
 class Poisoned(RecurrentTrainer):
     """Loss or gradient is NaN in some steps."""
 
