@@ -1,7 +1,8 @@
-"""What the package overrides, calls or sets of the insides of transformers, accelerate and PEFT.
+"""What the package overrides, calls or sets of the insides of transformers, accelerate, PEFT, numba and torch.
 
 None of it is promised by them. Where a release moves one, its line here says which, before a run does something else
-without a word. `...` stands for parameters that are passed on as they come, ` | ` between what one or another has.
+without a word. `name=` is a parameter passed by its name, `...` stands for those that are passed on as they come, ` | `
+between what one version or another has.
 """
 
 import ast
@@ -17,8 +18,16 @@ import hf_rnn_trainers
 
 RELIED_ON = """
 accelerate.Accelerator.prepare_model(model, device_placement, evaluation_mode)
+numba.core.caching.NullCache.load_overload(sig, target_context)
+numba.core.caching.NullCache.save_overload(sig, cres)
+numba.core.compiler.CompileResult._rebuild(target_context, ...)
+numba.core.compiler.CompileResult._reduce()
 peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+torch._C._are_functorch_transforms_active
+torch._assert_async
+torch._subclasses.fake_tensor.FakeTensor
 transformers.GenerationMixin._expand_inputs_for_generation(expand_size, ...)
+transformers.GenerationMixin._prepare_cache_for_generation(generation_config, model_kwargs, ...)
 transformers.GenerationMixin._supports_default_dynamic_cache()
 transformers.GenerationMixin._valid_auto_compile_criteria(model_kwargs, generation_config)
 transformers.GenerationMixin.prepare_inputs_for_generation(input_ids, ...)
@@ -40,20 +49,26 @@ transformers.Trainer._get_grad_norm(model, grad_norm)
 transformers.Trainer._get_output_dir(trial)
 transformers.Trainer._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs,
     resume_from_checkpoint, trial)
+transformers.Trainer._inner_training_loop(resume_from_checkpoint=, trial=, ...)
 transformers.Trainer._load_best_model()
 transformers.Trainer._load_from_checkpoint(resume_from_checkpoint, model)
 transformers.Trainer._load_rng_state(checkpoint)
 transformers.Trainer._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, ...)
 transformers.Trainer._prepare_inputs(inputs)
 transformers.Trainer._push_from_checkpoint(checkpoint_folder)
-transformers.Trainer._run_epoch(...)
+transformers.Trainer._run_epoch(epoch=, train_dataloader=, resume_from_checkpoint=, epochs_trained=,
+    steps_trained_in_current_epoch=, ...)
+transformers.Trainer._save_rng_state(output_dir)
 transformers.Trainer._save(output_dir, state_dict)
 transformers.Trainer._save_checkpoint(model, trial)
 transformers.Trainer.create_accelerator_and_postprocess()
 transformers.Trainer.self._total_loss_scalar
 transformers.Trainer.self._tr_loss
+transformers.Trainer.self.current_flos
+transformers.Trainer.self.is_in_train
 transformers.Trainer.self._train_batch_size
 transformers.Trainer.self.model_accepts_loss_kwargs
+transformers.trainer_pt_utils.safe_globals()
 transformers.core_model_loading.ConversionOps.convert(input_dict, ...)
 transformers.core_model_loading.ConversionOps.reverse_op
 transformers.quantizers.HfQuantizer.get_state_dict_and_metadata(model)
@@ -100,7 +115,8 @@ def moved(line: str) -> str | None:
     wanted = [parameter.strip() for parameter in parameters.split(",") if parameter.strip() not in ("", "...")]
     having = list(inspect.signature(member).parameters)
     having = having[1:] if having[:1] == ["self"] else having
-    if having[: len(wanted)] == wanted and ("..." in parameters or len(having) >= len(wanted)):
+    first = [name for name in wanted if not name.endswith("=")]
+    if having[: len(first)] == first and {name.rstrip("=") for name in wanted} <= set(having):
         return None
     return f"{path} takes ({', '.join(having)}), expected ({parameters})"
 
