@@ -29,7 +29,7 @@ STEPS = {
     "d": [["zero_order_billion", "--minutes", "5"], ["zero_order"]],
 }
 QUESTIONS = {command[0]: command for commands in STEPS.values() for command in commands}
-SHOWN = 4  # lines of the summary for what is wrong or slow in a question
+SHOWN = 3  # lines of the summary for what is wrong or slow in a question
 
 
 def run(command: list[str], seconds: float) -> str:
@@ -121,6 +121,7 @@ def headlines(question: str, results: dict) -> list[str]:
     wrong = [f"{title}: {row['refused']}" for title, rows in found if "refused" in (row := next(iter(rows.values())))]
     wrong += [f"{part}: {why}" for part, why in results.get("failed", {}).items()]
     peers = [(row, title, name) for title, rows in found for name, row in list(rows.items())[1:]]
+    peers = [(row, title, name) for row, title, name in peers if not row.get("other_work")]
     faster = sorted((row["ratio"], f"{title}: {name}") for row, title, name in peers if row.get("ratio", 1) < 1)
     shares = [row["share_of_limit"] for _, rows in found for row in rows.values() if "share_of_limit" in row]
     limit = f", {100 * min(shares):.0f} to {100 * max(shares):.0f}% of the limit" if shares else ""

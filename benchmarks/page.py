@@ -246,6 +246,14 @@ WRITERS = {
 }
 
 
+def written(question: str, results: Results) -> str:
+    """Tables, and what of them failed or is of another commit."""
+    notes = {what: results.pop(what, {}) for what in ("failed", "at_other_commits")}
+    lines = [f"Not measured: {part} ({why})." for part, why in notes["failed"].items()]
+    lines += [f"At commit {commit[:9]}: {part}." for part, commit in notes["at_other_commits"].items()]
+    return "\n\n".join([WRITERS.get(question, generic)(results), *lines])
+
+
 def faster_peers() -> list[list[str]]:
     """Every row in which a peer is faster than the package."""
     found = []
@@ -272,13 +280,9 @@ def page() -> str:
     ]
     for question, title in TITLES.items():
         if (record := load(question)) is not None:
-            parts.append(f"## {title}\n\n{source(record, question)}")
-            parts.append(WRITERS.get(question, generic)(record["results"]))
+            parts += [f"## {title}\n\n{source(record, question)}", written(question, record["results"])]
         if (gpu := load(question, "gpu")) is not None:
-            failed = gpu["results"].pop("failed", {})
-            parts.append(f"### {title}, on a GPU\n\n{source(gpu, question + '_gpu')}")
-            parts.append(WRITERS.get(question, generic)(gpu["results"]))
-            parts += [f"Not measured: {part} ({why})." for part, why in failed.items()]
+            parts += [f"### {title}, on a GPU\n\n{source(gpu, question + '_gpu')}", written(question, gpu["results"])]
     parts.append(
         "## Published tables, and what we get\n\n"
         + markdown(["published", "theirs", "ours", "by"], published_rows(load))

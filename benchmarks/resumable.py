@@ -113,7 +113,12 @@ class Parts:
 
     def finish(self, results: dict) -> None:
         """Save results; where a part failed keep the others for a later call, and exit with 1."""
-        driver.save(self.question, results | ({"failed": self.failed} if self.failed else {}))
+        now, runs = commit(), self.saved["runs"]
+        notes = {
+            "failed": self.failed,
+            "at_other_commits": {n: r["commit"] for n, r in runs.items() if r["commit"] != now},
+        }
+        driver.save(self.question, results | {what: parts for what, parts in notes.items() if parts})
         if self.failed:
             sys.exit(1)
         finish(self.question)

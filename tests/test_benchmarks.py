@@ -254,9 +254,11 @@ def test_parts_go_on_where_they_were(parts, tmp_path):
     saved = json.loads((tmp_path / "question_cpu.json").read_text())["results"]
     assert saved["failed"] == {"2": "given up after 2 tries"}
     mended = parts()
-    mended.saved["runs"]["2"] = {"result": {"square": 4}}
+    mended.saved["runs"]["2"] = {"result": {"square": 4}, "commit": "another"}
     mended.finish({str(n): mended.run(str(n), part, n) for n in range(4)})
     assert [path.name for path in tmp_path.iterdir()] == ["question_cpu.json"]
+    saved = json.loads((tmp_path / "question_cpu.json").read_text())["results"]
+    assert saved["at_other_commits"] == {"2": "another"} and "failed" not in saved
 
 
 def test_who_takes_the_device_is_left_out(parts, monkeypatch):
