@@ -31,10 +31,10 @@ def blocks(language: str) -> dict[str, str]:
 
 RUNNER = """
 import json, os, sys, tempfile, traceback
-import datasets, torch, transformers, transformers.trainer  # what takes long to import, once for all
+import datasets, matplotlib.pyplot, numba, peft, transformers.trainer, hf_rnn_trainers  # once for all, takes long
 for name, code in json.load(sys.stdin).items():
     sys.stdout.flush()
-    if (child := os.fork()) == 0:  # each block imports hf_rnn for itself, in a folder of its own
+    if (child := os.fork()) == 0:  # each block for itself, in a folder of its own
         os.chdir(tempfile.mkdtemp(dir=sys.argv[1]))
         status = 1
         try:

@@ -217,7 +217,9 @@ def test_any_arguments(small_models, data):
         with torch.no_grad():
             logits = model(**arguments).logits
     except (ValueError, TypeError, IndexError) as error:
-        assert re.match(r"(input_ids|inputs_embeds|use_cache|" + "|".join(arguments) + r")\b.*: ", str(error)), error
+        assert re.match(r"(input_ids|inputs_embeds|use_cache|cache|" + "|".join(arguments) + r")\b.*: ", str(error)), (
+            error
+        )
     else:
         assert logits.shape == (*ids.shape, 61) and logits.isfinite().all()
 

@@ -29,18 +29,17 @@ SETTINGS = dict(vocab_size=97, hidden_size=128, num_hidden_layers=2, num_heads=2
 LENGTHS = [1, 63, 64, 65, 127, 1000]
 
 
-def oracle(folder, *arguments):
+def oracle(folder, settings, lengths, *wanted):
     script = Path(__file__).with_name("xlstm_oracle.py")
-    subprocess.run([sys.executable, script, folder, *arguments], check=True, capture_output=True)
+    command = [sys.executable, script, folder, json.dumps(settings), json.dumps(lengths), *wanted]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """One that transformers' class wrote, in several shards, with its logits and what it generates."""
     folder = tmp_path_factory.mktemp("xlstm")
-    oracle(folder, "make", json.dumps(SETTINGS))
-    oracle(folder, "logits", json.dumps(LENGTHS))
-    oracle(folder, "generate", json.dumps(LENGTHS))
+    oracle(folder, SETTINGS, LENGTHS, "logits", "generate")
     return folder
 
 
@@ -68,7 +67,7 @@ def test_logits(model, checkpoint):
 def test_generation(model, checkpoint):
     assert model.generation_config.pad_token_id == 1
     for ids, expected in zip(prompts(), torch.load(checkpoint / "generate.pt"), strict=True):
-        tokens = model.generate(ids, do_sample=False, min_new_tokens=256, max_new_tokens=256)
+        tokens = model.generate(ids, do_sample=False, min_new_tokens=100, max_new_tokens=100)
         assert torch.equal(tokens, expected)
 
 
@@ -120,8 +119,7 @@ def test_other_settings(tmp_path):
     """Sizes, caps and epsilon that are not the defaults; names that an older config has."""
     settings = SETTINGS | dict(num_heads=4, qk_dim_factor=1.0, v_dim_factor=2.0, gate_soft_cap=3.0, norm_eps=1e-3)
     settings |= dict(output_logit_soft_cap=5.0, ffn_proj_factor=1.5, ffn_round_up_to_multiple_of=1)
-    oracle(tmp_path, "make", json.dumps(settings))
-    oracle(tmp_path, "logits", json.dumps([70]))
+    oracle(tmp_path, settings, [70], "logits")
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"torch_dtype": config.pop("dtype"), "chunkwise_kernel": "chunkwise--of_another_package"}
     del config["hidden_size"], config["num_hidden_layers"]
@@ -349,7 +347,7 @@ def kl(logits, expected):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_state_stays_float32_in_a_bfloat16_model(layout):
-    """1,500 tokens one by one. There: the state is rounded after each, and the KL to float32 is 22 times as large."""
+    """600 tokens one by one. With the state rounded after each the KL to float32 would be 3.3 to 6.2 times as large."""
     torch.manual_seed(0)
     model = XLSTMForCausalLM(XLSTMConfig(**SETTINGS, **LAYOUTS[layout])).eval()
     with torch.no_grad():
@@ -358,13 +356,13 @@ def test_the_state_stays_float32_in_a_bfloat16_model(layout):
                 parameter[:2], parameter[2:] = 0.0, 6.0
             elif parameter.dim() == 2:
                 parameter.mul_(2.0)
-    ids = torch.randint(3, 97, (1, 1500))
+    ids = torch.randint(3, 97, (1, 600))
     with torch.no_grad():
         exact = model(ids).logits
         model.bfloat16()
         whole = model(ids).logits
         state, steps = None, []
-        for t in range(1500):
+        for t in range(600):
             output = model(ids[:, t : t + 1], past_key_values=state, use_cache=True)
             state = output.past_key_values
             steps.append(output.logits)

@@ -1,8 +1,8 @@
 """transformers' own xlstm, run in a process where the `xlstm` package is hidden: the class changes when it is there.
 
-    python xlstm_oracle.py FOLDER make SETTINGS | logits | generate LENGTHS
+    python xlstm_oracle.py FOLDER SETTINGS LENGTHS [logits] [generate]
 
-Reads and writes files in FOLDER.
+Writes a checkpoint with these settings into FOLDER, and what it says of prompts of these lengths.
 """
 
 import importlib.util
@@ -40,18 +40,16 @@ def make(folder, settings):
     model.save_pretrained(folder, max_shard_size="200KB")
 
 
-def main(folder, command, *rest):
-    if command == "make":
-        make(folder, json.loads(rest[0]))
-        return
+def main(folder, settings, lengths, *wanted):
+    make(folder, json.loads(settings))
     model = xLSTMForCausalLM.from_pretrained(folder).eval()
-    ids = prompts(json.loads(rest[0]), model.config.vocab_size)
+    ids = prompts(json.loads(lengths), model.config.vocab_size)
     with torch.no_grad():
-        if command == "logits":
-            results = [model(x).logits for x in ids]
-        else:
-            results = [model.generate(x, do_sample=False, min_new_tokens=256, max_new_tokens=256) for x in ids]
-    torch.save(results, Path(folder) / f"{command}.pt")
+        if "logits" in wanted:
+            torch.save([model(x).logits for x in ids], Path(folder) / "logits.pt")
+        if "generate" in wanted:
+            tokens = [model.generate(x, do_sample=False, min_new_tokens=100, max_new_tokens=100) for x in ids]
+            torch.save(tokens, Path(folder) / "generate.pt")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ def check_scan(run, cell, x, weight, bias, states, mask, cu_seqlens, perturbatio
 
 
 @compiled
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["not exhaustive", pytest.param("exhaustive", marks=[pytest.mark.exhaustive])])
 @pytest.mark.timeout(1800)
 def test_values_in_the_interpreter(which):
