@@ -112,9 +112,9 @@ class RecurrentConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: expected an object, got {value!r}")
         if not all(str(key).isdecimal() for key in self.id2label or {}):
             raise ValueError(f"id2label: expected whole numbers as names, got {list(self.id2label or {})}")
-        for field in fields(self):  # huggingface_hub before 2 takes True for a whole number
-            if isinstance(getattr(self, field.name, None), bool) and "bool" not in str(field.type):
-                raise ValueError(f"{field.name}: expected {field.type}, got {getattr(self, field.name)}")
+        for setting in fields(self):  # huggingface_hub before 2 takes True for a whole number
+            if isinstance(getattr(self, setting.name, None), bool) and "bool" not in str(setting.type):
+                raise ValueError(f"{setting.name}: expected {setting.type}, got {getattr(self, setting.name)}")
         labels = kwargs.get("num_labels")
         if labels is not None and (not isinstance(labels, int) or labels < 0):
             raise ValueError(f"num_labels: expected a whole number of at least 0, got {labels!r}")
