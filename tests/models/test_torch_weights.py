@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import relative_error
-from flashrnn import flashrnn
 from huggingface_hub.errors import StrictDataclassClassValidationError as Strict
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -111,6 +110,7 @@ def test_heads_become_a_dense_matrix_with_zeros(network, tmp_path):
 
 
 def test_flashrnn_both_ways(network):
+    flashrnn = pytest.importorskip("flashrnn").flashrnn
     torch_class, model_class = network
     function = torch_class.__name__.lower()
     model = model_class(model_class.config_class(hidden_size=48, num_heads=3, num_hidden_layers=1))

@@ -12,15 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers import AutoModelForCausalLM, xLSTMConfig
-from xlstm import (
-    FeedForwardConfig,
-    mLSTMBlockConfig,
-    mLSTMLayerConfig,
-    sLSTMBlockConfig,
-    sLSTMLayerConfig,
-    xLSTMLMModel,
-    xLSTMLMModelConfig,
-)
 
 from hf_rnn import XLSTMConfig, XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMModel
 from hf_rnn.cli.main import main
@@ -140,15 +131,17 @@ def test_convert_wants_every_weight(checkpoint, tmp_path, capsys):
 
 def package_model(slstm_at, bias=False, tie=False, dtype=torch.float32):
     torch.manual_seed(0)
-    mlstm = mLSTMBlockConfig(mlstm=mLSTMLayerConfig(num_heads=4))
-    slstm = sLSTMBlockConfig(
-        slstm=sLSTMLayerConfig(backend="vanilla", num_heads=4, dtype="float32"), feedforward=FeedForwardConfig()
+    xlstm = pytest.importorskip("xlstm")
+    mlstm = xlstm.mLSTMBlockConfig(mlstm=xlstm.mLSTMLayerConfig(num_heads=4))
+    slstm = xlstm.sLSTMBlockConfig(
+        slstm=xlstm.sLSTMLayerConfig(backend="vanilla", num_heads=4, dtype="float32"),
+        feedforward=xlstm.FeedForwardConfig(),
     )
     sizes = dict(vocab_size=50, embedding_dim=64, num_blocks=3, context_length=128)
-    config = xLSTMLMModelConfig(
+    config = xlstm.xLSTMLMModelConfig(
         **sizes, slstm_at=slstm_at, bias=bias, tie_weights=tie, mlstm_block=mlstm, slstm_block=slstm
     )
-    model = xLSTMLMModel(config)
+    model = xlstm.xLSTMLMModel(config)
     model.reset_parameters()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
