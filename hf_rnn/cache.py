@@ -46,6 +46,12 @@ class RecurrentCache(Cache):
     def is_initialized(self) -> bool:
         return self.states[0] is not None
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Not in transformers' sense, whose linear layers do not know how many tokens they have seen: from 5.24 on
+        generate() reads the whole prompt again in front of a cache of such layers alone."""
+        return [False] * len(self)
+
     def update(self, state: tuple[Tensor, ...], layer_idx: int) -> None:
         """Store a layer's new state: in place, unless autograd may still need the old one or track the new one."""
         old = self.states[layer_idx]

@@ -241,7 +241,7 @@ def test_cache_methods(model, ids):
 
 def test_the_cache_answers_all_that_transformers_asks_of_one(model, ids):
     """What is inherited looks at layers of keys and values, of which there are none: it must be known as harmless."""
-    lists_of_layers = {"is_linear", "is_sliding", "is_dummy"}
+    lists_of_layers = {"is_sliding", "is_dummy"}
     follows = {"get_query_offset", "get_max_cache_shape", "max_cache_len", "max_batch_size"}
     raises = {"early_initialization", "offload", "prefetch", "is_recording_past", "update_indexer"}
     raises |= {f"{verb}_{kind}_state" for verb in ("get", "update") for kind in ("conv", "recurrent")}
@@ -249,4 +249,5 @@ def test_the_cache_answers_all_that_transformers_asks_of_one(model, ids):
     assert inherited <= lists_of_layers | follows | raises | {"activate_past_recording"}
     cache = model(ids).cache
     assert cache.get_query_offset() == 17 and not cache.is_croppable and cache.has_previous_state()
-    assert not any(getattr(cache, name) for name in lists_of_layers & inherited)
+    assert not any(getattr(cache, name) for name in lists_of_layers & inherited) and not any(cache.is_linear)
+    assert not all(cache.is_linear)  # of no layers all are
