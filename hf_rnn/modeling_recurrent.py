@@ -308,6 +308,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
         # Without gradients nothing is computed twice, and a state can be carried: generate() in train mode
         checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if cache is None:
+            if checkpointed and use_cache:
+                raise ValueError("use_cache: gradient checkpointing drops the state; switch one of them off")
             if packed and use_cache:
                 raise ValueError("use_cache: packed sequences have no one state to return; leave it out")
             if use_cache is None:
@@ -328,8 +330,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             if state is not None and [tuple(x.shape) for x in state] != expected:
                 raise ValueError(
                     f"cache: expected states of shapes {expected}, got {[tuple(x.shape) for x in state]}; "
-                    "a cache fits the model and the batch size that made it (RecurrentCache.batch_repeat_interleave "
-                    "widens it for beams)"
+                    "a cache fits the model and the batch size that made it"
                 )
         return cache
 
@@ -371,9 +372,11 @@ class RecurrentForCausalLM(MemoryProtocol, RecurrentPreTrainedModel, GenerationM
             ValueError: an empty prompt; no new tokens after those of the state.
         """
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] == 0 and kwargs.get("inputs_embeds") is None:
+        embeds = kwargs.get("inputs_embeds")
+        name, prompt = ("input_ids", ids) if embeds is None else ("inputs_embeds", embeds)
+        if isinstance(prompt, Tensor) and prompt.dim() > 1 and prompt.shape[1] == 0:
             raise ValueError(
-                f"input_ids: expected at least one token, got shape {tuple(ids.shape)}; a text of none begins with "
+                f"{name}: expected at least one token, got shape {tuple(prompt.shape)}; a text of none begins with "
                 "bos_token_id"
             )
         state = state_of(*(kwargs.pop(name, None) for name in STATE_NAMES))

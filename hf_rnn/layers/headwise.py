@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from hf_rnn.layers.mixer import RecurrentMixer
+from hf_rnn_kernels.transforms import transforming
 
 
 class HeadwiseMixer(RecurrentMixer):
@@ -44,7 +45,8 @@ class HeadwiseMixer(RecurrentMixer):
         It takes x and the weights themselves, so the input projection must be a bare linear layer, no adapter, no
         hook, and the weights plain tensors: not perturbed, quantized or sharded. It takes states in its own dtype
         alone: a float32 state in front of bfloat16 would be rounded. Not for a single step, for which it packs its
-        weights anew (see `cell_applies`), and not under torch.compile or torch.export, which would unroll it.
+        weights anew (see `cell_applies`), not under torch.compile or torch.export, which would unroll it, and not
+        under torch.func's transforms, for which it has no batching rule.
         """
         if x.shape[1] < 2 or x.shape[0] == 0 or not self._is_plain(mask, cu_seqlens):
             return False
@@ -76,7 +78,7 @@ class HeadwiseMixer(RecurrentMixer):
         weights = (projection.weight, projection.bias, self.recurrent_weight, self.recurrent_bias)
         dense = bare and all(type(w) in (nn.Parameter, Tensor, NoneType) for w in weights)
         simple = mask is None and cu_seqlens is None and self.config.num_heads == 1
-        return dense and simple and not torch.compiler.is_compiling()
+        return dense and simple and not torch.compiler.is_compiling() and not transforming()
 
     def library_arguments(self, x: Tensor, state: tuple[Tensor | None, ...]) -> tuple:
         """State (1, B, D) each, in the dtype of x, and the rest of what `torch.lstm` and `torch.gru` take after x."""

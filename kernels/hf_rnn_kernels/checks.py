@@ -11,9 +11,10 @@ from hf_rnn_kernels.transforms import transforming
 
 
 def values_known(x: Tensor) -> bool:
-    """Whether Python can look at the values of this result: not under torch.compile, torch.func's transforms and
-    FakeTensorMode, nor on the meta device."""
-    return not (torch.compiler.is_compiling() or transforming() or isinstance(x, FakeTensor) or x.is_meta)
+    """Whether Python may go by the values of this result: not under torch.compile, torch.func's transforms and
+    FakeTensorMode, nor on the meta device; and not in torch.jit.trace, which would keep them for other inputs."""
+    unknown = torch.compiler.is_compiling() or torch.jit.is_tracing() or transforming()
+    return not (unknown or isinstance(x, FakeTensor) or x.is_meta)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, time: int, name: str = "cu_seqlens") -> None:

@@ -45,7 +45,8 @@ def folder() -> Path:
     Raises:
         OSError: the user has no home.
     """
-    root = numba.config.CACHE_DIR or AppDirs("numba", appauthor=False).user_cache_dir  # type: ignore[attr-defined]
+    own = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+    root = os.path.expanduser(own) if own else AppDirs("numba", appauthor=False).user_cache_dir
     if root.startswith("~"):
         raise FileNotFoundError("the user has no home")
     return Path(root) / f"{_NAME}{_DIGEST}"

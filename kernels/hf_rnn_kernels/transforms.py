@@ -36,7 +36,7 @@ class transformable:
         self.function = _function(self.operator, backward, setup_context)
 
     def __call__(self, *arguments) -> Any:
-        if not transforming():
+        if not transforming() or not torch.is_grad_enabled():
             return self.operator(*arguments)
         leaves, structure = pytree.tree_flatten(arguments)
         return self.function.apply(structure, *leaves)

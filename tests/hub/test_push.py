@@ -9,6 +9,7 @@ from safetensors.torch import load
 from transformers import Trainer
 
 import hf_rnn
+from hf_rnn_trainers.model_card.files import others
 
 PUSH = """
 import contextlib, io, json, os, urllib.request
@@ -171,7 +172,15 @@ def test_trainers_push_no_texts_either(tmp_path, monkeypatch):
     """Trainer uploads all of output_dir: told before it trains, and passed over where a file came later."""
     model = hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(hidden_size=16, num_hidden_layers=1))
     settings = dict(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    (tmp_path / "training_args.bin").touch()
+    for name in ("training_args.bin", "runs/now/events.out.tfevents.1", "eval_results.json", "checkpoint-1/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert others(tmp_path) == []
+    for name in ("runs/corpus.txt", "runs/now/users.json", "data/users_results.json", ".cache/private.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+        assert others(tmp_path) == [name]
+        (tmp_path / name).unlink()
     trainer = hf_rnn.RecurrentTrainer(model, hf_rnn.RecurrentTrainingArguments(**settings))
     (tmp_path / "corpus.txt").write_text("mine")
     arguments = hf_rnn.RecurrentTrainingArguments(**settings, push_to_hub=True)

@@ -90,3 +90,5 @@ def test_in_train_mode_with_gradient_checkpointing_generate_keeps_the_state(mode
     assert torch.equal(model.generate(ids, **options), right)
     with pytest.raises(ValueError, match="^cache: gradient checkpointing drops the state"):
         model(ids, cache=state)  # with gradients
+    with pytest.raises(ValueError, match="^use_cache: gradient checkpointing drops the state"):
+        model(ids, use_cache=True)

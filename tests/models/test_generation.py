@@ -97,6 +97,8 @@ def test_an_empty_prompt_is_refused(model, ids):
     for nothing in (dict(inputs=ids[:, :0]), dict(input_ids=ids[:, :0])):
         with pytest.raises(ValueError, match=r"input_ids: expected at least one token, got shape \(3, 0\)"):
             generate(model, **nothing)
+    with pytest.raises(ValueError, match=r"inputs_embeds: expected at least one token, got shape \(3, 0, 16\)"):
+        generate(model, inputs_embeds=torch.zeros(3, 0, 16))
     state = model(ids).past_key_values
     expected = copy.deepcopy(state)
     assert model(ids[:, :0], past_key_values=state).logits.shape == (3, 0, 61), "forward reads nothing, and goes on"

@@ -202,7 +202,10 @@ def test_trace(make_model, ids):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of shapes and checks that become constants
         traced = torch.jit.trace(model, (ids[:2, :5],), check_trace=False)
+        masked = torch.jit.trace(model, (ids[:2, :5], torch.ones_like(ids[:2, :5])), check_trace=False)
     torch.testing.assert_close(traced(ids[1:, :5]), model(ids[1:, :5]))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])  # not kept from the example, which had no padding
+    torch.testing.assert_close(masked(ids[1:, :5], mask), model(ids[1:, :5], mask))
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from torch.func import functional_call, grad, vmap
 
 from hf_rnn_kernels import gru_scan, min_gru_scan
 
-# What the architecture has beside its default: heads, so that no library takes the recurrence; both kinds of blocks
-MORE = {"lstm": dict(num_heads=2), "xlstm": dict(block_layout="neurips", slstm_at=[1], num_heads=2)}
+# What the architecture has beside its default: heads; both kinds of blocks
+MORE = {"gru": dict(num_heads=2), "xlstm": dict(block_layout="neurips", slstm_at=[1], num_heads=2)}
 LOOP = "ignore:There is a performance drop because we have not yet implemented the batching rule:UserWarning"
 
 
@@ -59,6 +59,15 @@ def test_several_models_at_once(loss, ids):
         torch.testing.assert_close(losses[n], loss(own, ids))
         expected = gradients(loss, own, ids)
         torch.testing.assert_close(dict(zip(own, (g[n] for g in grads), strict=True)), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings(LOOP)
+def test_rows_without_gradients(model, ids):
+    """Through the operators alone, and a token through the cells."""
+    with torch.no_grad():
+        for x in (ids, ids[:, :1]):
+            rows = vmap(lambda row: model(row, use_cache=False).logits)(x[:, None])
+            torch.testing.assert_close(rows[:, 0], model(x).logits, atol=1e-5, rtol=1e-4)
 
 
 def test_fake_tensors(architecture, ids):

@@ -303,3 +303,6 @@ class TestAccept:
             hf_rnn.accept_checkpoint(copy / "checkpoint-7")
         with pytest.raises(ValueError, match="folder: expected the folder of a checkpoint"):
             hf_rnn.accept_checkpoint(copy / "nowhere")
+        (copy / "checkpoint-6/optimizer.pt").unlink()
+        with pytest.raises(ValueError, match="optimizer.pt is missing; a run goes on with it"):
+            hf_rnn.accept_checkpoint(copy / "checkpoint-6")

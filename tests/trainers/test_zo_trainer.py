@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_rnn import MinGRUConfig, MinGRUForCausalLM, NonFiniteLossError, ZOConfig, ZOTrainer
+from hf_rnn import MinGRUConfig, MinGRUForCausalLM, NonFiniteLossError, ZOConfig, ZOTrainer, accept_checkpoint
 
 
 def make_model():
@@ -275,6 +275,14 @@ def test_search_for_a_learning_rate(tmp_path):
     searched.train()
     assert abs(searched.args.learning_rate / rate - 1) < 1e-3
     assert searched.state.log_history[-2]["learning_rate"] == searched.args.learning_rate
+    first = searched.args.learning_rate
+    searched.train()  # with the optimizer of the first time
+    assert searched.args.learning_rate != first
+    assert searched.state.log_history[-2]["learning_rate"] == searched.args.learning_rate
+    own = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match="search_learning_rate: the optimizer that was given"):
+        args = ZOConfig(**DEFAULTS | dict(output_dir=str(tmp_path), search_learning_rate=True))
+        ZOTrainer(model, args, train_dataset=make_data(), optimizers=(own, None))
 
 
 def test_paper_preset():
@@ -391,6 +399,17 @@ class TestLogs:
         assert same(ZOTrainer.replay(make_model(), tmp_path / "b"), resumed.model)
         for checkpoint in (tmp_path / "a/checkpoint-2", tmp_path / "b/checkpoint-4"):
             assert same(ZOTrainer.replay(make_model(), checkpoint), AutoModelForCausalLM.from_pretrained(checkpoint))
+
+    def test_of_a_run_that_went_on_from_other_weights(self, tmp_path):
+        make_trainer(tmp_path / "a", **self.SAVING).train()
+        checkpoint = tmp_path / "a/checkpoint-2"
+        changed = AutoModelForCausalLM.from_pretrained(checkpoint)
+        changed.lm_head.weight.data.mul_(1.5)
+        changed.save_pretrained(checkpoint)
+        accept_checkpoint(checkpoint)
+        make_trainer(tmp_path / "b", **self.SAVING).train(resume_from_checkpoint=str(checkpoint))
+        with pytest.raises(ValueError, match="checkpoint-2 was changed after it was saved, and accepted"):
+            ZOTrainer.replay(make_model(), tmp_path / "b")
 
     def test_of_a_run_that_ends_with_its_best_weights(self, tmp_path):
         """And of what is saved of it elsewhere."""

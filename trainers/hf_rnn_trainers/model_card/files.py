@@ -15,18 +15,24 @@ CHECKPOINT = [
     *("loss.png", "rate.png", "zo_replay.jsonl"),
 ]
 # What Trainer and its callbacks leave beside it: arguments, measurements, TensorBoard's logs; or do not push
-_TRAINERS = ["training_args.bin", "trainer_state.json", "*_results.json", "runs/*", "emissions.csv", "_*"]
-_TRAINERS += ["checkpoint-*", ".cache/*"]
+_TRAINERS = ["training_args.bin", "trainer_state.json", "*_results.json", "emissions.csv", "events.out.tfevents.*"]
+_TRAINERS += ["runs/events.out.tfevents.*", "runs/*/events.out.tfevents.*", "runs/*/*/events.out.tfevents.*"]
+# In folders that a push passes by
+_PASSED_BY = ("_", "checkpoint-", ".cache/huggingface/")
 
 
 def matching(folder: str | Path, patterns: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The files in a folder and below, sorted: those whose names match, and the others."""
+    """The files in a folder and below, sorted: those whose names match, and the others. A * ends at a /."""
     paths = (path for path in Path(folder).rglob("*") if path.is_file())
     names = sorted(path.relative_to(folder).as_posix() for path in paths)
-    some = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    some = [name for name in names if any(_fits(name.split("/"), pattern.split("/")) for pattern in patterns)]
     return some, [name for name in names if name not in some]
+
+
+def _fits(name: list[str], pattern: list[str]) -> bool:
+    return len(name) == len(pattern) and all(map(fnmatch, name, pattern))
 
 
 def others(folder: str | Path) -> list[str]:
     """The files that are neither a checkpoint's nor Trainer's, and that Trainer's push would upload."""
-    return matching(folder, [*CHECKPOINT, *_TRAINERS])[1]
+    return [name for name in matching(folder, [*CHECKPOINT, *_TRAINERS])[1] if not name.startswith(_PASSED_BY)]

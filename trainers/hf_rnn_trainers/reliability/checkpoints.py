@@ -144,11 +144,12 @@ class AtomicCheckpoints(Trainer):
         if damage == NO_MANIFEST:  # another Trainer's
             logger.warning(f"resume_from_checkpoint: {folder} has no manifest.json; its files are taken as they are")
             damage = None
+        hint = f"; {ON_PURPOSE}" if damage else ""
         damage = damage or find_missing(folder)
         if damage is not None:
             raise ValueError(
                 f"resume_from_checkpoint: {folder}: {damage}. resume_from_checkpoint=True takes the latest whole one "
-                f"of output_dir; to start anew from weights alone, load them with from_pretrained; {ON_PURPOSE}"
+                f"of output_dir; to start anew from weights alone, load them with from_pretrained{hint}"
             )
 
     def _batch(self) -> int:

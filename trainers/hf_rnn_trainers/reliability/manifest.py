@@ -22,19 +22,20 @@ _NEEDED |= {"optimizer.pt": ["optimizer*", "global_step*"], "scheduler.pt": ["sc
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EISDIR}
 
 
-def write_manifest(folder: Path, order: int, world_size: int, batch: int | None) -> None:
+def write_manifest(folder: Path, order: int, world_size: int, batch: int | None, accepted: bool = False) -> None:
     """Write `manifest.json`: size and SHA-256 of every file below `folder`, and of the run what resuming has to know.
 
     Args:
         order: of this checkpoint among those of the run's folder, by which the latest is known; steps can go back.
         world_size, batch: processes, and sequences of a step over all of them; None: not known.
+        accepted: its files are not, or may not be, those that a run saved.
     """
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _digest(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / NAME
     }
-    content = {"order": order, "world_size": world_size, "batch": batch, "files": files}
+    content = {"order": order, "world_size": world_size, "batch": batch, "accepted": accepted, "files": files}
     (folder / NAME).write_text(json.dumps({**content, "sha256": _own_digest(content)}, indent=1))
 
 
@@ -45,20 +46,30 @@ def accept_checkpoint(folder: str | Path) -> None:
     its run; another becomes the latest.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: no such folder, or one without what a run goes on with.
         OSError: a file that cannot be read back.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"folder: expected the folder of a checkpoint, got {folder}")
+    if (missing := find_missing(folder)) is not None:
+        raise ValueError(f"folder: {folder}: {missing}; a run goes on with it, or starts anew by from_pretrained")
     check_readable(folder)
     try:
         before = read_manifest(folder)
     except ValueError:
         processes = max(1, len(list(folder.glob("rng_state*.pth"))))
         before = {"order": next_order(folder.parent), "world_size": processes, "batch": None}
-    write_manifest(folder, before["order"], before["world_size"], before["batch"])
+    write_manifest(folder, before["order"], before["world_size"], before["batch"], accepted=True)
     flush(folder)
+
+
+def was_accepted(folder: Path) -> bool:
+    """Whether a checkpoint's files are what its owner made of them."""
+    try:
+        return bool(read_manifest(folder).get("accepted"))
+    except ValueError:
+        return False
 
 
 def check_readable(folder: Path) -> None:

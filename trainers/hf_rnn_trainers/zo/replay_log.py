@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_rnn_trainers.reliability.manifest import was_accepted
+
 NAME = "zo_replay.jsonl"
 # Settings that a run may go on with others of: a step's line tells what the optimizer had
 _OF_A_STEP = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
@@ -63,6 +65,8 @@ class ReplayLog:
             return
         self._put(before.read_text().splitlines())
         self.ended = json.loads(self._lines()[-1]).get("ended")
+        if self.ended is None and was_accepted(checkpoint):
+            self.end(f"{checkpoint} was changed after it was saved, and accepted")
 
     def append(self, number: int, groups: list[dict[str, Any]], coefficients: Tensor) -> None:
         """A step, before the optimizer's `groups` get the learning rates of the next."""

@@ -101,6 +101,8 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
         args, trained = self.args, [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if not trained:
             raise ValueError("model: expected parameters that require gradients, all are frozen")
+        if args.search_learning_rate and self._given_optimizer:
+            raise ValueError("search_learning_rate: the optimizer that was given has learning rates of its own")
         if args.n_gpu > 1:
             raise ValueError("DataParallel: its copies of the model know no perturbation; start a process for each GPU")
         if args.world_size % args.data_shards:
@@ -133,7 +135,7 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
             logger.info(f"learning rate {self.args.learning_rate:.3g}")
         optimizer = super().create_optimizer(model)
         if search:
-            for group in optimizer.param_groups:  # which an earlier run or the caller may have made
+            for group in optimizer.param_groups:  # which an earlier run may have made
                 group["lr"] = group["initial_lr"] = self.args.learning_rate
         return optimizer
 
