@@ -50,8 +50,7 @@ class HeadwiseMixer(RecurrentMixer):
         """
         if x.shape[1] < 2 or x.shape[0] == 0 or not self._is_plain(mask, cu_seqlens):
             return False
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
         return all(s is None or s.dtype == dtype for s in state)
 
     def cell_applies(
@@ -61,7 +60,7 @@ class HeadwiseMixer(RecurrentMixer):
         return (
             x.shape[1] == 1
             and state[0] is not None
-            and not torch.is_autocast_enabled(x.device.type)
+            and not _autocasts(x)
             and self._is_plain(mask, cu_seqlens)
             and x.dtype == state[0].dtype == self.in_proj.weight.dtype
         )
@@ -95,3 +94,8 @@ class HeadwiseMixer(RecurrentMixer):
     def to_state_dtype(state: Tensor) -> Tensor:
         """In float32, or float64."""
         return state.to(torch.promote_types(state.dtype, torch.float32))
+
+
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none

@@ -102,3 +102,13 @@ def test_elements_of_vmap_are_scans_of_their_own():
     )
     with pytest.raises(RuntimeError, match="no second derivatives"):
         grad(lambda g: grad(lambda c: min_gru_scan(gate[:, 0], c)[0].sum())(g).sum())(candidate[:, 0])
+
+
+def test_meta_device(architecture):
+    """A prompt and a token after it, counted without memory."""
+    config_class, model_class, _ = ARCHITECTURES[architecture]
+    with torch.device("meta"):
+        model = model_class(config_class(vocab_size=61, hidden_size=16)).eval()
+        prompt = model(torch.zeros(2, 9, dtype=torch.long), use_cache=True)
+        step = model(torch.zeros(2, 1, dtype=torch.long), cache=prompt.cache)
+    assert prompt.logits.shape == (2, 9, 61) and step.logits.shape == (2, 1, 61)
