@@ -283,7 +283,7 @@ class Int8(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.detach.default:
             return args[0]
-        raise NotImplementedError(f"{function}: no int8 kernel")
+        raise TypeError(f"{function}: no int8 kernel")
 
 
 def test_a_quantized_projection_is_not_passed_by(network):
