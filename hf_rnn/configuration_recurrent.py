@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from hf_rnn.adapters import register_lora_targets
+from hf_rnn.versions import STATE_NAMES, AssignablePlan, refuse_bools
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +30,7 @@ _MOST_LAYERS = 10_000
 _WIDEST = 2**24
 
 
-class RecurrentConfig(PreTrainedConfig):
+class RecurrentConfig(AssignablePlan, PreTrainedConfig):
     """What all architectures can be told.
 
     Args:
@@ -49,7 +50,7 @@ class RecurrentConfig(PreTrainedConfig):
             number they can hold; lm-evaluation-harness would cut texts at 2,048 tokens without it.
     """
 
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # the state, before transformers 5.24 and since
+    keys_to_ignore_at_inference = list(STATE_NAMES)
 
     vocab_size: int = _BYTES
     hidden_size: int = 384
@@ -112,9 +113,7 @@ class RecurrentConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: expected an object, got {value!r}")
         if not all(str(key).isdecimal() for key in self.id2label or {}):
             raise ValueError(f"id2label: expected whole numbers as names, got {list(self.id2label or {})}")
-        for setting in fields(self):  # huggingface_hub before 2 takes True for a whole number
-            if isinstance(getattr(self, setting.name, None), bool) and "bool" not in str(setting.type):
-                raise ValueError(f"{setting.name}: expected {setting.type}, got {getattr(self, setting.name)}")
+        refuse_bools(self)
         labels = kwargs.get("num_labels")
         if labels is not None and (not isinstance(labels, int) or labels < 0):
             raise ValueError(f"num_labels: expected a whole number of at least 0, got {labels!r}")
@@ -156,18 +155,6 @@ class RecurrentConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         return ["linear_attention"] * self.num_hidden_layers
-
-    def tensor_parallel_plan(self) -> dict[str, str]:
-        """How the backbone's matrices lie over processes, by their names, in transformers' terms; {}: whole on each."""
-        return {}
-
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        return vars(self).get("base_model_tp_plan", self.tensor_parallel_plan())
-
-    @base_model_tp_plan.setter
-    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
-        vars(self)["base_model_tp_plan"] = plan  # transformers 5.17 to 5.20 add the rows of tied embeddings
 
 
 @strict

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_rnn.versions import QuantizerHooks
 from hf_rnn_kernels.coding import CorruptPayloadError, decode_tensor, read_header
 
 METHOD = "hf_rnn_coded"
@@ -66,7 +66,7 @@ class _Decode(ConversionOps):
 
 
 @register_quantizer(METHOD)
-class CodedQuantizer(HfQuantizer):
+class CodedQuantizer(QuantizerHooks):
     """Decodes each tensor as it is loaded; what comes out is an ordinary model, as if its weights had been stored."""
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any):
@@ -79,9 +79,6 @@ class CodedQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         return [WeightConverter(re.escape(SUFFIX) + "$", "", [self._decode], force_cpu=True)]
 
-    def update_weight_conversions(self, weight_conversions, model=None):  # without the model before 5.21
-        return weight_conversions + self.get_weight_conversions()
-
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self._decode.damaged += [
             f"{name}: missing, or its name is damaged; get the file again" for name in self._missing(model)
@@ -92,13 +89,11 @@ class CodedQuantizer(HfQuantizer):
         self.remove_quantization_config(model)
         return model
 
-    def update_attn_implementation(self, config):
-        """The one hook with the config before files are looked for: they have their usual names."""
+    def before_files(self, config):
+        """They have their usual names."""
         if getattr(config, "transformers_weights", None) == UNREADABLE:
             del config.transformers_weights
         return config
-
-    update_tp_plan = update_attn_implementation  # which 5.17 has not; it asks this first
 
     def _missing(self, model: PreTrainedModel) -> list[str]:
         """What the checkpoint should have and this model wants, by its name with or without the backbone's prefix."""

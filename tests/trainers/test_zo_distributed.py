@@ -16,7 +16,7 @@ import hashlib, os, sys
 sys.path[:0] = [os.environ["TESTS"]]
 import torch
 from hf_rnn import LSTMConfig, LSTMForCausalLM
-from test_zo_trainer import make_data, make_trainer
+from zo_runs import make_data, make_trainer
 
 folder, world = sys.argv[1], int(os.environ["WORLD_SIZE"])
 rank = os.environ["RANK"]
@@ -55,7 +55,7 @@ def runs(tmp_path_factory):
     """Digests of the weights of every process, and the folder, for 1 and 3 processes of one thread each."""
     folder = tmp_path_factory.mktemp("zo")
     (folder / "train.py").write_text(SCRIPT)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TESTS": os.path.dirname(__file__)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TESTS": os.path.dirname(os.path.dirname(__file__))}
     found = {}
     for world in (1, 3):
         launch = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", "--standalone", str(folder / "train.py")]
