@@ -17,8 +17,8 @@ from memory_training import Clock, bptt, dmt, smt, student
 
 import hf_rnn
 from hf_rnn.cli.data import blocks, read_documents
-from hf_rnn.evaluation import bits_per_byte
 from hf_rnn.tasks import digits, to_image
+from hf_rnn.tasks.evaluation import bits_per_byte
 
 CHUNK = 16  # tokens that truncated BPTT goes back
 LEVELS, SIDE = 8, 8

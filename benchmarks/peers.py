@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import hf_rnn
-from hf_rnn.models.xlstm.conversion_xlstm import to_transformers_config
+from hf_rnn.models.xlstm.transformers_config import to_transformers_config
 
 # transformers' class changes when the `xlstm` package is there: this asks for its own
 _find_spec = importlib.util.find_spec

@@ -18,8 +18,14 @@ _ARCHITECTURES = {
 }
 
 _MODULES = {
-    "RecurrentCache": "hf_rnn.cache",
-    "RecurrentConfig": "hf_rnn.configuration_recurrent",
+    "RecurrentCache": "hf_rnn.skeleton.cache",
+    "RecurrentConfig": "hf_rnn.skeleton.configuration_recurrent",
+    "DecodingStep": "hf_rnn.exchange.export",
+    "export_step": "hf_rnn.exchange.export",
+    "to_onnx": "hf_rnn.exchange.export",
+    "from_flashrnn": "hf_rnn.exchange.gate_order",
+    "to_flashrnn": "hf_rnn.exchange.gate_order",
+    "bits_per_byte": "hf_rnn.tasks.evaluation",
     "CorruptPayloadError": "hf_rnn_kernels.coding",
     "byte_tokenizer": "hf_rnn.tokenization.byte_tokenizer",
     "compress": "hf_rnn.compression.checkpoint",
@@ -34,7 +40,7 @@ _MODULES = {
     "slstm_scan": "hf_rnn_kernels",
     "DMTConfig": "hf_rnn_trainers",
     "DMTTrainer": "hf_rnn_trainers",
-    "MemoryProtocol": "hf_rnn.memory",
+    "MemoryProtocol": "hf_rnn.skeleton.memory",
     "NonFiniteLossError": "hf_rnn_trainers",
     "RateCallback": "hf_rnn_trainers",
     "RateConstrainedConfig": "hf_rnn_trainers",
@@ -89,11 +95,10 @@ def _register() -> None:
 _register()
 
 if TYPE_CHECKING:
-    from hf_rnn.cache import RecurrentCache
     from hf_rnn.compression.checkpoint import compress, save_compressed
     from hf_rnn.compression.prune import prune
-    from hf_rnn.configuration_recurrent import RecurrentConfig
-    from hf_rnn.memory import MemoryProtocol
+    from hf_rnn.exchange.export import DecodingStep, export_step, to_onnx
+    from hf_rnn.exchange.gate_order import from_flashrnn, to_flashrnn
     from hf_rnn.models.gru.configuration_gru import GRUConfig
     from hf_rnn.models.gru.modeling_gru import GRUForCausalLM, GRUForSequenceClassification, GRUModel
     from hf_rnn.models.lstm.configuration_lstm import LSTMConfig
@@ -114,6 +119,10 @@ if TYPE_CHECKING:
     )
     from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
     from hf_rnn.models.xlstm.modeling_xlstm import XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMModel
+    from hf_rnn.skeleton.cache import RecurrentCache
+    from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
+    from hf_rnn.skeleton.memory import MemoryProtocol
+    from hf_rnn.tasks.evaluation import bits_per_byte
     from hf_rnn.tokenization.byte_tokenizer import byte_tokenizer
     from hf_rnn_kernels import (
         gru_scan,

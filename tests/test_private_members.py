@@ -132,7 +132,7 @@ def overridden_or_called() -> set[tuple[type, str]]:
     found = set()
     for package in (hf_rnn, hf_rnn_trainers):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if module.name == "hf_rnn.hub.portable":
+            if module.name == "hf_rnn.remote_code.portable":
                 continue
             tree = ast.parse(Path(importlib.util.find_spec(module.name).origin).read_text())
             for node in tree.body:

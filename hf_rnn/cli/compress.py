@@ -8,8 +8,8 @@ from transformers.utils.hub import cached_file
 
 from hf_rnn.cli.data import read_documents, tokenize
 from hf_rnn.compression.checkpoint import save_compressed
-from hf_rnn.evaluation import stream_loss
 from hf_rnn.hub.loading import load
+from hf_rnn.tasks.evaluation import stream_loss
 from hf_rnn.tokenization.reading import read_tokenizer
 from hf_rnn_kernels.coding import CODERS
 

@@ -10,7 +10,8 @@ from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 
 from hf_rnn import XLSTMConfig, XLSTMForCausalLM
-from hf_rnn.models.xlstm.conversion_xlstm import check_complete, to_transformers_config, transformers_weights
+from hf_rnn.models.xlstm.conversion_xlstm import check_complete, transformers_weights
+from hf_rnn.models.xlstm.transformers_config import to_transformers_config
 from hf_rnn.tokenization.reading import read_tokenizer
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_rnn.cli.data import read_documents, tokenize
-from hf_rnn.evaluation import bits_per_byte
+from hf_rnn.tasks.evaluation import bits_per_byte
 from hf_rnn.tokenization.reading import read_tokenizer
 
 

@@ -35,7 +35,7 @@ from hf_rnn import (
 )
 from hf_rnn.cli.data import blocks, read_documents, tokenize
 from hf_rnn.cli.plot import plot_losses
-from hf_rnn.evaluation import bits_per_byte
+from hf_rnn.tasks.evaluation import bits_per_byte
 from hf_rnn.tokenization.reading import read_tokenizer
 
 ARCHITECTURES = ["gru", "lstm", "memory", "mingru", "minlstm", "xlstm"]

@@ -10,7 +10,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_rnn.versions import QuantizerHooks
+from hf_rnn.skeleton.versions import QuantizerHooks
 from hf_rnn_kernels.coding import CorruptPayloadError, decode_tensor, read_header
 
 METHOD = "hf_rnn_coded"

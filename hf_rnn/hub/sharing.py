@@ -7,12 +7,11 @@ from pathlib import Path
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_rnn.hub.bundle import bundle, is_coded, is_ours, read_config
-from hf_rnn.hub.damage import find_damaged_file
 from hf_rnn.hub.loading import load
+from hf_rnn.skeleton.integrity import find_damaged_file
 from hf_rnn_trainers.model_card import make_card
 from hf_rnn_trainers.model_card.card import NO_LICENCE
 from hf_rnn_trainers.model_card.files import CHECKPOINT, matching
@@ -26,14 +25,6 @@ def write_code(folder: str | Path) -> None:
     config = read_config(folder)
     if is_ours(config) and not is_coded(config):
         bundle(folder)
-
-
-def write_first_card(model: PreTrainedModel, folder: str | Path, repository: str, token: str | bool | None) -> None:
-    """Put a card of the model in the place of transformers' in `folder`, if the repository has none to keep."""
-    if not HfApi().file_exists(repository, "README.md", token=token):
-        path = Path(folder) / "README.md"
-        tags = (ModelCard.load(path).data.tags or []) if path.exists() else []
-        make_card(repository, model, tags=tags).save(path)
 
 
 def check_card(path: Path) -> None:

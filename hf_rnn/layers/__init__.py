@@ -3,8 +3,8 @@
 from hf_rnn.layers.block_linear import BlockLinear
 from hf_rnn.layers.causal_conv import CausalConv
 from hf_rnn.layers.feed_forward import FeedForward, GatedFeedForward
-from hf_rnn.layers.headwise import HeadwiseMixer
 from hf_rnn.layers.mixer import Mixer, RecurrentMixer
+from hf_rnn.layers.multi_head import MultiHeadMixer
 from hf_rnn.layers.norm import MultiHeadNorm, RMSNorm
 
 __all__ = [
@@ -12,8 +12,8 @@ __all__ = [
     "CausalConv",
     "FeedForward",
     "GatedFeedForward",
-    "HeadwiseMixer",
     "Mixer",
+    "MultiHeadMixer",
     "MultiHeadNorm",
     "RMSNorm",
     "RecurrentMixer",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from hf_rnn.configuration_recurrent import MinBlockConfig
+from hf_rnn.skeleton.configuration_recurrent import RecurrentBlockConfig
 
 
 class Mixer(nn.Module, ABC):
@@ -61,7 +61,7 @@ class RecurrentMixer(Mixer):
     num_projections: int
     num_states = 1
 
-    def __init__(self, config: MinBlockConfig):
+    def __init__(self, config: RecurrentBlockConfig):
         super().__init__()
         self.config = config
         inner = config.inner_size

@@ -17,7 +17,7 @@ from hf_rnn import GRUConfig, GRUForCausalLM, byte_tokenizer
 from hf_rnn.cli.baselines import lzma_bits_per_byte, ngram_bits_per_byte
 from hf_rnn.cli.data import tokenize
 from hf_rnn.cli.main import main
-from hf_rnn.evaluation import bits_per_byte, stream_loss
+from hf_rnn.tasks.evaluation import bits_per_byte, stream_loss
 
 TEXT = "the cat sat on the mat. the dog sat on the log. " * 120
 SMALL = ["--config", "hidden_size=24,num_hidden_layers=1", "--block_size", "64", "--max_steps", "30"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_rnn import LSTMConfig, LSTMForCausalLM
-from hf_rnn.export import DecodingStep, export_step, to_onnx
+from hf_rnn.exchange.export import DecodingStep, export_step, to_onnx
 
 
 def steps(run, ids, states):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_rnn import MinGRUConfig, MinGRUForCausalLM, byte_tokenizer
-from hf_rnn.evaluation import stream_loss
+from hf_rnn.tasks.evaluation import stream_loss
 
 lm_eval = pytest.importorskip("lm_eval", exc_type=ImportError)
 from lm_eval.api.task import ConfigurableTask  # noqa: E402

@@ -11,7 +11,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import hf_rnn
 from hf_rnn.cli.main import main
-from hf_rnn.hub.bundle import bundle, bundle_source
+from hf_rnn.hub.bundle import bundle
+from hf_rnn.remote_code.bundle import bundle_source
 
 CASES = {
     "gru": {"num_heads": 2},

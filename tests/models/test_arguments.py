@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import TransformersKwargs
 
-from hf_rnn.inputs import IGNORED
+from hf_rnn.skeleton.inputs import IGNORED
 
 # What transformers passes to models of other kinds: with encoders, images or sound, experts, or attention in both
 # directions. Passed to ours they are a mistake, and refused.
@@ -65,7 +65,7 @@ def test_every_name_that_transformers_passes_is_taken_or_belongs_to_other_models
     refused = {name for name in names - OF_OTHERS if is_refused(model, ids, name)}
     assert not refused, (
         f"transformers {transformers.__version__} passes {sorted(refused)} to models: document them in forward, or add "
-        "them to hf_rnn.inputs.IGNORED if they mean nothing for a recurrent model, or to OF_OTHERS here"
+        "them to hf_rnn.skeleton.inputs.IGNORED if they mean nothing for a recurrent model, or to OF_OTHERS here"
     )
     assert all(is_refused(model, ids, name) for name in OF_OTHERS)
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from hf_rnn import MinGRUConfig, RecurrentCache
-from hf_rnn.inputs import padding_mask
+from hf_rnn.skeleton.inputs import padding_mask
 from hf_rnn_kernels import gru_scan, lstm_scan, min_gru_scan
 
 

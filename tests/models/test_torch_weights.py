@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import hf_rnn
-from hf_rnn.conversion import from_flashrnn, to_flashrnn
-from hf_rnn.layers import HeadwiseMixer
+from hf_rnn.exchange.gate_order import from_flashrnn, to_flashrnn
+from hf_rnn.layers import MultiHeadMixer
 
 NETWORKS = {"gru": (nn.GRU, hf_rnn.GRUModel), "lstm": (nn.LSTM, hf_rnn.LSTMModel)}
 
@@ -24,7 +24,7 @@ def network(request):
 def route(request, monkeypatch):
     """torch's own recurrence where the layer chooses it, and the op in its place."""
     if request.param == "our op":
-        monkeypatch.setattr(HeadwiseMixer, "library_applies", lambda *_: False)
+        monkeypatch.setattr(MultiHeadMixer, "library_applies", lambda *_: False)
 
 
 def gradients(parameters, outputs, cotangents):
@@ -234,7 +234,7 @@ def test_autocast_and_an_empty_batch(monkeypatch):
     mixer, x = hf_rnn.LSTMModel(hf_rnn.LSTMConfig(hidden_size=8)).mixers()[0], torch.randn(2, 5, 8)
     with torch.autocast("cpu", torch.bfloat16):
         h, state = mixer.recurrence(x, (None, None), None, None)
-        monkeypatch.setattr(HeadwiseMixer, "library_applies", lambda *_: False)
+        monkeypatch.setattr(MultiHeadMixer, "library_applies", lambda *_: False)
         expected, expected_state = mixer.recurrence(x, (None, None), None, None)
         monkeypatch.undo()
     assert h.dtype == torch.bfloat16 and all(s.dtype == torch.float32 for s in state)

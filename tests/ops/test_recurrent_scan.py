@@ -12,7 +12,7 @@ from flashrnn import flashrnn
 from hypothesis import given, settings
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from hf_rnn.conversion import from_flashrnn, to_gate_major, to_head_major
+from hf_rnn.exchange.gate_order import from_flashrnn, to_gate_major, to_head_major
 from hf_rnn_kernels import gru_scan, lstm_scan, min_gru_scan, slstm_scan
 from hf_rnn_kernels.recurrent_scan import cpu, op, reference
 from hf_rnn_kernels.recurrent_scan.weight_gradients import weight_gradients

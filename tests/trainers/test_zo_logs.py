@@ -21,7 +21,7 @@ def test_logs_of_a_run_that_went_on_elsewhere_with_other_settings(optim, tmp_pat
     resumed = make_trainer(tmp_path / "b", **settings)
 
     class Decay(TrainerCallback):
-        def on_step_begin(args, state, control, optimizer=None, **kwargs):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
             optimizer.param_groups[0]["weight_decay"] = 0.1 * state.global_step
 
     resumed.add_callback(Decay())

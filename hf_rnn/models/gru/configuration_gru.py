@@ -1,16 +1,16 @@
 from huggingface_hub.dataclasses import strict
 
-from hf_rnn.configuration_recurrent import MinBlockConfig
+from hf_rnn.skeleton.configuration_recurrent import RecurrentBlockConfig
 
 
 @strict
-class GRUConfig(MinBlockConfig):
+class GRUConfig(RecurrentBlockConfig):
     """Configuration of the GRU (Cho et al., arXiv 1406.1078).
 
     Args:
         num_heads: the recurrent matrix is block-diagonal over so many heads; 1 is the classical dense one.
         forget_bias: initial bias of the update gate z, which keeps the state: larger keeps it longer.
-        others: see `MinBlockConfig`.
+        others: see `RecurrentBlockConfig`.
     """
 
     model_type = "hf_rnn_gru"

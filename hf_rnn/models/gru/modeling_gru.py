@@ -3,14 +3,14 @@
 import torch
 from torch import nn
 
-from hf_rnn.layers import HeadwiseMixer
-from hf_rnn.modeling_headwise import HeadwiseModel
-from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification
+from hf_rnn.exchange.torch_nn import TorchExchangeModel
+from hf_rnn.layers import MultiHeadMixer
 from hf_rnn.models.gru.configuration_gru import GRUConfig
+from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification
 from hf_rnn_kernels import gru_scan
 
 
-class GRU(HeadwiseMixer):
+class GRU(MultiHeadMixer):
     """r, z = sigmoid(W x_t + R h_{t-1} + b); n = tanh(W x_t + b + r (R h_{t-1} + b')); h_t = (1 - z) n + z h_{t-1}."""
 
     num_projections = 3  # r, z, n
@@ -31,7 +31,7 @@ class GRU(HeadwiseMixer):
         return h, (last,)
 
 
-class GRUModel(HeadwiseModel):
+class GRUModel(TorchExchangeModel):
     """GRU without a head."""
 
     config_class = GRUConfig

@@ -3,15 +3,15 @@
 import torch
 from torch import nn
 
-from hf_rnn.layers import HeadwiseMixer
-from hf_rnn.modeling_headwise import HeadwiseModel
-from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification
+from hf_rnn.exchange.torch_nn import TorchExchangeModel
+from hf_rnn.layers import MultiHeadMixer
 from hf_rnn.models.lstm.configuration_lstm import LSTMConfig
+from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification
 from hf_rnn_kernels import lstm_scan
 from hf_rnn_kernels.threads import available
 
 
-class LSTM(HeadwiseMixer):
+class LSTM(MultiHeadMixer):
     """i, f, g, o = W x_t + R h_{t-1} + b; c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g); h_t = sigmoid(o) tanh(c_t)."""
 
     num_projections = 4  # i, f, g, o
@@ -40,7 +40,7 @@ class LSTM(HeadwiseMixer):
         return x.device.type == "cpu" and in_float32 and torch.backends.mkldnn.is_available() and not ours
 
 
-class LSTMModel(HeadwiseModel):
+class LSTMModel(TorchExchangeModel):
     """LSTM without a head."""
 
     config_class = LSTMConfig

@@ -8,14 +8,14 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hf_rnn.layers import FeedForward, Mixer, RMSNorm
-from hf_rnn.modeling_recurrent import (
+from hf_rnn.models.memory.configuration_memory import MemoryRNNConfig
+from hf_rnn.models.memory.updaters import TransformerUpdater, make_updater
+from hf_rnn.skeleton.modeling_recurrent import (
     RecurrentBlock,
     RecurrentForCausalLM,
     RecurrentForSequenceClassification,
     RecurrentModel,
 )
-from hf_rnn.models.memory.configuration_memory import MemoryRNNConfig
-from hf_rnn.models.memory.updaters import TransformerUpdater, make_updater
 
 
 class Memory(Mixer):

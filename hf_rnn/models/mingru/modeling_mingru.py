@@ -3,8 +3,8 @@
 import torch
 
 from hf_rnn.layers import RecurrentMixer
-from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from hf_rnn.models.mingru.configuration_mingru import MinGRUConfig
+from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from hf_rnn_kernels import min_gru_scan
 
 

@@ -1,17 +1,17 @@
 from huggingface_hub.dataclasses import strict
 
-from hf_rnn.configuration_recurrent import MinBlockConfig
+from hf_rnn.skeleton.configuration_recurrent import RecurrentBlockConfig
 
 
 @strict
-class MinLSTMConfig(MinBlockConfig):
+class MinLSTMConfig(RecurrentBlockConfig):
     """Configuration of minLSTM ("Were RNNs All We Needed?", arXiv 2410.01201).
 
     Args:
         forget_bias: initial bias of the forget gate: larger keeps the state longer. 3 is the authors' code's.
         normalize_gates: divide f and i by their sum, as the paper does; its code has this off by default.
         use_g: candidate states pass through g, which keeps them positive (paper, appendix B.3).
-        others: see `MinBlockConfig`.
+        others: see `RecurrentBlockConfig`.
     """
 
     model_type = "hf_rnn_minlstm"

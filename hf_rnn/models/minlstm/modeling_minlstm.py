@@ -3,8 +3,8 @@
 import torch
 
 from hf_rnn.layers import RecurrentMixer
-from hf_rnn.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from hf_rnn.models.minlstm.configuration_minlstm import MinLSTMConfig
+from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from hf_rnn_kernels import min_lstm_scan
 
 

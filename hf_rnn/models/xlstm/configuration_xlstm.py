@@ -3,7 +3,8 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from hf_rnn.configuration_recurrent import RecurrentConfig
+from hf_rnn.models.xlstm.transformers_config import from_transformers_config
+from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
 
 
 @strict
@@ -56,9 +57,7 @@ class XLSTMConfig(RecurrentConfig):
         """As transformers', and reads the config of transformers' own `xlstm`, NX-AI/xLSTM-7b's, as one of ours."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config.get("model_type") == "xlstm":
-            from hf_rnn.models.xlstm.conversion_xlstm import from_transformers_config
-
-            config = from_transformers_config(config)
+            config = {"model_type": cls.model_type, **from_transformers_config(config)}
         return config, kwargs
 
     @property
@@ -84,8 +83,8 @@ class XLSTMConfig(RecurrentConfig):
         return default | {name: size for name, size in told.items() if size is not None}
 
     def tensor_parallel_plan(self) -> dict[str, str]:
-        """As `MinBlockConfig`'s, sLSTM cells whole on each process. A gated feed-forward's halves are cut alike, but
-        gathered where it has biases, which transformers' "packed_colwise" (5.23) cuts as one."""
+        """As `RecurrentBlockConfig`'s, sLSTM cells whole on each process. A gated feed-forward's halves are cut alike,
+        but gathered where it has biases, which transformers' "packed_colwise" (5.23) cuts as one."""
         into, back = ("in_proj", "out_proj") if self.is_7b else ("up_proj", "down_proj")
         plan = {f"layers.*.mixer.{into}": "colwise_gather_output", f"layers.*.mixer.{back}": "rowwise_split_input"}
         if len(self.slstm_blocks) == self.num_hidden_layers:

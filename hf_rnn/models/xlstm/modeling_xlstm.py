@@ -8,17 +8,17 @@ from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from hf_rnn.layers import CausalConv, GatedFeedForward, Mixer, RMSNorm
-from hf_rnn.modeling_recurrent import (
+from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
+from hf_rnn.models.xlstm.conversion_xlstm import check_complete, from_package, transformers_weights
+from hf_rnn.models.xlstm.mlstm import MLSTM, UpProjectedMLSTM
+from hf_rnn.models.xlstm.slstm import SLSTM
+from hf_rnn.skeleton.modeling_recurrent import (
     RecurrentBlock,
     RecurrentForCausalLM,
     RecurrentForSequenceClassification,
     RecurrentModel,
     RecurrentPreTrainedModel,
 )
-from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
-from hf_rnn.models.xlstm.conversion_xlstm import check_complete, from_package, transformers_weights
-from hf_rnn.models.xlstm.mlstm import MLSTM, UpProjectedMLSTM
-from hf_rnn.models.xlstm.slstm import SLSTM
 
 register_checkpoint_conversion_mapping(XLSTMConfig.model_type, transformers_weights())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from hf_rnn_trainers.model_card.papers import ARCHITECTURES, BIBTEX, Architecture
@@ -207,3 +207,11 @@ def limits(training: Training) -> str:
         f"{known}, with that text's errors and prejudices, and it says what is likely, not what is true. What the text "
         "said long ago is kept only so far as the state holds it."
     )
+
+
+def write_first_card(model: PreTrainedModel, folder: str | Path, repository: str, token: str | bool | None) -> None:
+    """Put a card of the model in the place of transformers' in `folder`, if the repository has none to keep."""
+    if not HfApi().file_exists(repository, "README.md", token=token):
+        path = Path(folder) / "README.md"
+        tags = (ModelCard.load(path).data.tags or []) if path.exists() else []
+        make_card(repository, model, tags=tags).save(path)

@@ -16,15 +16,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_rnn.cache import RecurrentCache
-from hf_rnn.configuration_recurrent import RecurrentConfig
-from hf_rnn.generation import RecurrentGenerationMixin
-from hf_rnn.hub.damage import check_files, find_damaged_file, find_wrong_shape
-from hf_rnn.hub.remote_code import write_remote_code
-from hf_rnn.inputs import check_ids, check_known, packed_offsets, padding_mask, state_of
 from hf_rnn.layers import CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm
-from hf_rnn.memory import MemoryProtocol
-from hf_rnn.versions import STATE, STATE_NAMES, BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
+from hf_rnn.remote_code.loader import write_remote_code
+from hf_rnn.skeleton.cache import RecurrentCache
+from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
+from hf_rnn.skeleton.generation import RecurrentGenerationMixin
+from hf_rnn.skeleton.inputs import check_ids, check_known, packed_offsets, padding_mask, state_of
+from hf_rnn.skeleton.integrity import check_files, find_damaged_file, find_wrong_shape
+from hf_rnn.skeleton.memory import MemoryProtocol
+from hf_rnn.skeleton.versions import STATE, STATE_NAMES, BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 from hf_rnn_kernels.checks import values_known
 
 
@@ -179,13 +179,13 @@ class RecurrentPreTrainedModel(PreTrainedModel):
 
     def write_code(self, folder: str) -> None:
         """Write the code by which a checkpoint of this model in `folder` loads without this package."""
-        from hf_rnn.hub.bundle import write_bundle
+        from hf_rnn.remote_code.bundle import write_bundle
 
         write_bundle(type(self.config), folder)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, token=None, **kwargs):
         """As transformers', to which every push comes: with the code and, where the repository has none, a card."""
-        from hf_rnn.hub.sharing import write_first_card
+        from hf_rnn_trainers.model_card import write_first_card
 
         self.write_code(working_dir)
         write_first_card(self, working_dir, repo_id, token)
@@ -261,7 +261,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             use_cache: return the state. Default: `config.use_cache`, but not in training nor for packed batches.
             kwargs: `cu_seq_lens_q` (N + 1) offsets of packed sequences in a batch of one, as the collator gives with
                 `return_flash_attn_kwargs=True`, or `seq_idx` (1, T), the number of each token's sequence;
-                `output_hidden_states`, `return_dict`. What `hf_rnn.inputs.IGNORED` names means nothing here.
+                `output_hidden_states`, `return_dict`. What `hf_rnn.skeleton.inputs.IGNORED` names means nothing here.
 
         Returns:
             `last_hidden_state` (B, T, hidden_size), `cache`, which is `past_key_values` as well, `hidden_states` if

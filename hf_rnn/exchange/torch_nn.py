@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_rnn.conversion import to_gate_major
-from hf_rnn.layers import HeadwiseMixer
-from hf_rnn.modeling_recurrent import RecurrentModel
+from hf_rnn.exchange.gate_order import to_gate_major
+from hf_rnn.layers import MultiHeadMixer
+from hf_rnn.skeleton.modeling_recurrent import RecurrentModel
 
 
-class HeadwiseModel(RecurrentModel):
+class TorchExchangeModel(RecurrentModel):
     """A `RecurrentModel` of LSTM or GRU layers.
 
     Attributes:
@@ -20,7 +20,7 @@ class HeadwiseModel(RecurrentModel):
     config_class: Any
     torch_class: Any
 
-    def mixers(self) -> list[HeadwiseMixer]:
+    def mixers(self) -> list[MultiHeadMixer]:
         """The recurrences, layer by layer."""
         return [layer.mixer for layer in self.layers]  # type: ignore[misc]
 
@@ -114,7 +114,7 @@ class HeadwiseModel(RecurrentModel):
         return torch.cat([torch.block_diag(*blocks[:, gate]) for gate in range(gates)])
 
 
-def _pairs(mixer: HeadwiseMixer) -> list[tuple[Tensor, str]]:
+def _pairs(mixer: MultiHeadMixer) -> list[tuple[Tensor, str]]:
     """Parameters of a mixer and what torch.nn calls them."""
     pairs: list[tuple[Tensor, str]] = [(mixer.in_proj.weight, "weight_ih"), (mixer.recurrent_weight, "weight_hh")]
     if mixer.recurrent_bias is not None:

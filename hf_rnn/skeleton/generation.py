@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationMixin
 
-from hf_rnn.cache import RecurrentCache
-from hf_rnn.inputs import state_of
-from hf_rnn.versions import STATE, STATE_NAMES
+from hf_rnn.skeleton.cache import RecurrentCache
+from hf_rnn.skeleton.inputs import state_of
+from hf_rnn.skeleton.versions import STATE, STATE_NAMES
 
 
 class RecurrentGenerationMixin(GenerationMixin):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_rnn.cache import RecurrentCache
+from hf_rnn.skeleton.cache import RecurrentCache
 from hf_rnn_kernels.checks import check_cu_seqlens, values_known
 
 _OTHER_VALUES = (

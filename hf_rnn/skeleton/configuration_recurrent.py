@@ -10,8 +10,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from hf_rnn.adapters import register_lora_targets
-from hf_rnn.versions import STATE_NAMES, AssignablePlan, refuse_bools
+from hf_rnn.skeleton.adapters import register_lora_targets
+from hf_rnn.skeleton.versions import STATE_NAMES, AssignablePlan, refuse_bools
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +78,7 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
         if unknown := [name for name in kwargs if not name.startswith("_") and name not in _TRANSFORMERS_NAMES]:
             logger.warning(f"{type(self).__name__}: unknown arguments {unknown} are kept but do nothing")
         super().__post_init__(**kwargs)
-        # Where AutoModel finds the classes when hf_rnn has not been imported; see hf_rnn/hub/remote_code.py.
+        # Where AutoModel finds the classes when hf_rnn has not been imported; see hf_rnn/remote_code/loader.py.
         self.auto_map = {
             "AutoConfig": f"modeling_hf_rnn.{type(self).__name__}",
             **{auto: f"modeling_hf_rnn.{name}" for auto, name in self.auto_classes().items()},
@@ -158,7 +158,7 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
 
 
 @strict
-class MinBlockConfig(RecurrentConfig):
+class RecurrentBlockConfig(RecurrentConfig):
     """Configuration of architectures in the blocks of the minGRU paper (arXiv 2410.01201), or bare.
 
     Args:

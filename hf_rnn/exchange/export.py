@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_rnn.cache import RecurrentCache
-from hf_rnn.modeling_recurrent import RecurrentForCausalLM
+from hf_rnn.skeleton.cache import RecurrentCache
+from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM
 from hf_rnn_kernels.gated_scan import reference as gated
 from hf_rnn_kernels.mlstm_scan import reference as mlstm
 from hf_rnn_kernels.recurrent_scan import reference as recurrent

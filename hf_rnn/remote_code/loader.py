@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_rnn.configuration_recurrent import RecurrentConfig
+    from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
 
 FILE_NAME = "modeling_hf_rnn.py"
 

@@ -8,11 +8,11 @@ from hf_rnn.layers.mixer import RecurrentMixer
 from hf_rnn_kernels.transforms import transforming
 
 
-class HeadwiseMixer(RecurrentMixer):
+class MultiHeadMixer(RecurrentMixer):
     """What recurrences whose gates see the state share: recurrent weights, block-diagonal over heads.
 
     Parameters lie head by head, within a head gate by gate; with one head, as in torch.nn's `weight_ih`, `weight_hh`,
-    `bias_ih` and `bias_hh` (see `hf_rnn.conversion`).
+    `bias_ih` and `bias_hh` (see `hf_rnn.exchange.gate_order`).
     """
 
     def __init__(self, config):

@@ -1,4 +1,4 @@
-"""What takes the place of the package's functions of the same names in a bundle (see `hf_rnn.hub.bundle`)."""
+"""What takes the place of the package's functions of the same names in a bundle (see `hf_rnn.remote_code.bundle`)."""
 
 import shutil
 from pathlib import Path

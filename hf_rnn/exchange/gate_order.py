@@ -6,7 +6,7 @@ Ours lie head by head, within a head gate by gate, in torch's order of gates (i,
 import torch
 from torch import Tensor
 
-from hf_rnn.layers import HeadwiseMixer
+from hf_rnn.layers import MultiHeadMixer
 
 # FlashRNN's gates of R, and of b where it has one more: n of R h, r, z, n of the input
 _FLASH_RNN_GRU = [1, 2, 0]
@@ -55,7 +55,7 @@ def from_flashrnn(function: str, R: Tensor, b: Tensor) -> dict[str, Tensor]:
     }
 
 
-def to_flashrnn(mixer: HeadwiseMixer) -> tuple[Tensor, Tensor]:
+def to_flashrnn(mixer: MultiHeadMixer) -> tuple[Tensor, Tensor]:
     """R (gates, H, P, P) and b (4, H, P) for FlashRNN, whose Wx is then `mixer.in_proj` without its bias."""
     heads, gates, size = mixer.config.num_heads, mixer.num_projections, mixer.recurrent_weight.shape[2]
     R = mixer.recurrent_weight.detach().unflatten(1, (gates, size)).transpose(0, 1)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_rnn.cache import RecurrentCache
+from hf_rnn.skeleton.cache import RecurrentCache
 
 
 class MemoryProtocol:

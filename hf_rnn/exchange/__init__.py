@@ -1,0 +1,1 @@
+"""Models and weights from and to other libraries: torch.nn, FlashRNN, torch.export, ONNX."""
