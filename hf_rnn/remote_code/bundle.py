@@ -13,11 +13,13 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from hf_rnn._version import __version__
 from hf_rnn.remote_code.loader import FILE_NAME
-from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
+
+if TYPE_CHECKING:
+    from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
 
 PORTABLE = "hf_rnn.remote_code.portable"
 # Methods for which one has the package: other formats of weights, and the way to the Hub
@@ -225,7 +227,7 @@ def import_lines(imported: set[Imported], aliases: dict[Imported, str]) -> str:
     return "\n\n".join("\n".join(group) for group in ordered_groups if group)
 
 
-def bundle_source(config_class: type[RecurrentConfig]) -> str:
+def bundle_source(config_class: "type[RecurrentConfig]") -> str:
     """The text of `modeling_hf_rnn.py` for an architecture: its config and its three model classes."""
     module = config_class.__module__
     models = module.replace(".configuration_", ".modeling_")
@@ -250,7 +252,7 @@ def bundle_source(config_class: type[RecurrentConfig]) -> str:
     return "\n".join(parts)
 
 
-def write_bundle(config_class: type[RecurrentConfig], folder: str | Path) -> Path:
+def write_bundle(config_class: "type[RecurrentConfig]", folder: str | Path) -> Path:
     """Write an architecture's `modeling_hf_rnn.py`; returns where."""
     target = Path(folder) / FILE_NAME
     target.write_text(bundle_source(config_class))
