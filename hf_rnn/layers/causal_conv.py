@@ -2,6 +2,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_rnn_kernels import causal_conv
+from hf_rnn_kernels.layout import SequenceLayout
 
 
 class CausalConv(nn.Module):
@@ -14,42 +15,7 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, kernel_size))
         self.bias = nn.Parameter(torch.empty(channels))
 
-    def forward(
-        self, x: Tensor, state: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Convolve.
-
-        Args:
-            x: (B, T, D).
-            state: the K - 1 inputs before x, (B, K - 1, D) float32; zeros by default.
-            mask: (B, T), zero at padding: such a token is passed over, as if it were not there.
-            cu_seqlens: offsets of packed sequences; the convolution does not reach over them.
-
-        Returns:
-            y like x, and the state after the last real token (None when packed).
-        """
-        history = self.kernel_size - 1
-        before = x.new_zeros(x.shape[0], history, x.shape[2]) if state is None else state
-        if mask is None and cu_seqlens is None:
-            return causal_conv(x, before, self.weight, self.bias)
-        # Lay the real tokens out without gaps, K - 1 zeros between sequences, and read back.
-        real = x.new_ones(x.shape[:2], dtype=torch.long) if mask is None else mask.long()
-        place = real.cumsum(1) - 1
-        room = x.shape[1]
-        if cu_seqlens is not None:
-            token = torch.arange(x.shape[1], device=x.device)
-            place = place + history * torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
-            room = room + history * (cu_seqlens.shape[0] - 1)
-        index = _expand(place.clamp(min=0), x)
-        laid = x.new_zeros(x.shape[0], room, x.shape[2])
-        laid = laid.scatter_add(1, index, x * real[..., None])  # padding adds zero
-        y = causal_conv(laid, before, self.weight, self.bias)[0].gather(1, index)
-        if cu_seqlens is not None:
-            return y, None
-        last = real.sum(1, keepdim=True) + torch.arange(history, device=x.device)
-        ends = torch.cat([before.to(x.dtype), laid], 1).gather(1, _expand(last, x))
-        return y, ends.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _expand(index: Tensor, like: Tensor) -> Tensor:
-    return index[..., None].expand(-1, -1, like.shape[2])
+    def forward(self, x: Tensor, state: Tensor | None, layout: SequenceLayout) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, D) and the K - 1 inputs before it (B, K - 1, D) or None for zeros, to y (B, T, D) and the state after
+        the last real token, None where sequences are packed."""
+        return causal_conv(x, state, self.weight, self.bias, layout)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from hf_rnn.skeleton.configuration_recurrent import RecurrentBlockConfig
+from hf_rnn_kernels.layout import SequenceLayout
 
 
 class Mixer(nn.Module, ABC):
@@ -18,9 +19,10 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, x: Tensor, state: tuple[Tensor, ...] | None, mask: Tensor | None, cu_seqlens: Tensor | None
+        self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(B, T, D) and state to (B, T, D) and the float32 state after it; mask and cu_seqlens as in the ops."""
+        """(B, T, D) and state to (B, T, D) and the float32 state after it: the same tensors, written to, if
+        `layout.in_place` and no gradient flows."""
 
     def init_weights(self) -> None:
         """Initialise what `PreTrainedModel._init_weights` does not know; leaves loaded weights alone."""
@@ -77,8 +79,7 @@ class RecurrentMixer(Mixer):
         self,
         x: Tensor,
         state: tuple[Tensor | None, ...],
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
+        layout: SequenceLayout,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x (B, T, hidden_size) and state, `num_states` tensors (N, inner_size) or None for zeros, to
         h (B, T, inner_size) and the last state."""
@@ -103,10 +104,10 @@ class RecurrentMixer(Mixer):
         return self.out_proj(state[0].to(next(self.parameters()).dtype))
 
     def forward(
-        self, x: Tensor, state: tuple[Tensor, ...] | None, mask: Tensor | None, cu_seqlens: Tensor | None
+        self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if state is None and self.initial_state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            sequences = layout.sequences(x.shape[0])
             state = tuple(s.reshape(-1, s.shape[-1]).expand(sequences, -1) for s in self.initial_state.unbind(-2))
-        h, last = self.recurrence(x, state or (None,) * self.num_states, mask, cu_seqlens)
+        h, last = self.recurrence(x, state or (None,) * self.num_states, layout)
         return self.out_proj(h), last

@@ -1,11 +1,10 @@
-from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from hf_rnn.layers.mixer import RecurrentMixer
-from hf_rnn_kernels.transforms import transforming
 
 
 class MultiHeadMixer(RecurrentMixer):
@@ -37,65 +36,17 @@ class MultiHeadMixer(RecurrentMixer):
     def to_states(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.tanh(tokens[0]), *tokens[1:]  # h, and an LSTM's c
 
-    def library_applies(
-        self, x: Tensor, state: tuple[Tensor | None, ...], mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> bool:
-        """Whether torch's own recurrence (oneDNN, cuDNN) can take this call: one head, no padding, no packing.
-
-        It takes x and the weights themselves, so the input projection must be a bare linear layer, no adapter, no
-        hook, and the weights plain tensors: not perturbed, quantized or sharded. It takes states in its own dtype
-        alone: a float32 state in front of bfloat16 would be rounded. Not for a single step, for which it packs its
-        weights anew (see `cell_applies`), not under torch.compile or torch.export, which would unroll it, and not
-        under torch.func's transforms, for which it has no batching rule.
-        """
-        if x.shape[1] < 2 or x.shape[0] == 0 or not self._is_plain(mask, cu_seqlens):
-            return False
-        dtype = torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
-        return all(s is None or s.dtype == dtype for s in state)
-
-    def cell_applies(
-        self, x: Tensor, state: tuple[Tensor | None, ...], mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> bool:
-        """Whether torch's own cell can take this step: as `library_applies`, from a state in the dtype of x."""
-        return (
-            x.shape[1] == 1
-            and state[0] is not None
-            and not _autocasts(x)
-            and self._is_plain(mask, cu_seqlens)
-            and x.dtype == state[0].dtype == self.in_proj.weight.dtype
-        )
-
-    def cell_arguments(self) -> tuple:
-        """What `torch.lstm_cell` and `torch.gru_cell` take after x and state."""
-        return self.in_proj.weight, self.recurrent_weight[0], self.in_proj.bias, self.recurrent_bias
-
-    def _is_plain(self, mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
-        projection = self.in_proj
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        hooked = "forward" in vars(projection) or any(getattr(projection, name) for name in hooks)
-        bare = type(projection) is nn.Linear and not hooked
-        weights = (projection.weight, projection.bias, self.recurrent_weight, self.recurrent_bias)
-        dense = bare and all(type(w) in (nn.Parameter, Tensor, NoneType) for w in weights)
-        simple = mask is None and cu_seqlens is None and self.config.num_heads == 1
-        return dense and simple and not torch.compiler.is_compiling() and not transforming()
-
-    def library_arguments(self, x: Tensor, state: tuple[Tensor | None, ...]) -> tuple:
-        """State (1, B, D) each, in the dtype of x, and the rest of what `torch.lstm` and `torch.gru` take after x."""
-        zeros = x.new_zeros(x.shape[0], self.config.inner_size)
-        states = [(zeros if s is None else s.to(x.dtype))[None].contiguous() for s in state]
-        weights = [self.in_proj.weight, self.recurrent_weight[0]]
-        if self.recurrent_bias is not None:
-            weights += [self.in_proj.bias, self.recurrent_bias]
-        train = torch.is_grad_enabled()  # cuDNN keeps what its backward needs only if so; there is no dropout
-        # has_biases, num_layers, dropout, train, bidirectional, batch_first
-        return states, weights, self.recurrent_bias is not None, 1, 0.0, train, False, True
-
-    @staticmethod
-    def to_state_dtype(state: Tensor) -> Tensor:
-        """In float32, or float64."""
-        return state.to(torch.promote_types(state.dtype, torch.float32))
+    def operands(self, x: Tensor) -> dict[str, Any]:
+        """The op's arguments but states and layout. The op takes x and both weights and picks what computes, unless the
+        input projection is more than a linear layer: with an adapter, hooks or a quantizer it speaks for itself."""
+        weights = dict(weight=self.recurrent_weight, bias=self.recurrent_bias)
+        if not is_bare(self.in_proj):
+            return dict(x=self.in_proj(x), **weights)
+        return dict(x=x, input_weight=self.in_proj.weight, input_bias=self.in_proj.bias, **weights)
 
 
-def _autocasts(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none
+def is_bare(module: nn.Module) -> bool:
+    """Whether a linear layer is its weight and bias, and nothing that its call would run beside."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    own = "forward" in vars(module) or any(getattr(module, name) for name in hooks)
+    return type(module) is nn.Linear and not own

@@ -8,8 +8,10 @@ from transformers.cache_utils import Cache
 class RecurrentCache(Cache):
     """The whole state of a recurrent model: a tuple of float32 tensors per layer, whatever the length of the past.
 
-    Passed and returned as `cache`, or `past_key_values`. Tensors keep their shape and, where no gradient flows through
-    them, their address, so that a compiled decoding step can be captured. A subclass of transformers' `Cache` in name
+    Passed and returned as `cache`, or `past_key_values`. A forward pass takes the state over: under `torch.no_grad()` it
+    writes to the tensors, which keep their shape and address, so that a compiled decoding step can be captured; with
+    gradients enabled it puts new ones in their place. To go on from one state in several ways, copy it
+    (`copy.deepcopy`). A state belongs to one thread at a time; several threads may use one model. A subclass of transformers' `Cache` in name
     and interface only: its layers hold keys and values.
 
     Attributes:
@@ -52,18 +54,19 @@ class RecurrentCache(Cache):
         generate() reads the whole prompt again in front of a cache of such layers alone."""
         return [False] * len(self)
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether the state may be written over: there is one, autograd needs neither it nor what comes after it, and
+        tensors of inference mode are met in inference mode. torch.export wants results, not writes."""
+        first = self.states[0]
+        if first is None or torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return False
+        return torch.compiler.is_compiling() or not first[0].is_inference() or torch.is_inference_mode_enabled()
+
     def update(self, state: tuple[Tensor, ...], layer_idx: int) -> None:
-        """Store a layer's new state: in place, unless autograd may still need the old one or track the new one."""
-        old = self.states[layer_idx]
-        both = (*state, *(old or ()))
-        tracked = any(x.requires_grad for x in both)
-        if not torch.compiler.is_compiling():
-            tracked = tracked or any(x.is_inference() for x in both)  # such a tensor cannot be written to elsewhere
-        if old is None or tracked or any(a.shape != b.shape for a, b in zip(old, state, strict=True)):
-            self.states[layer_idx] = state
-            return
-        for a, b in zip(old, state, strict=True):
-            a.copy_(b)
+        """Keep a layer's state after a forward pass. Where `is_writable`, it is the old one, which the ops have written
+        to: nothing is copied."""
+        self.states[layer_idx] = state
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen_tokens

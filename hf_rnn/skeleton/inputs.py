@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from hf_rnn.skeleton.cache import RecurrentCache
-from hf_rnn_kernels.checks import check_cu_seqlens, values_known
+from hf_rnn_kernels.checks import values_known
+from hf_rnn_kernels.layout import check_offsets
 
 _OTHER_VALUES = (
     "attention_mask: expected zeros at padding and ones elsewhere, got other values; sequences packed into a row are "
@@ -96,7 +97,9 @@ def packed_offsets(
     A row holds several where a real token (`mask`) with position 0, or with another seq_idx, follows a real token.
     """
     if cu_seq_lens is not None:
-        check_cu_seqlens(cu_seq_lens, batch, time, name="cu_seq_lens_q")
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens_q: packed sequences lie in a batch of one, got a batch of {batch}")
+        check_offsets("cu_seq_lens_q", cu_seq_lens, time)
         return cu_seq_lens
     if position_ids is not None:
         starts = _per_token("position_ids", position_ids, batch, time) == 0

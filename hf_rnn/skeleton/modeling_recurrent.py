@@ -26,6 +26,7 @@ from hf_rnn.skeleton.integrity import check_files, find_damaged_file, find_wrong
 from hf_rnn.skeleton.memory import MemoryProtocol
 from hf_rnn.skeleton.versions import STATE, STATE_NAMES, BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 from hf_rnn_kernels.checks import values_known
+from hf_rnn_kernels.layout import ROWS, SequenceLayout
 
 
 class RecurrentBlock(GradientCheckpointingLayer):
@@ -51,32 +52,19 @@ class RecurrentBlock(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(dropout)
         self.state_shapes = list(mixer.state_shapes) + ([] if conv is None else [conv.state_shape])
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        cache: RecurrentCache | None = None,
-    ) -> Tensor:
-        """(B, T, D) to (B, T, D); reads and writes its layer's state in `cache` where there is one.
-
-        `cu_seqlens` are offsets into the B * T tokens, in which case `mask` is (1, B * T).
-        """
-        shape = x.shape
-        if cu_seqlens is not None:
-            x = x.reshape(1, -1, shape[2])
+    def forward(self, x: Tensor, layout: SequenceLayout = ROWS, cache: RecurrentCache | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D); reads and writes its layer's state in `cache` where there is one."""
         state = None if cache is None else cache[self.layer_idx]
         new_state: tuple[Any, ...] = ()
         if self.conv is not None:
-            y, conv_state = self.conv(x, None if state is None else state[-1], mask, cu_seqlens)
+            y, conv_state = self.conv(x, None if state is None else state[-1], layout)
             x = x + self._drop(y)
             state = None if state is None else state[:-1]
             new_state = (conv_state,)
-        y, mixer_state = self.mixer(x if self.mixer_norm is None else self.mixer_norm(x), state, mask, cu_seqlens)
+        y, mixer_state = self.mixer(x if self.mixer_norm is None else self.mixer_norm(x), state, layout)
         if cache is not None:
             cache.update((*mixer_state, *new_state), self.layer_idx)
-        y = self._after_mixer(x, y)
-        return y if cu_seqlens is None else y.view(shape)  # FSDP's hooks are on a tensor, and a view may lose them
+        return self._after_mixer(x, y)
 
     def _after_mixer(self, x: Tensor, y: Tensor) -> Tensor:
         x = self._drop(y) if self.mixer_norm is None else x + self._drop(y)
@@ -288,14 +276,13 @@ class RecurrentModel(RecurrentPreTrainedModel):
         batch, time = inputs_embeds.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
         mask = padding_mask(attention_mask, batch, time, past)
-        cu_seqlens = packed_offsets(position_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"), mask, batch, time)
-        cache = self._state(cache, use_cache, batch, packed=cu_seqlens is not None)
-        if cu_seqlens is not None and mask is not None:
-            mask = mask.reshape(1, -1)
+        offsets = packed_offsets(position_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"), mask, batch, time)
+        cache = self._state(cache, use_cache, batch, packed=offsets is not None)
+        layout = SequenceLayout(mask, offsets, in_place=cache is not None and cache.is_writable)
 
         x = self.dropout(inputs_embeds) if self.training else inputs_embeds
         for layer in self.layers:
-            x = layer(x, mask=mask, cu_seqlens=cu_seqlens, cache=cache)
+            x = layer(x, layout=layout, cache=cache)
         if cache is not None:
             cache.seen_tokens += time
             cache.model_type = self.config.model_type

@@ -1,7 +1,5 @@
 """Checks that several ops share."""
 
-import itertools
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,27 +15,9 @@ def values_known(x: Tensor) -> bool:
     return not (unknown or isinstance(x, FakeTensor) or x.is_meta)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, batch: int, time: int, name: str = "cu_seqlens") -> None:
-    """Raise ValueError or TypeError unless `cu_seqlens` packs `time` rows of a batch of one.
-
-    Reads the values (on a GPU that waits for the device) where they are known.
-    """
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"{name}: expected shape (N + 1,) with N >= 1, got {tuple(cu_seqlens.shape)}")
-    if batch != 1:
-        raise ValueError(f"{name}: packed sequences lie in a batch of one, got a batch of {batch}")
-    if not values_known(cu_seqlens):
-        return  # on a CPU the operator checks them when it runs, the Triton kernels clamp them
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != time or any(b < a for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"{name}: expected offsets that rise from 0 to T = {time}, got {bounds}")
-
-
-def check_scan(inputs: dict[str, Tensor], mask: Tensor | None, cu_seqlens: Tensor | None) -> int:
+def check_inputs(inputs: dict[str, Tensor], mask: Tensor | None, offsets: Tensor | None) -> int:
     """Raise TypeError or ValueError unless the inputs are (B, T, channels) tensors of one shape, dtype and device that
-    fit `mask` and `cu_seqlens`; return the number of sequences."""
+    fit a layout's `mask` and `offsets`, of which no values are read; return the number of sequences."""
     (first_name, first), *others = inputs.items()
     if first.dim() != 3:
         raise ValueError(f"{first_name}: expected shape (B, T, D), got {tuple(first.shape)}")
@@ -48,15 +28,26 @@ def check_scan(inputs: dict[str, Tensor], mask: Tensor | None, cu_seqlens: Tenso
             raise ValueError(f"{name}: expected the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}")
         if x.dtype != first.dtype:
             raise TypeError(f"{name}: expected the dtype of {first_name}, {first.dtype}, got {x.dtype}")
-    for name, other in [*others, ("mask", mask), ("cu_seqlens", cu_seqlens)]:
+    for name, other in [*others, ("layout.mask", mask), ("layout.offsets", offsets)]:
         if other is not None and other.device != first.device:
             raise ValueError(f"{name}: expected on the device of {first_name}, {first.device}, got {other.device}")
-    batch, time, _ = first.shape
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, batch, time)
-    if mask is not None and mask.shape != (batch, time):
-        raise ValueError(f"mask: expected shape (B, T) = {(batch, time)}, got {tuple(mask.shape)}")
-    return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if mask is not None and mask.shape != first.shape[:2]:
+        raise ValueError(f"layout.mask: expected shape (B, T) = {tuple(first.shape[:2])}, got {tuple(mask.shape)}")
+    return first.shape[0] if offsets is None else offsets.shape[0] - 1
+
+
+def check_tensors(expected: dict[str, tuple[Tensor | None, tuple[int, ...]]], like: Tensor, like_name: str) -> None:
+    """Raise ValueError or TypeError unless each tensor that there is has its shape, a floating dtype and `like`'s
+    device."""
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.device != like.device:
+            raise ValueError(f"{name}: expected on the device of {like_name}, {like.device}, got {tensor.device}")
 
 
 def refuse_forward_mode(*tensors: Tensor | None) -> None:

@@ -16,6 +16,7 @@ from hf_rnn.skeleton.modeling_recurrent import (
     RecurrentForSequenceClassification,
     RecurrentModel,
 )
+from hf_rnn_kernels.layout import SequenceLayout
 
 
 class Memory(Mixer):
@@ -57,10 +58,10 @@ class Memory(Mixer):
         return tokens  # they have the length that `update` gives
 
     def forward(
-        self, x: Tensor, state: tuple[Tensor, ...] | None, mask: Tensor | None, cu_seqlens: Tensor | None
+        self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if cu_seqlens is not None:
-            return self._packed(x, mask, cu_seqlens), ()
+        if layout.offsets is not None:
+            return self._packed(x, layout), ()
         if state is None:
             dtype = torch.promote_types(x.dtype, torch.float32)
             memory = x.new_zeros(x.shape[0], *self.state_shapes[0], dtype=dtype)
@@ -69,20 +70,25 @@ class Memory(Mixer):
         memories = []
         for t, x_t in enumerate(self.token_norm(x).unbind(1)):
             new = self.update(memory, x_t)
-            memory = new if mask is None else torch.where(mask[:, t, None, None], new, memory)
+            memory = new if layout.mask is None else torch.where(layout.mask[:, t, None, None], new, memory)
             memories.append(memory)
         if not memories:
             return x, (memory,)
-        return self.read((torch.stack(memories, 1),)), (memory,)
+        y = self.read((torch.stack(memories, 1),))
+        if layout.in_place and state is not None and not memory.requires_grad:
+            memory = state[0].copy_(memory)
+        return y, (memory,)
 
-    def _packed(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor:
-        """Sequences of a batch of one laid out as rows, run, and laid back."""
-        lengths = cu_seqlens.diff().tolist()
-        rows = nn.utils.rnn.pad_sequence(list(x[0].split(lengths)), batch_first=True)
-        real = torch.ones_like(x[0, :, 0], dtype=torch.bool) if mask is None else mask[0].bool()
+    def _packed(self, x: Tensor, layout: SequenceLayout) -> Tensor:
+        """Packed sequences laid out as rows, run, and laid back."""
+        assert layout.offsets is not None
+        tokens, mask = x.flatten(0, 1), layout.mask
+        lengths = layout.offsets.diff().tolist()
+        rows = nn.utils.rnn.pad_sequence(list(tokens.split(lengths)), batch_first=True)
+        real = torch.ones_like(tokens[:, 0], dtype=torch.bool) if mask is None else mask.flatten()
         real = nn.utils.rnn.pad_sequence(list(real.split(lengths)), batch_first=True)
-        y, _ = self.forward(rows, None, real, None)
-        return torch.cat([row[:length] for row, length in zip(y, lengths, strict=True)])[None]
+        y, _ = self.forward(rows, None, SequenceLayout(real))
+        return torch.cat([row[:length] for row, length in zip(y, lengths, strict=True)]).view(x.shape)
 
 
 class MemoryRNNModel(RecurrentModel):

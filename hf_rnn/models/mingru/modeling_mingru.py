@@ -1,11 +1,13 @@
 """minGRU: a GRU whose gates see only the input, so that training is a scan (arXiv 2410.01201)."""
 
 import torch
+from torch import Tensor
 
 from hf_rnn.layers import RecurrentMixer
 from hf_rnn.models.mingru.configuration_mingru import MinGRUConfig
 from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from hf_rnn_kernels import min_gru_scan
+from hf_rnn_kernels.layout import SequenceLayout
 
 
 class MinGRU(RecurrentMixer):
@@ -13,12 +15,14 @@ class MinGRU(RecurrentMixer):
 
     num_projections = 2  # z, h~
 
-    def initial_bias(self):
+    def initial_bias(self) -> Tensor:
         return torch.tensor([-self.config.forget_bias, 0.0]).repeat_interleave(self.config.inner_size)
 
-    def recurrence(self, x, state, mask, cu_seqlens):
+    def recurrence(
+        self, x: Tensor, state: tuple[Tensor | None, ...], layout: SequenceLayout
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         gate, candidate = self.in_proj(x).chunk(2, -1)
-        h, last = min_gru_scan(gate, candidate, state[0], mask, cu_seqlens, use_g=self.config.use_g)
+        h, last = min_gru_scan(gate, candidate, state[0], layout, use_g=self.config.use_g)
         return h, (last,)
 
 

@@ -1,11 +1,13 @@
 """minLSTM: an LSTM whose gates see only the input, so that training is a scan (arXiv 2410.01201)."""
 
 import torch
+from torch import Tensor
 
 from hf_rnn.layers import RecurrentMixer
 from hf_rnn.models.minlstm.configuration_minlstm import MinLSTMConfig
 from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from hf_rnn_kernels import min_lstm_scan
+from hf_rnn_kernels.layout import SequenceLayout
 
 
 class MinLSTM(RecurrentMixer):
@@ -16,13 +18,15 @@ class MinLSTM(RecurrentMixer):
 
     num_projections = 3  # f, i, h~
 
-    def initial_bias(self):
+    def initial_bias(self) -> Tensor:
         return torch.tensor([self.config.forget_bias, 0.0, 0.0]).repeat_interleave(self.config.inner_size)
 
-    def recurrence(self, x, state, mask, cu_seqlens):
+    def recurrence(
+        self, x: Tensor, state: tuple[Tensor | None, ...], layout: SequenceLayout
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         projections, options = self.in_proj(x).chunk(3, -1), self.config
         h, last = min_lstm_scan(
-            *projections, *state, mask, cu_seqlens, use_g=options.use_g, normalize=options.normalize_gates
+            *projections, *state, layout, use_g=options.use_g, normalize=options.normalize_gates
         )
         return h, (last,)
 

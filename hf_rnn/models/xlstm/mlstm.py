@@ -1,7 +1,7 @@
 """The two published mLSTM layers."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import initialization as init
 
@@ -9,6 +9,7 @@ from hf_rnn.layers import BlockLinear, CausalConv, Mixer, MultiHeadNorm
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
 from hf_rnn_kernels import mlstm_scan
 from hf_rnn_kernels.checks import values_known
+from hf_rnn_kernels.layout import SequenceLayout
 
 FORGET_BIASES = (3.0, 6.0)  # from the first head's to the last's: heads that keep for 20 to 400 tokens at first
 
@@ -41,7 +42,9 @@ class MLSTM(Mixer):
         init.copy_(self.gate_proj.bias, torch.cat([torch.full_like(forget, -10.0), forget]).to(self.gate_proj.bias))
         init.normal_(self.out_proj.weight, std=self.output_std)
 
-    def forward(self, x, state, mask, cu_seqlens):
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         check_normalized(self.gate_proj, "weight")
         *qkv, o = self.in_proj(x).split(self.split, -1)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in qkv)
@@ -50,7 +53,7 @@ class MLSTM(Mixer):
             gates = self.soft_cap * torch.tanh(gates / self.soft_cap)
         i, f = gates.chunk(2, -1)
         C, n, m = state or (None, None, None)
-        h, last = mlstm_scan(q, k, v, i, f, C, n, m, mask, cu_seqlens)
+        h, last = mlstm_scan(q, k, v, i, f, C, n, m, layout)
         return self.out_proj(self.norm(h, o)), last
 
 
@@ -89,16 +92,18 @@ class UpProjectedMLSTM(Mixer):
         init_block_linear(self.std, self.q_proj, self.k_proj, self.v_proj)
         init.normal_(self.down_proj.weight, std=self.output_std)
 
-    def forward(self, x, state, mask, cu_seqlens):
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         check_normalized(self.gate_proj, "weight")
         inner, z = self.up_proj(x).chunk(2, -1)
         C, n, m, conv_state = state or (None, None, None, None)
-        convolved, conv_state = self.conv(inner, conv_state, mask, cu_seqlens)
+        convolved, conv_state = self.conv(inner, conv_state, layout)
         convolved = nn.functional.silu(convolved)
         q, k, v = self.q_proj(convolved), self.k_proj(convolved), self.v_proj(inner)
         i, f = self.gate_proj(torch.cat([q, k, v], -1)).chunk(2, -1)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
-        h, last = mlstm_scan(q, k, v, i, f, C, n, m, mask, cu_seqlens)
+        h, last = mlstm_scan(q, k, v, i, f, C, n, m, layout)
         y = (self.norm(h) + self.skip * convolved) * nn.functional.silu(z)
         return self.down_proj(y), (*last, conv_state)
 

@@ -1,13 +1,14 @@
 """The sLSTM layer."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 
 from hf_rnn.layers import BlockLinear, CausalConv, Mixer, MultiHeadNorm
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
 from hf_rnn.models.xlstm.mlstm import check_normalized, init_block_linear
 from hf_rnn_kernels import slstm_scan
+from hf_rnn_kernels.layout import SequenceLayout
 
 
 class SLSTM(Mixer):
@@ -41,20 +42,22 @@ class SLSTM(Mixer):
         bias[:, 1] = forget
         init.copy_(self.recurrent_bias, bias.flatten().to(self.recurrent_bias))
 
-    def read(self, state):
+    def read(self, state: tuple[Tensor, ...]) -> Tensor:
         return self.norm(state[0].unflatten(-1, (self.num_heads, -1)).to(self.norm.weight.dtype))
 
-    def to_states(self, tokens):
+    def to_states(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """h below 1; c below n, of which it is a mean; n above 1, the weight of the largest gate."""
         h, c, n, m, conv_state = tokens
         n = 1 + nn.functional.softplus(n)
         return torch.tanh(h), n * torch.tanh(c), n, m, conv_state
 
-    def forward(self, x, state, mask, cu_seqlens):
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         check_normalized(self, "recurrent_weight")
         h, c, n, m, conv_state = state or (None,) * 5
-        convolved, conv_state = self.conv(x, conv_state, mask, cu_seqlens)
+        convolved, conv_state = self.conv(x, conv_state, layout)
         halves = [self.if_proj(nn.functional.silu(convolved)), self.zo_proj(x)]
         gates = torch.cat([y.unflatten(-1, (self.num_heads, -1)) for y in halves], -1).flatten(-2)
-        h, last = slstm_scan(gates, self.recurrent_weight, self.recurrent_bias, h, c, n, m, mask, cu_seqlens)
+        h, last = slstm_scan(gates, self.recurrent_weight, self.recurrent_bias, h, c, n, m, layout)
         return self.norm(h.unflatten(-1, (self.num_heads, -1))), (*last, conv_state)

@@ -6,15 +6,16 @@ from torch import Tensor
 from hf_rnn_kernels.perturbed import Perturbed
 
 
-def causal_conv(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """As K multiply-adds: a grouped conv1d and its two transposes take longer (docs/log.md, 2026-11-22)."""
+def convolve(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """y (B, T, D) of x behind the K - 1 inputs before it, and the last K - 1 of all these inputs.
+
+    As K multiply-adds: a grouped conv1d and its two transposes take longer (docs/log.md, 2026-11-22).
+    """
     time, taps = x.shape[1], weight.shape[-1]
-    padded = torch.cat([state.to(x.dtype), x], 1)
-    # a copy: a view would keep the whole sequence alive
-    last = padded[:, time:].to(torch.float64 if x.dtype == torch.float64 else torch.float32, copy=True)
+    padded = torch.cat([before, x], 1)
     if time == 1 and not isinstance(weight, Perturbed):  # a step of decoding: few calls
-        return (padded * weight.mT).sum(1, keepdim=True) + bias, last
+        return (padded * weight.mT).sum(1, keepdim=True) + bias, padded[:, 1:]
     y = bias
     for j, column in enumerate(weight.unbind(-1)):
         y = torch.addcmul(y, padded[:, j : padded.shape[1] - taps + 1 + j], column)
-    return y, last
+    return y, padded[:, time:]

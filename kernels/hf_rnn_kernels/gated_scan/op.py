@@ -1,36 +1,59 @@
-"""`hf_rnn::gated_scan`: one operator for torch.compile, torch.export and autograd, and the choice of its backend.
+"""`hf_rnn::gated_scan`.
 
 `gates` names the recurrence: "linear", "min_gru" or "min_lstm", followed by its options, "+g" (candidate through g) and
 "+normalize" (f and i divided by their sum).
 """
 
-import importlib
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from hf_rnn_kernels import threads
-from hf_rnn_kernels.checks import check_scan
-from hf_rnn_kernels.gated_scan import reference
-from hf_rnn_kernels.transforms import transformable
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+from hf_rnn_kernels.checks import check_inputs
+from hf_rnn_kernels.gated_scan.reference import state_dtype
+from hf_rnn_kernels.layout import check_packing
+from hf_rnn_kernels.operators import backend, operator
 
 
-def _compiled(x: Tensor):
-    """The compiled backend for this tensor's device and dtype, imported when first used; None where there is none."""
-    if x.dtype == torch.float64 or x.numel() == 0:
-        return None
-    if x.device.type == "cpu" and threads.available():
-        return importlib.import_module("hf_rnn_kernels.gated_scan.cpu")
-    if x.device.type == "cuda" and _HAS_TRITON:  # "cuda" is also what PyTorch calls an AMD GPU
-        return importlib.import_module("hf_rnn_kernels.gated_scan.triton")
-    return None
+def _backward_shapes(gates, inputs, h0, mask, cu_seqlens, h, grad, grad_last):
+    batch, time, channels = h.shape
+    return h.new_empty(batch, time, len(inputs), channels), torch.empty_like(grad_last)
 
 
-@transformable
-@torch.library.custom_op("hf_rnn::gated_scan", mutates_args=())
+@operator("gated_scan_backward", fake=_backward_shapes)
+def scan_backward(
+    gates: str,
+    inputs: list[Tensor],
+    h0: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    h: Tensor,
+    grad: Tensor,
+    grad_last: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the inputs, side by side as (B, T, len(inputs), D), and of the initial states (N, D), from those of
+    h and of the last states."""
+    chosen = backend(__package__, inputs[0])
+    return chosen.scan_backward(gates, inputs, h0, mask, cu_seqlens, h, grad, grad_last)
+
+
+def _save(ctx, inputs, output) -> None:
+    gates, tensors, h0, mask, cu_seqlens = inputs
+    ctx.gates, ctx.has_h0 = gates, h0 is not None
+    ctx.save_for_backward(h0, mask, cu_seqlens, output[0], *tensors)
+
+
+def _backward(ctx, grad, grad_last):
+    h0, mask, cu_seqlens, h, *inputs = ctx.saved_tensors
+    grads, grad_h0 = scan_backward(ctx.gates, inputs, h0, mask, cu_seqlens, h, grad, grad_last)
+    return None, list(grads.unbind(2)), grad_h0.to(h0.dtype) if ctx.has_h0 else None, None, None
+
+
+def _shapes(gates, inputs, h0, mask, cu_seqlens):
+    sequences = inputs[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    h = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device=inputs[0].device)
+    return h, h.new_empty(sequences, h.shape[2], dtype=state_dtype(h))
+
+
+@operator("gated_scan", fake=_shapes, backward=_backward, save=_save)
 def scan(
     gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -46,57 +69,10 @@ def scan(
     Returns:
         h (B, T, D) in the inputs' dtype and the last states (N, D) in float32 (float64 for float64 inputs).
     """
-    channels = inputs[0].shape[2]
     if inputs[0].device.type == "cpu":  # again, for callers that could not know or did not ask: the loops trust it
-        sequences = check_scan({f"inputs[{i}]": x for i, x in enumerate(inputs)}, mask, cu_seqlens)
+        sequences = check_inputs({f"inputs[{i}]": x for i, x in enumerate(inputs)}, mask, cu_seqlens)
+        check_packing(cu_seqlens, inputs[0])
+        channels = inputs[0].shape[2]
         if h0 is not None and h0.shape != (sequences, channels):
             raise ValueError(f"h0: expected shape (N, D) = {(sequences, channels)}, got {tuple(h0.shape)}")
-    backend = _compiled(inputs[0]) or reference
-    return backend.scan(gates, inputs, h0, mask, cu_seqlens)
-
-
-@scan.register_fake
-def _(gates, inputs, h0, mask, cu_seqlens):
-    sequences = inputs[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
-    h = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device=inputs[0].device)
-    return h, h.new_empty(sequences, h.shape[2], dtype=dtype)
-
-
-@transformable
-@torch.library.custom_op("hf_rnn::gated_scan_backward", mutates_args=())
-def scan_backward(
-    gates: str,
-    inputs: list[Tensor],
-    h0: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    h: Tensor,
-    grad: Tensor,
-    grad_last: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the inputs, side by side as (B, T, len(inputs), D), and of the initial states (N, D), from those of
-    h and of the last states."""
-    backend = _compiled(inputs[0]) or reference
-    return backend.scan_backward(gates, inputs, h0, mask, cu_seqlens, h, grad, grad_last)
-
-
-@scan_backward.register_fake
-def _(gates, inputs, h0, mask, cu_seqlens, h, grad, grad_last):
-    batch, time, channels = h.shape
-    return h.new_empty(batch, time, len(inputs), channels), torch.empty_like(grad_last)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    gates, tensors, h0, mask, cu_seqlens = inputs
-    ctx.gates, ctx.has_h0 = gates, h0 is not None
-    ctx.save_for_backward(h0, mask, cu_seqlens, output[0], *tensors)
-
-
-def _backward(ctx, grad, grad_last):
-    h0, mask, cu_seqlens, h, *inputs = ctx.saved_tensors
-    grads, grad_h0 = scan_backward(ctx.gates, inputs, h0, mask, cu_seqlens, h, grad, grad_last)
-    return None, list(grads.unbind(2)), grad_h0.to(h0.dtype) if ctx.has_h0 else None, None, None
-
-
-scan.register_autograd(_backward, setup_context=_setup_context)
+    return backend(__package__, inputs[0]).scan(gates, inputs, h0, mask, cu_seqlens)

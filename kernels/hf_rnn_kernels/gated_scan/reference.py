@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def state_dtype(x: Tensor) -> torch.dtype:
+    """Of the recurrence: float32, or float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def g(x: Tensor) -> Tensor:
     """g(x) = x + 0.5 for x >= 0, sigmoid(x) otherwise: keeps the candidate positive (2410.01201, B.3)."""
     return torch.where(x >= 0, x + 0.5, x.sigmoid())
@@ -47,7 +52,7 @@ def scan(
     if cu_seqlens is not None:
         pieces = [scan(gates, *arguments) for arguments in _pieces(inputs, h0, mask, cu_seqlens)]
         return torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces], 0)
-    dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    dtype = state_dtype(inputs[0])
     keep, drop, add = coefficients(gates, [x.to(dtype) for x in inputs])
     if mask is not None:
         real = mask[..., None].bool()
@@ -65,15 +70,15 @@ def scan(
     return (torch.stack(states, 1) if states else torch.empty_like(inputs[0])).to(inputs[0].dtype), h
 
 
-def step(gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`scan` of one token (B, 1, D), in fewer calls: what decoding costs on a CPU is calls.
+def step(gates: str, inputs: list[Tensor], h0: Tensor, mask: Tensor | None) -> Tensor:
+    """One token of every row, (B, 1, D), from the state h0 (B, D) before it, which becomes the one after it.
 
-    Where keep and drop are one gate and its complement, h + share * (goal - h), which `lerp` turns round for shares
-    over a half, so that fast and slow gates lose nothing.
+    As `scan` in fewer calls: what decoding costs on a CPU is calls. Where keep and drop are one gate and its complement,
+    h + share * (goal - h), which `lerp` turns round for shares over a half, so that fast and slow gates lose nothing.
     """
-    dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    dtype = state_dtype(inputs[0])
     values = inputs if inputs[0].dtype == dtype else [x.to(dtype) for x in inputs]
-    h = torch.zeros_like(values[0]) if h0 is None else h0.to(dtype)[:, None]
+    h = h0.to(dtype)[:, None]
     name, *options = gates.split("+")
     if name == "min_gru" or "normalize" in options:
         if name == "min_gru":
@@ -91,7 +96,8 @@ def step(gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor | Non
             new = torch.where(drop < 0.5, h + (add - drop * h), new)
     if mask is not None:
         new = new.where(mask[..., None], h)
-    return new.to(inputs[0].dtype), new[:, 0].clone()  # the state is written to in place later
+    h0.copy_(new[:, 0])
+    return new.to(inputs[0].dtype)
 
 
 def scan_backward(
@@ -111,7 +117,7 @@ def scan_backward(
             for n, arguments in enumerate(_pieces(inputs, h0, mask, cu_seqlens, h, grad))
         ]
         return torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces], 0)
-    dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    dtype = state_dtype(inputs[0])
     tensors = [x.to(dtype) for x in inputs]
     keep, drop, _ = coefficients(gates, tensors)
     real = torch.ones_like(keep, dtype=torch.bool) if mask is None else mask[..., None].bool().expand_as(keep)

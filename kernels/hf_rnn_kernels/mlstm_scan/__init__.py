@@ -3,13 +3,13 @@
 Runs as numba code on a CPU, as Triton kernels on a GPU, and as plain torch anywhere else, for any T.
 """
 
-import torch
 from torch import Tensor
 
 from hf_rnn_kernels.checks import refuse_forward_mode
+from hf_rnn_kernels.layout import ROWS, SequenceLayout
 from hf_rnn_kernels.mlstm_scan import op, reference
 from hf_rnn_kernels.mlstm_scan.reference import States
-from hf_rnn_kernels.transforms import tracked
+from hf_rnn_kernels.stepping import advance
 
 
 def mlstm_scan(
@@ -21,8 +21,7 @@ def mlstm_scan(
     C0: Tensor | None = None,
     n0: Tensor | None = None,
     m0: Tensor | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    layout: SequenceLayout = ROWS,
     eps: float = 1e-6,
 ) -> tuple[Tensor, States]:
     """mLSTM: C_t = f' C_{t-1} + i' k_t v_t^T, n_t = f' n_{t-1} + i' k_t, and h_t = C_t^T q_t over
@@ -32,55 +31,69 @@ def mlstm_scan(
     divided by sqrt(K): "xLSTM: Extended Long Short-Term Memory" (arXiv 2405.04517), stabilised as in its appendix. The
     memory that C and n stand for is C e^m and n e^m; but for eps, h does not depend on m.
 
-    Shapes: B batch, T time, H heads, K and V channels of a head's keys and values, N sequences (B, or
-    len(cu_seqlens) - 1 when packed). Takes float32, bfloat16 or float16 (states and gates in float32) or float64, and
+    Shapes: B batch, T time, H heads, K and V channels of a head's keys and values, N sequences (B, or what
+    `layout.offsets` counts). Takes float32, bfloat16 or float16 (states and gates in float32) or float64, and
     gives the gradient of every floating argument.
 
     Args:
         q, k: (B, T, H, K). v: (B, T, H, V). One dtype.
         i, f: pre-activations of the input and the forget gate (B, T, H), in any one floating dtype.
         C0, n0, m0: initial states (N, H, K, V), (N, H, K), (N, H), any floating dtype, m0 finite; zeros by default.
-        mask: (B, T), zero or False at padding: such a token leaves the states as they were, and its h is zero.
-        cu_seqlens: (N + 1) integers, 0 = s_0 <= s_1 <= ... <= s_N = T: sequence n is rows s_n to s_{n+1} - 1 of a
-            batch of one, and starts from C0[n], n0[n], m0[n].
+        layout: which tokens are real and which sequences they make; sequence n starts from C0[n], n0[n], m0[n]. Rows by
+            default. A token that is not real leaves the states as they were, and its h is zero.
         eps: added to the normaliser; 1e-6 is the published models'.
 
     Returns:
-        h (B, T, H, V) in the dtype of q, and the last C, n and m in float32 (float64 for float64 inputs).
+        h (B, T, H, V) in the dtype of q, and the last C, n and m in float32 (float64 for float64 inputs); C0, n0 and m0
+        themselves, written to, if all three are given, `layout.in_place` is set and no gradient flows.
 
     Raises:
         TypeError, ValueError: an argument of another shape, dtype or device than above, named in the message.
     """
     given = {name: s for name, s in (("C0", C0), ("n0", n0), ("m0", m0)) if s is not None}
-    op.check_shapes(q, k, v, i, f, given, mask, cu_seqlens)
+    op.check_shapes(q, k, v, i, f, given, layout.mask, layout.offsets)
     refuse_forward_mode(q, k, v, i, f, *given.values())
     states: list[Tensor] = []
     if len(given) == 3:
         states = list(given.values())
     elif given:
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        zeros = reference.initial_states(q, v, sequences)
+        zeros = reference.initial_states(q, v, layout.sequences(q.shape[0]))
         states = [zero if s is None else s for zero, s in zip(zeros, (C0, n0, m0), strict=True)]
-    mask = None if mask is None else mask.bool()
-    training = tracked(q, k, v, i, f, *states)
-    if q.shape[1] == 1 and cu_seqlens is None and mask is None and not training and not torch.compiler.is_exporting():
-        C, n, m = states or reference.initial_states(q, v, q.shape[0])
-        h, last = mlstm_step(q[:, 0], k[:, 0], v[:, 0], i[:, 0], f[:, 0], C, n, m, eps)
-        return h[:, None], last
-    h, _, C, n, m = op.scan(q, k, v, i, f, states, mask, cu_seqlens, eps, training)
+
+    def step(states):
+        token = (x[:, 0] for x in (q, k, v, i, f))
+        return mlstm_step(*token, *states, None if layout.mask is None else layout.mask[:, 0], eps)[:, None]
+
+    def scan(training):
+        inputs = (layout.flat(x) for x in (q, k, v, i, f))
+        h, _, *last = op.scan(*inputs, states, layout.flat_mask(), layout.offsets, eps, training)
+        return h.view(v.shape), last
+
+    h, (C, n, m) = advance(layout, q.shape[1], reference.state_dtype(q), (q, k, v, i, f), states, step, scan)
     return h, (C, n, m)
 
 
 def mlstm_step(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, States]:
-    """One token of `mlstm_scan`, for decoding: no checks, no gradients.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor,
+    n: Tensor,
+    m: Tensor,
+    real: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """One token of `mlstm_scan`, for decoding: no checks, no gradients. Reads and writes C once.
 
     Args:
         q, k: (B, H, K). v: (B, H, V). i, f: (B, H).
-        C, n, m: the states before it, (B, H, K, V), (B, H, K), (B, H).
+        C, n, m: the states before it, (B, H, K, V), (B, H, K), (B, H), in float32 (float64 for float64 inputs),
+            contiguous; they become those after it.
+        real: (B,) bool, False where the token is padding: there the states stay, and h is zero. None: all are real.
 
     Returns:
-        h (B, H, V) in the dtype of q, and the states after it, in float32 (float64 for float64 inputs).
+        h (B, H, V) in the dtype of q.
     """
-    return op.decode(q, k, v, i, f, C, n, m, eps)
+    return op.step(q, k, v, i, f, C, n, m, real, eps)

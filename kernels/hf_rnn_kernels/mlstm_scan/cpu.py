@@ -22,12 +22,13 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from hf_rnn_kernels.arrays import empty, rows_apart
+from hf_rnn_kernels.arrays import empty, flat, rows_apart
 from hf_rnn_kernels.matrix_product import LANES, product
 from hf_rnn_kernels.mlstm_scan.cpu_backward import adjoints, gradients
 from hf_rnn_kernels.mlstm_scan.cpu_chunks import ROWS, dot, gates, load, scale_rows, sum_of, transpose, triangle, weight
+from hf_rnn_kernels.mlstm_scan import reference
 from hf_rnn_kernels.mlstm_scan.reference import initial_states
-from hf_rnn_kernels.threads import run
+from hf_rnn_kernels.threads import run, worthwhile
 from hf_rnn_kernels.vector_math import F32, ONE, U, exp, parallel, row
 
 _U0, _U1, _LANES = U(0), U(1), U(LANES)
@@ -252,3 +253,47 @@ def scan_backward(
         mu += (dC * states[0]).sum((-1, -2)) + (dn * states[1]).sum(-1)
     of_inputs = [g.to(x.dtype) for g, x in zip((dq, dk, dv, di, df), (q, k, v, i, f), strict=True)]
     return *of_inputs, dC, dn, mu  # type: ignore[return-value]
+
+
+@parallel
+def _memory_step(K, V, strip, strips, q, k, v, forget, C, numerator):
+    """C = forget C + k v^T and C^T q, C (N * H, K, V) read and written once: a row of it, all that a key adds to, is in
+    the nearest cache while both are done."""
+    for task in prange(U(forget.size) * strips):
+        at, low = U(task) // strips, (U(task) % strips) * strip
+        width = min(strip, V - low)
+        keep, out = forget[at], at * V + low
+        for d in range(width):
+            numerator[out + d] = _ZERO
+        for key in range(K):
+            add, query, c = k[at * K + key], q[at * K + key], (at * K + key) * V + low
+            for d in range(width):
+                new = keep * C[c + d] + add * v[out + d]
+                C[c + d] = new
+                numerator[out + d] += query * new
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor,
+    n: Tensor,
+    m: Tensor,
+    real: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """See `op.step`. Of a small C torch's three passes cost less than the start of a loop."""
+    if not (worthwhile(C) and C.is_contiguous()):
+        return reference.decode(q, k, v, i, f, C, n, m, real, eps)
+    queries, keys, values, forget, denominator = reference.prepare_step(q, k, v, i, f, n, m, real, eps)
+    (K, V), heads = C.shape[2:], forget.numel()
+    strips = max(1, -(-torch.get_num_threads() // heads))  # a head is split where there are fewer of them than threads
+    numerator = torch.empty(values.shape)
+    run(
+        _memory_step, U(K), U(V), U(-(-V // strips)), U(strips), flat(queries), flat(keys), flat(values), flat(forget),
+        flat(C), flat(numerator),
+    )  # fmt: skip
+    return reference.finish_step(numerator, denominator, real, q.dtype)

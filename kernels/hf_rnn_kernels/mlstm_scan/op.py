@@ -1,28 +1,12 @@
-"""`hf_rnn::mlstm_scan`: one operator for torch.compile, torch.export and autograd, and the choice of its backend."""
-
-import importlib
-import importlib.util
+"""`hf_rnn::mlstm_scan`, and `hf_rnn::mlstm_step` for decoding."""
 
 import torch
 from torch import Tensor
 
-from hf_rnn_kernels import threads
-from hf_rnn_kernels.checks import check_scan
-from hf_rnn_kernels.mlstm_scan import reference
+from hf_rnn_kernels.checks import check_inputs
+from hf_rnn_kernels.layout import check_packing
 from hf_rnn_kernels.mlstm_scan.reference import state_dtype
-from hf_rnn_kernels.transforms import transformable
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def _backend(q: Tensor):
-    """The backend for this tensor's device and dtype, imported when first used."""
-    if q.dtype != torch.float64 and q.numel() > 0:
-        if q.device.type == "cpu" and threads.available():
-            return importlib.import_module("hf_rnn_kernels.mlstm_scan.cpu")
-        if q.device.type == "cuda" and _HAS_TRITON:  # "cuda" is also what PyTorch calls an AMD GPU
-            return importlib.import_module("hf_rnn_kernels.mlstm_scan.triton")
-    return reference
+from hf_rnn_kernels.operators import backend, operator
 
 
 def check_shapes(
@@ -36,7 +20,7 @@ def check_shapes(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raise TypeError or ValueError for arguments that do not fit each other."""
-    sequences = check_scan({"i": i, "f": f}, mask, cu_seqlens)
+    sequences = check_inputs({"i": i, "f": f}, mask, cu_seqlens)
     if q.dim() != 4 or q.shape[:3] != i.shape or q.shape[3] < 1:
         raise ValueError(f"q: expected shape (B, T, H, K) with (B, T, H) of i, {tuple(i.shape)}, got {tuple(q.shape)}")
     if v.dim() != 4 or v.shape[:3] != i.shape or v.shape[3] < 1:
@@ -57,8 +41,66 @@ def check_shapes(
             raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
 
 
-@transformable
-@torch.library.custom_op("hf_rnn::mlstm_scan", mutates_args=())
+def _new_states(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shapes = [(q.shape[3], v.shape[3]), (q.shape[3],), ()]
+    return [q.new_empty(sequences, q.shape[2], *shape, dtype=state_dtype(q)) for shape in shapes]
+
+
+def _backward_shapes(q, k, v, i, f, states, mask, cu_seqlens, eps, h, norms, grad, grad_last):
+    return (*(x.new_empty(x.shape) for x in (q, k, v, i, f)), *_new_states(q, v, cu_seqlens))
+
+
+@operator("mlstm_scan_backward", fake=_backward_shapes)
+def scan_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    states: list[Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    h: Tensor,
+    norms: Tensor,
+    grad: Tensor,
+    grad_last: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From the gradients of h (B, T, H, V) and of the last C, n and m (empty for zeros) to those of q, k, v, i and f,
+    each like its tensor, and of the initial C, n and m in float32 (float64 for float64 inputs). `h` and `norms` are
+    what `scan` returned; states between chunks are computed again."""
+    chosen = backend(__package__, q)
+    return chosen.scan_backward(q, k, v, i, f, states, mask, cu_seqlens, eps, h, norms, grad, grad_last)
+
+
+def _shapes(q, k, v, i, f, states, mask, cu_seqlens, eps, training):
+    norms = i.new_empty(*i.shape, 2 * training, dtype=state_dtype(q))
+    return (q.new_empty(v.shape), norms, *_new_states(q, v, cu_seqlens))
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, i, f, states, mask, cu_seqlens, eps, training = inputs
+    if not training:
+        raise RuntimeError("hf_rnn::mlstm_scan: called with training=False on tensors that require gradients")
+    ctx.eps = eps
+    ctx.set_materialize_grads(False)  # zeros for the last states, which few differentiate, would cost time
+    ctx.save_for_backward(q, k, v, i, f, mask, cu_seqlens, output[0], output[1], *output[2:], *states)
+
+
+def _backward(ctx, grad, _, *grad_last):
+    q, k, v, i, f, mask, cu_seqlens, h, norms, *both = ctx.saved_tensors
+    last, states = both[:3], both[3:]
+    if grad is None:
+        grad = torch.zeros_like(h)
+    given = any(g is not None for g in grad_last)
+    grads = [torch.zeros_like(s) if g is None else g for g, s in zip(grad_last, last, strict=True)] if given else []
+    *of_inputs, C, n, m = scan_backward(q, k, v, i, f, states, mask, cu_seqlens, ctx.eps, h, norms, grad, grads)
+    of_states = [g.to(s.dtype) for g, s in zip((C, n, m), states, strict=False)]
+    return *of_inputs, of_states, None, None, None, None
+
+
+@operator("mlstm_scan", fake=_shapes, backward=_backward, save=_save)
 def scan(
     q: Tensor,
     k: Tensor,
@@ -89,91 +131,45 @@ def scan(
     """
     if q.device.type == "cpu":  # again, for callers that could not know or did not ask: the loops trust it
         check_shapes(q, k, v, i, f, dict(zip(("C0", "n0", "m0"), states, strict=False)), mask, cu_seqlens)
-    return _backend(q).scan(q, k, v, i, f, states, mask, cu_seqlens, eps, training)
+        check_packing(cu_seqlens, q)
+    return backend(__package__, q).scan(q, k, v, i, f, states, mask, cu_seqlens, eps, training)
 
 
-def _new_states(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shapes = [(q.shape[3], v.shape[3]), (q.shape[3],), ()]
-    return [q.new_empty(sequences, q.shape[2], *shape, dtype=state_dtype(q)) for shape in shapes]
-
-
-@scan.register_fake
-def _(q, k, v, i, f, states, mask, cu_seqlens, eps, training):
-    norms = i.new_empty(*i.shape, 2 * training, dtype=state_dtype(q))
-    return (q.new_empty(v.shape), norms, *_new_states(q, v, cu_seqlens))
-
-
-@transformable
-@torch.library.custom_op("hf_rnn::mlstm_scan_backward", mutates_args=())
-def scan_backward(
+def _step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     i: Tensor,
     f: Tensor,
-    states: list[Tensor],
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    C: Tensor,
+    n: Tensor,
+    m: Tensor,
+    real: Tensor | None,
     eps: float,
-    h: Tensor,
-    norms: Tensor,
-    grad: Tensor,
-    grad_last: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From the gradients of h (B, T, H, V) and of the last C, n and m (empty for zeros) to those of q, k, v, i and f,
-    each like its tensor, and of the initial C, n and m in float32 (float64 for float64 inputs). `h` and `norms` are
-    what `scan` returned; states between chunks are computed again."""
-    return _backend(q).scan_backward(q, k, v, i, f, states, mask, cu_seqlens, eps, h, norms, grad, grad_last)
+) -> Tensor:
+    return backend(__package__, C).decode(q, k, v, i, f, C, n, m, real, eps)
 
 
-@scan_backward.register_fake
-def _(q, k, v, i, f, states, mask, cu_seqlens, eps, h, norms, grad, grad_last):
-    return (*(x.new_empty(x.shape) for x in (q, k, v, i, f)), *_new_states(q, v, cu_seqlens))
+_registered = torch.library.custom_op("hf_rnn::mlstm_step", _step, mutates_args=("C", "n", "m"))
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, i, f, states, mask, cu_seqlens, eps, training = inputs
-    if not training:
-        raise RuntimeError("hf_rnn::mlstm_scan: called with training=False on tensors that require gradients")
-    ctx.eps = eps
-    ctx.set_materialize_grads(False)  # zeros for the last states, which few differentiate, would cost time
-    ctx.save_for_backward(q, k, v, i, f, mask, cu_seqlens, output[0], output[1], *output[2:], *states)
+@_registered.register_fake
+def _(q, k, v, i, f, C, n, m, real, eps):
+    return v.new_empty(v.shape, dtype=q.dtype)
 
 
-def _backward(ctx, grad, _, *grad_last):
-    q, k, v, i, f, mask, cu_seqlens, h, norms, *both = ctx.saved_tensors
-    last, states = both[:3], both[3:]
-    if grad is None:
-        grad = torch.zeros_like(h)
-    given = any(g is not None for g in grad_last)
-    grads = [torch.zeros_like(s) if g is None else g for g, s in zip(grad_last, last, strict=True)] if given else []
-    *of_inputs, C, n, m = scan_backward(q, k, v, i, f, states, mask, cu_seqlens, ctx.eps, h, norms, grad, grads)
-    of_states = [g.to(s.dtype) for g, s in zip((C, n, m), states, strict=False)]
-    return *of_inputs, of_states, None, None, None, None
-
-
-scan.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("hf_rnn::mlstm_step", mutates_args=(), device_types="cuda")
-def triton_step(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One token on a GPU, in one pass over C: `mlstm_step`'s arguments to h and the new C, n and m."""
-    return importlib.import_module("hf_rnn_kernels.mlstm_scan.triton_step").step(q, k, v, i, f, C, n, m, eps)
-
-
-@triton_step.register_fake
-def _(q, k, v, i, f, C, n, m, eps):
-    return v.new_empty(v.shape, dtype=q.dtype), *(s.new_empty(s.shape, dtype=torch.float32) for s in (C, n, m))
-
-
-def decode(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, eps: float
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """See `mlstm_step`. On a CPU a dozen torch calls, which an operator around them would only slow down."""
-    if q.is_cuda and _HAS_TRITON and q.dtype != torch.float64:
-        h, *states = triton_step(q, k, v, i, f, C, n, m, eps)
-        return h, (states[0], states[1], states[2])
-    return reference.decode(q, k, v, i, f, C, n, m, eps)
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor,
+    n: Tensor,
+    m: Tensor,
+    real: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """See `mlstm_step`. The operator is for the compiler alone: a call through torch's dispatcher costs as much as a
+    step of a small model (docs/log.md, 2026-11-29)."""
+    return (_registered if torch.compiler.is_compiling() else _step)(q, k, v, i, f, C, n, m, real, eps)

@@ -40,20 +40,43 @@ def step(token: Token, states: States, eps: float) -> tuple[Tensor, Tensor, Stat
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor, m: Tensor, eps: float
-) -> tuple[Tensor, States]:
-    """One token; as `op.decode`: `step` in fewer calls, which are what decoding costs on a CPU."""
-    h_dtype, dtype = q.dtype, state_dtype(q)
-    q, k, v, i, f, C, n, m = (x.to(dtype) for x in (q, k, v, i, f, C, n, m))
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C: Tensor,
+    n: Tensor,
+    m: Tensor,
+    real: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """One token over the states; as `op.step`."""
+    queries, keys, values, forget, denominator = prepare_step(q, k, v, i, f, n, m, real, eps)
+    C.mul_(forget[..., None]).addcmul_(keys[..., None], values[..., None, :])
+    return finish_step(torch.matmul(queries[..., None, :], C).squeeze(-2), denominator, real, q.dtype)
+
+
+def prepare_step(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, n: Tensor, m: Tensor, real: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All of a decoding step but C: n and m become those after it; q / sqrt(K), i' k, v, f' (B, H, 1) and what the
+    numerator C^T q is divided by (B, H). In few calls: they are what decoding costs on a CPU."""
+    q, k, v, i, f = (x.to(n.dtype) for x in (q, k, v, i, f))
     kept = torch.nn.functional.logsigmoid(f) + m
-    m = torch.maximum(kept, i)
-    forget, add = (kept - m).exp_().unsqueeze(-1), (i - m).exp_().unsqueeze(-1)
+    if real is not None:  # at padding nothing is forgotten and nothing added
+        i, kept = i.where(real[:, None], -torch.inf), kept.where(real[:, None], m)
+    top = torch.maximum(kept, i)
+    forget, add = (kept - top).exp_()[..., None], (i - top).exp_()[..., None]
     k, q = add * k, q * q.shape[-1] ** -0.5
-    C = torch.addcmul(forget.unsqueeze(-1) * C, k.unsqueeze(-1), v.unsqueeze(-2))
-    n = torch.addcmul(k, forget, n)
-    denominator = torch.maximum((q * n).sum(-1).abs_(), (-m).exp_()).add_(eps)
-    h = torch.matmul(q.unsqueeze(-2), C).squeeze(-2) / denominator.unsqueeze(-1)
-    return h.to(h_dtype), (C, n, m)
+    torch.addcmul(k, forget, n, out=n)
+    m.copy_(top)
+    return q, k, v, forget, torch.maximum((q * n).sum(-1).abs_(), (-top).exp_()).add_(eps)
+
+
+def finish_step(numerator: Tensor, denominator: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:
+    h = numerator / denominator[..., None]
+    return h.to(dtype) if real is None else h.where(real[:, None, None], 0.0).to(dtype)
 
 
 def step_back(

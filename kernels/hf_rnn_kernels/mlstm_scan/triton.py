@@ -24,8 +24,9 @@ from hf_rnn_kernels.mlstm_scan.triton_chunks import (
     _tile,
     _tiles,
 )
+from hf_rnn_kernels.mlstm_scan.triton_step import decode
 
-__all__ = ["scan", "scan_backward"]
+__all__ = ["decode", "scan", "scan_backward"]
 
 
 @_jit

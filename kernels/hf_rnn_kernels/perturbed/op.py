@@ -1,15 +1,11 @@
-"""`hf_rnn::perturbed_linear`, the choice of its backend, and what is made of it."""
-
-import importlib
-import importlib.util
+"""`hf_rnn::perturbed_linear` and what is made of it."""
 
 import torch
 from torch import Tensor
 
 from hf_rnn_kernels import threads
+from hf_rnn_kernels.operators import backend, operator
 from hf_rnn_kernels.perturbed import reference
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def perturbed_linear(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -72,16 +68,12 @@ def _check(rows: int, weight: Tensor, left: Tensor, right: Tensor) -> int:
     return members
 
 
-@torch.library.custom_op("hf_rnn::perturbed_linear", mutates_args=())
+def _shapes(x, weight, left, right):
+    return x.new_empty(*x.shape[:2], weight.shape[0])
+
+
+@operator("perturbed_linear", fake=_shapes)
 def _linear(x: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """x (M, N, I), weight (O, I), left (M, O, K), right (M, I, K) to (M, N, O)."""
-    if x.device.type == "cuda" and x.dtype != torch.float64 and _HAS_TRITON:
-        return importlib.import_module("hf_rnn_kernels.perturbed.triton").linear(x, weight, left, right)
-    if threads.worthwhile(x):
-        return importlib.import_module("hf_rnn_kernels.perturbed.cpu").linear(x, weight, left, right)
-    return reference.linear(x, weight, left, right)
-
-
-@_linear.register_fake
-def _(x, weight, left, right):
-    return x.new_empty(*x.shape[:2], weight.shape[0])
+    small = x.device.type == "cpu" and not threads.worthwhile(x)
+    return (reference if small else backend(__package__, x)).linear(x, weight, left, right)

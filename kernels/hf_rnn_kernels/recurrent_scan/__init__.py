@@ -1,19 +1,22 @@
 """Recurrences whose gates see the state: LSTM, GRU and sLSTM, dense or with heads, from input projection to all states.
 
-Shapes: B batch, T time, H heads of P units, D = H * P, N sequences (B, or len(cu_seqlens) - 1 when packed). All take
+Shapes: B batch, T time, H heads of P units, D = H * P, N sequences (B, or what `layout.offsets` counts). All take
 float32, bfloat16 or float16 (state and gates in float32) or float64, give gradients for every floating argument, and
-run as numba code on a CPU, as Triton kernels on a GPU, and as plain torch anywhere else. Pre-activations lie head by
-head, within a head gate by gate: with one head, in torch's order. Weight and bias may be `Perturbed`; then there are no
-gradients.
+run as numba code on a CPU, as Triton kernels on a GPU, and as plain torch anywhere else; an LSTM and a GRU of one head
+also as torch's own, where these are faster. Pre-activations lie head by head, within a head gate by gate: with one head,
+in torch's order. Weights and biases may be `Perturbed`; then there are no gradients.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
-from hf_rnn_kernels.checks import check_scan, refuse_forward_mode
+from torch import Tensor
+from torch.nn.functional import linear
+
+from hf_rnn_kernels.checks import check_inputs, check_tensors, refuse_forward_mode
+from hf_rnn_kernels.layout import ROWS, SequenceLayout
 from hf_rnn_kernels.perturbed import Perturbed
-from hf_rnn_kernels.recurrent_scan import op, reference
-from hf_rnn_kernels.transforms import tracked
+from hf_rnn_kernels.recurrent_scan import library, op, reference
+from hf_rnn_kernels.stepping import advance
 
 
 def lstm_scan(
@@ -22,8 +25,10 @@ def lstm_scan(
     bias: Tensor | None = None,
     h0: Tensor | None = None,
     c0: Tensor | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    layout: SequenceLayout = ROWS,
+    *,
+    input_weight: Tensor | None = None,
+    input_bias: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """LSTM: (i, f, g, o) = x_t + R h_{t-1} + b, c_t = s(f) c_{t-1} + s(i) tanh(g), h_t = s(o) tanh(c_t), s the sigmoid.
 
@@ -31,21 +36,24 @@ def lstm_scan(
     (FlashRNN, arXiv 2412.07752).
 
     Args:
-        x: input projection (B, T, H * 4 * P): for each head the pre-activations i, f, g, o.
+        x: input projection (B, T, H * 4 * P): for each head the pre-activations i, f, g, o. With `input_weight` the
+            input itself, (B, T, I).
         weight: R, (H, 4 * P, P), floating. One head: torch's `weight_hh` as (1, 4 * D, D).
         bias: (H * 4 * P), added to R h; torch's `bias_hh`. None for zeros.
         h0, c0: initial states (N, D), any floating dtype; zeros by default.
-        mask: (B, T), zero or False at padding: such a token leaves the state as it was, and its output is that state.
-        cu_seqlens: (N + 1) integers, 0 = s_0 <= s_1 <= ... <= s_N = T: sequence n is rows s_n to s_{n+1} - 1 of a
-            batch of one, and starts from h0[n], c0[n].
+        layout: which tokens are real and which sequences they make; sequence n starts from h0[n], c0[n]. Rows by
+            default. A token that is not real leaves the state as it was, and its output is that state.
+        input_weight, input_bias: of the input projection, (H * 4 * P, I) and (H * 4 * P) or None; torch's `weight_ih`
+            and `bias_ih`. None: x is projected already.
 
     Returns:
-        h (B, T, D) in the dtype of x, and the last states h and c (N, D) in float32 (float64 for float64 inputs).
+        h (B, T, D) in the dtype of x, and the last states h and c (N, D) in float32 (float64 for float64 inputs); h0
+        and c0 themselves, written to, if `layout.in_place` and no gradient flows.
 
     Raises:
         TypeError, ValueError: an argument of another shape, dtype or device than above, named in the message.
     """
-    h, last = _scan("lstm", x, weight, bias, {"h0": h0, "c0": c0}, mask, cu_seqlens)
+    h, last = _scan("lstm", x, weight, bias, {"h0": h0, "c0": c0}, layout, input_weight, input_bias)
     return h, (last[0], last[1])
 
 
@@ -54,26 +62,33 @@ def gru_scan(
     weight: Tensor,
     bias: Tensor | None = None,
     h0: Tensor | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    layout: SequenceLayout = ROWS,
+    *,
+    input_weight: Tensor | None = None,
+    input_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """GRU: r, z = sigmoid(x_t + R h_{t-1} + b); n = tanh(x_t + r * (R h_{t-1} + b)); h_t = (1 - z) n + z h_{t-1}.
 
     As `torch.nn.GRU` has it (reset gate after the product, as in cuDNN), with R block-diagonal over heads.
 
     Args:
-        x: input projection (B, T, H * 3 * P): for each head the pre-activations r, z, n.
+        x: input projection (B, T, H * 3 * P): for each head the pre-activations r, z, n. With `input_weight` the input
+            itself, (B, T, I).
         weight: R, (H, 3 * P, P), floating. One head: torch's `weight_hh` as (1, 3 * D, D).
         bias: (H * 3 * P), added to R h, so that r multiplies its part in n (b_hn); torch's `bias_hh`. None for zeros.
         h0: initial states (N, D), any floating dtype; zeros by default.
-        mask, cu_seqlens: as in `lstm_scan`.
+        layout: as in `lstm_scan`.
+        input_weight, input_bias: of the input projection, (H * 3 * P, I) and (H * 3 * P) or None; torch's `weight_ih`
+            and `bias_ih`. None: x is projected already.
 
     Returns:
-        h (B, T, D) in the dtype of x, and the last states (N, D) in float32 (float64 for float64 inputs).
+        h (B, T, D) in the dtype of x, and the last states (N, D) in float32 (float64 for float64 inputs); h0 itself,
+        written to, if `layout.in_place` and no gradient flows.
 
-    Raises: as `lstm_scan`.
+    Raises:
+        TypeError, ValueError: an argument of another shape, dtype or device than above, named in the message.
     """
-    h, last = _scan("gru", x, weight, bias, {"h0": h0}, mask, cu_seqlens)
+    h, last = _scan("gru", x, weight, bias, {"h0": h0}, layout, input_weight, input_bias)
     return h, last[0]
 
 
@@ -85,8 +100,7 @@ def slstm_scan(
     c0: Tensor | None = None,
     n0: Tensor | None = None,
     m0: Tensor | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    layout: SequenceLayout = ROWS,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """sLSTM: an LSTM with exponential input gates, its cell a mean with these weights.
 
@@ -103,14 +117,16 @@ def slstm_scan(
         weight: R, (H, 4 * P, P), floating.
         bias: (H * 4 * P), added to R h. None for zeros.
         h0, c0, n0, m0: initial states (N, D), any floating dtype; zeros by default.
-        mask, cu_seqlens: as in `lstm_scan`.
+        layout: as in `lstm_scan`.
 
     Returns:
-        h (B, T, D) in the dtype of x, and the last states h, c, n and m (N, D) in float32 (float64 for float64 inputs).
+        h (B, T, D) in the dtype of x, and the last states h, c, n and m (N, D) in float32 (float64 for float64 inputs);
+        h0 to m0 themselves, written to, if `layout.in_place` and no gradient flows.
 
-    Raises: as `lstm_scan`.
+    Raises:
+        TypeError, ValueError: an argument of another shape, dtype or device than above, named in the message.
     """
-    h, last = _scan("slstm", x, weight, bias, {"h0": h0, "c0": c0, "n0": n0, "m0": m0}, mask, cu_seqlens)
+    h, last = _scan("slstm", x, weight, bias, {"h0": h0, "c0": c0, "n0": n0, "m0": m0}, layout)
     return h, (last[0], last[1], last[2], last[3])
 
 
@@ -120,45 +136,58 @@ def _scan(
     weight: Tensor,
     bias: Tensor | None,
     initial: dict[str, Tensor | None],
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    layout: SequenceLayout,
+    input_weight: Tensor | None = None,
+    input_bias: Tensor | None = None,
+) -> tuple[Tensor, Sequence[Tensor]]:
     gates = reference.CELLS[cell].gates
     if weight.dim() != 3 or weight.shape[1] != gates * weight.shape[2]:
         raise ValueError(f"weight: expected shape (H, {gates} * P, P), got {tuple(weight.shape)}")
     heads, rows, size = weight.shape
-    sequences = check_scan({"x": x}, mask, cu_seqlens)
-    if x.shape[2] != heads * rows:
+    sequences = check_inputs({"x": x}, layout.mask, layout.offsets)
+    if input_weight is None and x.shape[2] != heads * rows:
         raise ValueError(f"x: expected {heads * rows} = H * {gates} * P channels for this weight, got {x.shape[2]}")
-    expected = {
+    shapes = {
         "weight": (weight, weight.shape),
         "bias": (bias, (heads * rows,)),
+        "input_weight": (input_weight, (heads * rows, x.shape[2])),
+        "input_bias": (input_bias, (heads * rows,)),
         **{name: (state, (sequences, heads * size)) for name, state in initial.items()},
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected on the device of x, {x.device}, got {tensor.device}")
-    weight, bias, perturbation = _perturbation(weight, bias)
+    check_tensors(shapes, x, "x")
     states: list[Tensor] = []
     if any(state is not None for state in initial.values()):
         zeros = x.new_zeros(sequences, heads * size, dtype=reference.state_dtype(x))
         states = [zeros if state is None else state for state in initial.values()]
-    refuse_forward_mode(x, weight, bias, *states)
-    mask = None if mask is None else mask.bool()
-    training = tracked(x, weight, bias, *states)
-    if x.shape[1] == 1 and cu_seqlens is None and not training and not torch.compiler.is_exporting():
-        h, _, last = reference.scan(
-            cell, x, weight, bias, states, mask, perturbation=perturbation
-        )  # one step of decoding: a few torch calls
-    else:
-        h, _, last = op.scan(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation)
-    return h, last
+    refuse_forward_mode(x, weight, bias, input_weight, input_bias, *states)
+    plain, plain_bias, perturbation = _perturbation(weight, bias)
+
+    def by_library(states):
+        if input_weight is None:
+            return None
+        return library.run(cell, x, library.Weights(input_weight, input_bias, weight, bias), states, layout)
+
+    def projected():
+        return x if input_weight is None else linear(x, input_weight, input_bias)
+
+    def step(states):
+        if (found := by_library(states)) is None:
+            return reference.step(cell, projected(), plain, plain_bias, states, layout.mask, perturbation)
+        for old, new in zip(states, found[1], strict=True):
+            old.copy_(new)
+        return found[0]
+
+    def scan(training):
+        if (found := by_library(states)) is not None:
+            return found
+        y = layout.flat(projected())
+        h, _, last = op.scan(
+            cell, y, plain, plain_bias, states, layout.flat_mask(), layout.offsets, training, perturbation
+        )
+        return h.view(*x.shape[:2], -1), last
+
+    inputs = x, plain, plain_bias, input_weight, input_bias
+    return advance(layout, x.shape[1], reference.state_dtype(x), inputs, states, step, scan)
 
 
 def _perturbation(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, list[Tensor]]:

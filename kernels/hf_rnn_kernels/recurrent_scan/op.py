@@ -1,32 +1,114 @@
-"""`hf_rnn::recurrent_scan`: one operator for torch.compile, torch.export and autograd, and the choice of backend."""
-
-import importlib
-import importlib.util
+"""`hf_rnn::recurrent_scan`."""
 
 import torch
 from torch import Tensor
 
-from hf_rnn_kernels import threads
-from hf_rnn_kernels.checks import check_scan
-from hf_rnn_kernels.recurrent_scan import reference
+from hf_rnn_kernels.checks import check_inputs
+from hf_rnn_kernels.layout import check_packing
+from hf_rnn_kernels.operators import backend, operator
 from hf_rnn_kernels.recurrent_scan.reference import CELLS, state_dtype
-from hf_rnn_kernels.transforms import transformable
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _backend(x: Tensor):
-    """The backend for this tensor's device and dtype, imported when first used."""
-    if x.dtype != torch.float64 and x.numel() > 0:
-        if x.device.type == "cpu" and threads.available():
-            return importlib.import_module("hf_rnn_kernels.recurrent_scan.cpu")
-        if x.device.type == "cuda" and _HAS_TRITON:  # "cuda" is also what PyTorch calls an AMD GPU
-            return importlib.import_module("hf_rnn_kernels.recurrent_scan.triton")
-    return reference
+def _backward_shapes(cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last):
+    grad_bias = grad_last.new_empty(weight.shape[0] * weight.shape[1])
+    return x.new_empty(x.shape), torch.empty_like(weight), grad_bias, grad_last.new_empty(grad_last.shape)
 
 
-@transformable
-@torch.library.custom_op("hf_rnn::recurrent_scan", mutates_args=())
+@operator("recurrent_scan_backward", fake=_backward_shapes)
+def scan_backward(
+    cell: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: list[Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    h: Tensor,
+    others: Tensor,
+    grad: Tensor,
+    grad_last: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the gradients of h (B, T, D) and of the last states (S, N, D) to those of x (B, T, H * G * P), of the weight
+    (H, G * P, P), of R h + b summed over tokens (H * G * P), and of the initial states (S, N, D), the last two in
+    float32 (float64 for float64 inputs). `h` and `others` are what `scan` returned; gates are computed again."""
+    chosen = backend(__package__, x)
+    return chosen.scan_backward(cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last)
+
+
+def _check(
+    cell: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: list[Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    perturbation: list[Tensor],
+) -> None:
+    """Shapes and offsets again, for callers that could not know them (torch.compile) or did not ask: the CPU's loops
+    write through raw indices."""
+    heads, rows, size = weight.shape
+    sequences = check_inputs({"x": x}, mask, cu_seqlens)
+    check_packing(cu_seqlens, x)
+    expected = {"x": (x, (*x.shape[:2], heads * rows)), "weight": (weight, (heads, CELLS[cell].gates * size, size))}
+    if bias is not None:
+        expected["bias"] = (bias, (heads * rows,))
+    for n, state in enumerate(states):
+        expected[f"states[{n}]"] = (state, (sequences, heads * size))
+    if perturbation:
+        left, right, biases = perturbation
+        members, rank = left.shape[0], left.shape[-1]
+        if sequences % members:
+            raise ValueError(f"x: expected a multiple of M = {members} sequences, got {sequences}")
+        expected["left"] = (left, (members, heads, rows, rank))
+        expected["right"] = (right, (members, heads, size, rank))
+        expected["biases"] = (biases, (members, heads * rows))
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if states and len(states) != CELLS[cell].states:
+        raise ValueError(f"states: expected {CELLS[cell].states} of a {cell}, or none, got {len(states)}")
+
+
+def _shapes(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation):
+    batch, time, _ = x.shape
+    units = weight.shape[0] * weight.shape[2]
+    count = CELLS[cell].states
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = state_dtype(x)
+    return (
+        x.new_empty(batch, time, units),
+        x.new_empty(batch, time, count - 1 if training else 0, units, dtype=dtype),
+        x.new_empty(count, sequences, units, dtype=dtype),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation = inputs
+    if perturbation:
+        raise RuntimeError("perturbed weights have no gradients: call this under torch.no_grad()")
+    if not training:
+        raise RuntimeError("hf_rnn::recurrent_scan: called with training=False on tensors that require gradients")
+    ctx.cell = cell
+    ctx.set_materialize_grads(False)  # that of the other states, which nobody differentiates, would be large
+    ctx.save_for_backward(x, weight, bias, mask, cu_seqlens, output[0], output[1], *states)
+
+
+def _backward(ctx, grad, grad_others, grad_last):
+    x, weight, bias, mask, cu_seqlens, h, others, *states = ctx.saved_tensors
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if grad is None:
+        grad = torch.zeros_like(h)
+    if grad_last is None:
+        grad_last = h.new_zeros(CELLS[ctx.cell].states, sequences, h.shape[2], dtype=state_dtype(x))
+    grad_x, grad_weight, grad_bias, grad_states = scan_backward(
+        ctx.cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last
+    )
+    grads = [g.to(s.dtype) for g, s in zip(grad_states, states, strict=False)]
+    return None, grad_x, grad_weight, None if bias is None else grad_bias.to(bias.dtype), grads, None, None, None, []
+
+
+@operator("recurrent_scan", fake=_shapes, backward=_backward, save=_save)
 def scan(
     cell: str,
     x: Tensor,
@@ -59,107 +141,5 @@ def scan(
     """
     if x.device.type == "cpu":  # the Triton kernels clamp offsets, whose values only the device knows
         _check(cell, x, weight, bias, states, mask, cu_seqlens, perturbation)
-    return _backend(x).scan(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation)
-
-
-def _check(
-    cell: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    states: list[Tensor],
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    perturbation: list[Tensor],
-) -> None:
-    """Shapes and offsets again, for callers that could not know them (torch.compile) or did not ask: the CPU's loops
-    write through raw indices."""
-    heads, rows, size = weight.shape
-    sequences = check_scan({"x": x}, mask, cu_seqlens)
-    expected = {"x": (x, (*x.shape[:2], heads * rows)), "weight": (weight, (heads, CELLS[cell].gates * size, size))}
-    if bias is not None:
-        expected["bias"] = (bias, (heads * rows,))
-    for n, state in enumerate(states):
-        expected[f"states[{n}]"] = (state, (sequences, heads * size))
-    if perturbation:
-        left, right, biases = perturbation
-        members, rank = left.shape[0], left.shape[-1]
-        if sequences % members:
-            raise ValueError(f"x: expected a multiple of M = {members} sequences, got {sequences}")
-        expected["left"] = (left, (members, heads, rows, rank))
-        expected["right"] = (right, (members, heads, size, rank))
-        expected["biases"] = (biases, (members, heads * rows))
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    if states and len(states) != CELLS[cell].states:
-        raise ValueError(f"states: expected {CELLS[cell].states} of a {cell}, or none, got {len(states)}")
-
-
-@scan.register_fake
-def _(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation):
-    batch, time, _ = x.shape
-    units = weight.shape[0] * weight.shape[2]
-    count = CELLS[cell].states
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = state_dtype(x)
-    return (
-        x.new_empty(batch, time, units),
-        x.new_empty(batch, time, count - 1 if training else 0, units, dtype=dtype),
-        x.new_empty(count, sequences, units, dtype=dtype),
-    )
-
-
-@transformable
-@torch.library.custom_op("hf_rnn::recurrent_scan_backward", mutates_args=())
-def scan_backward(
-    cell: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    states: list[Tensor],
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    h: Tensor,
-    others: Tensor,
-    grad: Tensor,
-    grad_last: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From the gradients of h (B, T, D) and of the last states (S, N, D) to those of x (B, T, H * G * P), of the weight
-    (H, G * P, P), of R h + b summed over tokens (H * G * P), and of the initial states (S, N, D), the last two in
-    float32 (float64 for float64 inputs). `h` and `others` are what `scan` returned; gates are computed again."""
-    return _backend(x).scan_backward(cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last)
-
-
-@scan_backward.register_fake
-def _(cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last):
-    grad_bias = grad_last.new_empty(weight.shape[0] * weight.shape[1])
-    return x.new_empty(x.shape), torch.empty_like(weight), grad_bias, grad_last.new_empty(grad_last.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation = inputs
-    if perturbation:
-        raise RuntimeError("perturbed weights have no gradients: call this under torch.no_grad()")
-    if not training:
-        raise RuntimeError("hf_rnn::recurrent_scan: called with training=False on tensors that require gradients")
-    ctx.cell = cell
-    ctx.set_materialize_grads(False)  # that of the other states, which nobody differentiates, would be large
-    ctx.save_for_backward(x, weight, bias, mask, cu_seqlens, output[0], output[1], *states)
-
-
-def _backward(ctx, grad, grad_others, grad_last):
-    x, weight, bias, mask, cu_seqlens, h, others, *states = ctx.saved_tensors
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if grad is None:
-        grad = torch.zeros_like(h)
-    if grad_last is None:
-        grad_last = h.new_zeros(CELLS[ctx.cell].states, sequences, h.shape[2], dtype=state_dtype(x))
-    grad_x, grad_weight, grad_bias, grad_states = scan_backward(
-        ctx.cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last
-    )
-    grads = [g.to(s.dtype) for g, s in zip(grad_states, states, strict=False)]
-    return None, grad_x, grad_weight, None if bias is None else grad_bias.to(bias.dtype), grads, None, None, None, []
-
-
-scan.register_autograd(_backward, setup_context=_setup_context)
+    chosen = backend(__package__, x)
+    return chosen.scan(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation)

@@ -126,7 +126,7 @@ def _prepare(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    states: list[Tensor],
+    states: Sequence[Tensor],
     mask: Tensor | None,
 ):
     """Everything in the dtype of the state and split into heads."""
@@ -176,6 +176,26 @@ def scan(
     h = all_states[0].to(dtype) if every else x.new_empty(batch, 0, size, dtype=dtype)
     others = torch.stack(all_states[1:], 2) if all_states[1:] else x.new_empty(batch, time, kept - 1, size)
     return h, others, torch.stack([s.flatten(1) for s in state])
+
+
+def step(
+    cell: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: Sequence[Tensor],
+    mask: Tensor | None,
+    perturbation: Sequence[Tensor] = (),
+) -> Tensor:
+    """One token of every row, (B, 1, H * G * P), to h (B, 1, D); the states (B, D) become those after it."""
+    dtype = x.dtype
+    x, weight, bias, before, real = _prepare(cell, x, weight, bias, states, mask)
+    new = CELLS[cell].step(x[:, 0], _recurrent(before[0], weight, bias, CELLS[cell].gates, perturbation), before)
+    if real is not None:
+        new = tuple(a.where(real[:, 0], b) for a, b in zip(new, before, strict=True))
+    for old, state in zip(states, new, strict=True):
+        old.copy_(state.flatten(1))
+    return new[0].flatten(1)[:, None].to(dtype)
 
 
 def scan_backward(

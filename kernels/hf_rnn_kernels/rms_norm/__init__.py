@@ -1,13 +1,12 @@
 """RMS normalisation: torch's own, and for large inputs on a CPU one pass in each direction."""
 
-import importlib
-
 import torch
 from torch import Tensor
 
 from hf_rnn_kernels import threads
 from hf_rnn_kernels.checks import refuse_forward_mode
 from hf_rnn_kernels.perturbed import Perturbed
+from hf_rnn_kernels.rms_norm import op, reference
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,41 +32,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, torch.ones_like(weight.base()), eps) * weight.over(x)
     if threads.worthwhile(x) and weight.dtype == torch.float32:
         refuse_forward_mode(x, weight)
-        return _forward(x, weight, eps)[0]
-    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-
-
-def _cpu():
-    return importlib.import_module("hf_rnn_kernels.rms_norm.cpu")
-
-
-@torch.library.custom_op("hf_rnn::rms_norm", mutates_args=(), device_types="cpu")
-def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y, and 1 / sqrt(mean(x^2) + eps) of every row."""
-    return _cpu().forward(x, weight, eps)
-
-
-@_forward.register_fake
-def _(x, weight, eps):
-    return torch.empty(x.shape), torch.empty(x.shape[:-1])
-
-
-@torch.library.custom_op("hf_rnn::rms_norm_backward", mutates_args=(), device_types="cpu")
-def _backward(x: Tensor, weight: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight."""
-    return _cpu().backward(x, weight, scale, grad)
-
-
-@_backward.register_fake
-def _(x, weight, scale, grad):
-    return torch.empty(x.shape), torch.empty(weight.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _ = inputs
-    ctx.save_for_backward(x, weight, output[1])
-
-
-_forward.register_autograd(
-    lambda ctx, grad, _: (*_backward(*ctx.saved_tensors, grad), None), setup_context=_setup_context
-)
+        return op.forward(x, weight, eps)[0]
+    return reference.rms_norm(x, weight, eps)

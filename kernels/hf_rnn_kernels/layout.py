@@ -1,0 +1,89 @@
+"""How the tokens of a batch make sequences."""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_rnn_kernels.checks import values_known
+
+
+class SequenceLayout(NamedTuple):
+    """Which of the (B, T) tokens of a batch are real, and which sequences they make.
+
+    Checked once, by `of`, and handed through a model to every op. A named tuple, since what moves a module's arguments
+    to its device (accelerate, FSDP) moves the tensors in one.
+
+    Attributes:
+        mask: (B, T) bool, False at padding; None where all tokens are real.
+        offsets: (N + 1) integers, 0 = c_0 <= ... <= c_N = B * T: sequence n is tokens c_n to c_{n+1} - 1 of the B * T in
+            a row. None where each row is one sequence, N = B.
+        in_place: the initial states that an op is given are buffers of one that decodes: where no gradient flows, it
+            writes the last states to them and returns them.
+    """
+
+    mask: Tensor | None = None
+    offsets: Tensor | None = None
+    in_place: bool = False
+
+    @classmethod
+    def of(
+        cls, batch: int, time: int, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> "SequenceLayout":
+        """The layout of B = `batch` rows of T = `time` tokens.
+
+        Args:
+            mask: (B, T), zero or False at padding.
+            cu_seqlens: (N + 1) int32 or int64 offsets of packed sequences in the B * T tokens. Where their values are
+                known they are read here (on a GPU that waits for the device), and nowhere else.
+
+        Raises:
+            TypeError, ValueError: another dtype, shape or value than above, with the argument's name.
+        """
+        if mask is not None and mask.shape != (batch, time):
+            raise ValueError(f"mask: expected shape (B, T) = {(batch, time)}, got {tuple(mask.shape)}")
+        if cu_seqlens is not None:
+            check_offsets("cu_seqlens", cu_seqlens, batch * time)
+        return cls(None if mask is None else mask.bool(), cu_seqlens)
+
+    def sequences(self, batch: int) -> int:
+        """N, of `batch` rows."""
+        return batch if self.offsets is None else self.offsets.shape[0] - 1
+
+    def flat(self, x: Tensor) -> Tensor:
+        """(B, T, ...) as the operators take it: rows that sequences run across as one, (1, B * T, ...)."""
+        return x if self.offsets is None or x.shape[0] == 1 else x.flatten(0, 1)[None]
+
+    def flat_mask(self) -> Tensor | None:
+        """The mask in the same way."""
+        return None if self.mask is None else self.flat(self.mask)
+
+
+ROWS = SequenceLayout()  # each row one sequence, every token real
+
+
+def check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
+    """Raise ValueError or TypeError unless the offsets cut so many `tokens` into sequences.
+
+    Values are looked at where they are known: under torch.compile the operators do so when they run on a CPU, and the
+    Triton kernels clamp them.
+    """
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int32 or int64, got {offsets.dtype}")
+    if offsets.dim() != 1 or offsets.shape[0] < 2:
+        raise ValueError(f"{name}: expected shape (N + 1,) with N >= 1, got {tuple(offsets.shape)}")
+    if not values_known(offsets):
+        return
+    bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in itertools.pairwise(bounds)):
+        raise ValueError(f"{name}: expected offsets that rise from 0 to the number of tokens, {tokens}, got {bounds}")
+
+
+def check_packing(offsets: Tensor | None, x: Tensor) -> None:
+    """Raise unless an operator's offsets, where it has any, cut the T tokens of a batch of one, x (1, T, ...)."""
+    if offsets is None:
+        return
+    if x.shape[0] != 1:
+        raise ValueError(f"cu_seqlens: packed sequences lie in a batch of one, got a batch of {x.shape[0]}")
+    check_offsets("cu_seqlens", offsets, x.shape[1])

@@ -1,0 +1,85 @@
+"""torch's own LSTM and GRU, of oneDNN and cuDNN, and its cells for single tokens: where they are the fastest backend."""
+
+from types import NoneType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_rnn_kernels import threads
+from hf_rnn_kernels.layout import SequenceLayout
+from hf_rnn_kernels.recurrent_scan.reference import state_dtype
+from hf_rnn_kernels.transforms import transforming
+
+_CELLS = {"lstm": torch.lstm_cell, "gru": torch.gru_cell}
+
+
+class Weights(NamedTuple):
+    """As torch.nn has them: (gates * D, I), (H, gates * P, P), and biases or None."""
+
+    input_weight: Tensor
+    input_bias: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+
+
+def run(
+    cell: str, x: Tensor, weights: Weights, states: list[Tensor], layout: SequenceLayout
+) -> tuple[Tensor, list[Tensor]] | None:
+    """h (B, T, D) and the last states (B, D) of an LSTM or GRU, by autograd's own formulas; None where another backend
+    is better, or where torch's cannot: with heads, padding or packing, with weights that are perturbed, quantized or
+    sharded, under torch.compile and torch.export, which would unroll it, and under torch.func's transforms, for which it
+    has no batching rule.
+    """
+    if cell not in _CELLS or not _plain(weights, layout):
+        return None
+    if x.shape[1] == 1:
+        return _step(cell, x, weights, states)
+    if x.shape[0] == 0 or x.shape[1] == 0 or not (x.is_cuda or (cell == "lstm" and _one_dnn(x, weights))):
+        return None  # on a CPU torch's GRU is a loop over time
+    dtype = torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
+    if any(s.dtype != dtype for s in states):
+        return None  # it takes states in its own dtype alone: a float32 state in front of bfloat16 would be rounded
+    zeros = x.new_zeros(x.shape[0], weights.weight.shape[2])
+    given = [s.to(x.dtype)[None].contiguous() for s in states] or [zeros[None]] * (2 if cell == "lstm" else 1)
+    biased = weights.bias is not None
+    flat = [weights.input_weight, weights.weight[0], *((weights.input_bias, weights.bias) if biased else ())]
+    # has_biases, num_layers, dropout, train, bidirectional, batch_first. cuDNN keeps what its backward needs only if
+    # `train`; there is no dropout.
+    options = biased, 1, 0.0, torch.is_grad_enabled(), False, True
+    if cell == "lstm":
+        h, *last = torch.lstm(x, given, flat, *options)
+    else:
+        h, *last = torch.gru(x, given[0], flat, *options)
+    return h, [s[0].to(state_dtype(s)) for s in last]
+
+
+def _step(cell: str, x: Tensor, weights: Weights, states: list[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
+    """One token, for which torch's sequence functions would pack their weights anew."""
+    if not states or _autocasts(x) or not x.dtype == states[0].dtype == weights.weight.dtype:
+        return None
+    arguments = weights.input_weight, weights.weight[0], weights.input_bias, weights.bias
+    new = _CELLS[cell](x[:, 0], states if cell == "lstm" else states[0], *arguments)
+    new = list(new) if cell == "lstm" else [new]
+    return new[0][:, None], new
+
+
+def _plain(weights: Weights, layout: SequenceLayout) -> bool:
+    simple = layout.mask is None and layout.offsets is None and weights.weight.shape[0] == 1
+    dense = all(type(w) in (nn.Parameter, Tensor, NoneType) for w in weights)
+    both = (weights.input_bias is None) == (weights.bias is None)
+    return simple and dense and both and not torch.compiler.is_compiling() and not transforming()
+
+
+def _one_dnn(x: Tensor, weights: Weights) -> bool:
+    """On a CPU torch's LSTM is oneDNN's in float32, and a loop over time otherwise. Ours is faster where several long
+    sequences of moderate width go through it (docs/log.md, 2026-11-26)."""
+    in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    long = x.shape[0] >= 8 and x.shape[1] >= 256 and weights.weight.shape[2] <= 384
+    ours = long and (torch.is_grad_enabled() or x.shape[0] < 64) and threads.available()
+    return x.device.type == "cpu" and in_float32 and torch.backends.mkldnn.is_available() and not ours
+
+
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none

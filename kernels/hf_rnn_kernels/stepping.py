@@ -1,0 +1,47 @@
+"""One token or many: the way from an op's public function to its operators."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hf_rnn_kernels.layout import SequenceLayout
+from hf_rnn_kernels.transforms import tracked
+
+States = Sequence[Tensor]
+
+
+def advance(
+    layout: SequenceLayout,
+    time: int,
+    dtype: torch.dtype,
+    inputs: Sequence[Tensor | None],
+    states: States,
+    step: Callable[[States], Tensor],
+    scan: Callable[[bool], tuple[Tensor, States]],
+) -> tuple[Tensor, States]:
+    """Run a recurrence over `time` tokens a row.
+
+    Args:
+        dtype: of the last states.
+        inputs: what gradients may flow to, beside the states.
+        states: before the first token; none for zeros.
+        step: one token a row, by the decoding operator: writes the states after it over those it is given.
+        scan: any number of tokens: whether a backward pass follows to h and the last states, which are new tensors.
+
+    Returns:
+        h, and the last states: those given where the layout says that they are written `in_place` and no gradient
+        flows, else new ones.
+    """
+    training = tracked(*inputs, *states)
+    in_place = layout.in_place and not training
+    single = time == 1 and layout.offsets is None and not training
+    if single and states and not torch.compiler.is_exporting():
+        buffers = states if in_place else [s.to(dtype, copy=True) for s in states]
+        return step(buffers), buffers
+    h, last = scan(training)
+    if not in_place or not states:
+        return h, last
+    for old, new in zip(states, last, strict=True):
+        old.copy_(new)
+    return h, states
