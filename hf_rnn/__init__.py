@@ -29,6 +29,7 @@ _MODULES = {
     "CorruptPayloadError": "hf_rnn_kernels.coding",
     "byte_tokenizer": "hf_rnn.tokenization.byte_tokenizer",
     "compress": "hf_rnn.compression.checkpoint",
+    "SequenceLayout": "hf_rnn_kernels",
     "gru_scan": "hf_rnn_kernels",
     "linear_scan": "hf_rnn_kernels",
     "lstm_scan": "hf_rnn_kernels",
@@ -125,6 +126,7 @@ if TYPE_CHECKING:
     from hf_rnn.tasks.evaluation import bits_per_byte
     from hf_rnn.tokenization.byte_tokenizer import byte_tokenizer
     from hf_rnn_kernels import (
+        SequenceLayout,
         gru_scan,
         linear_scan,
         lstm_scan,

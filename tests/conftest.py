@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hf_rnn
+from hf_rnn_kernels import SequenceLayout
 
 ARCHITECTURES = {
     stem.lower(): [getattr(hf_rnn, stem + suffix) for suffix in ("Config", "ForCausalLM", "ForSequenceClassification")]
@@ -25,6 +26,11 @@ def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
     """RMS(x - reference) / RMS(reference)."""
     x, reference = x.detach().double(), reference.detach().double()
     return float((x - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt().clamp_min(1e-300))
+
+
+def layout_of(x: torch.Tensor, mask=None, cu_seqlens=None) -> SequenceLayout:
+    """Of the tokens x (B, T, ...)."""
+    return SequenceLayout.of(*x.shape[:2], mask, cu_seqlens)
 
 
 def skip_if_not_its_settings(architecture: str, settings: dict, allowed: frozenset | set = frozenset()) -> None:

@@ -4,15 +4,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from hf_rnn_kernels.transforms import transforming
+
 
 class RecurrentCache(Cache):
     """The whole state of a recurrent model: a tuple of float32 tensors per layer, whatever the length of the past.
 
-    Passed and returned as `cache`, or `past_key_values`. A forward pass takes the state over: under `torch.no_grad()` it
-    writes to the tensors, which keep their shape and address, so that a compiled decoding step can be captured; with
+    Passed and returned as `cache`, or `past_key_values`. A forward pass takes the state over: under `torch.no_grad()`
+    it writes to the tensors, which keep their shape and address, so that a compiled decoding step can be captured; with
     gradients enabled it puts new ones in their place. To go on from one state in several ways, copy it
-    (`copy.deepcopy`). A state belongs to one thread at a time; several threads may use one model. A subclass of transformers' `Cache` in name
-    and interface only: its layers hold keys and values.
+    (`copy.deepcopy`). A state belongs to one thread at a time; several threads may use one model. A subclass of
+    transformers' `Cache` in name and interface only: its layers hold keys and values.
 
     Attributes:
         states: per layer, the tuple of (B, ...) tensors, or None before the first token.
@@ -58,10 +60,14 @@ class RecurrentCache(Cache):
     def is_writable(self) -> bool:
         """Whether the state may be written over: there is one, autograd needs neither it nor what comes after it, and
         tensors of inference mode are met in inference mode. torch.export wants results, not writes."""
-        first = self.states[0]
-        if first is None or torch.is_grad_enabled() or torch.compiler.is_exporting():
+        if None in self.states or torch.is_grad_enabled() or torch.compiler.is_exporting() or transforming():
             return False
-        return torch.compiler.is_compiling() or not first[0].is_inference() or torch.is_inference_mode_enabled()
+        tensors = [x for state in self.states for x in state]  # type: ignore[union-attr]
+        if any(x.requires_grad for x in tensors):  # of a graph that may yet be walked back
+            return False
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return True
+        return not any(x.is_inference() for x in tensors)
 
     def update(self, state: tuple[Tensor, ...], layer_idx: int) -> None:
         """Keep a layer's state after a forward pass. Where `is_writable`, it is the old one, which the ops have written

@@ -17,8 +17,8 @@ class SequenceLayout(NamedTuple):
 
     Attributes:
         mask: (B, T) bool, False at padding; None where all tokens are real.
-        offsets: (N + 1) integers, 0 = c_0 <= ... <= c_N = B * T: sequence n is tokens c_n to c_{n+1} - 1 of the B * T in
-            a row. None where each row is one sequence, N = B.
+        offsets: (N + 1) integers, 0 = c_0 <= ... <= c_N = B * T: sequence n is tokens c_n to c_{n+1} - 1 of all B * T,
+            row after row. None where each row is one sequence, N = B.
         in_place: the initial states that an op is given are buffers of one that decodes: where no gradient flows, it
             writes the last states to them and returns them.
     """
@@ -77,7 +77,7 @@ def check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
         return
     bounds = offsets.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"{name}: expected offsets that rise from 0 to the number of tokens, {tokens}, got {bounds}")
+        raise ValueError(f"{name}: expected offsets that rise from 0 to {tokens}, the number of tokens, got {bounds}")
 
 
 def check_packing(offsets: Tensor | None, x: Tensor) -> None:

@@ -36,8 +36,8 @@ def backend(package: str, x: Tensor) -> ModuleType:
 @functools.cache  # once a process
 def _slow(library: str, extra: str) -> str:
     warnings.warn(
-        f"{library} is missing or unusable: recurrences run as loops over time in plain torch, hundreds of times slower "
-        f"than compiled; install it: pip install 'hf-rnn[{extra}]'",
+        f"{library} is missing or unusable: recurrences run as loops over time in plain torch, hundreds of times "
+        f"slower than compiled ones; install it: pip install 'hf-rnn[{extra}]'",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -39,12 +39,12 @@ def compute(k):
     mask = torch.ones(B, T).bool()
     mask[1, :4] = False
     results = {
-        "min_gru": k.min_gru_scan(*x[:2], mask=mask)[0],
+        "min_gru": k.min_gru_scan(*x[:2], layout=k.SequenceLayout(mask))[0],
         "min_lstm": k.min_lstm_scan(*x)[0],
         "linear": k.linear_scan(x[0].sigmoid(), x[1])[0],
         "lstm": k.lstm_scan(x[0], weight)[0],
         "gru": k.gru_scan(x[1][..., : 3 * D], weight[:, : 3 * D // H])[0],
-        "slstm": k.slstm_scan(x[2], weight, mask=mask)[0],
+        "slstm": k.slstm_scan(x[2], weight, layout=k.SequenceLayout(mask))[0],
         "mlstm": k.mlstm_scan(q, key, v, i, f)[0],
         "rms_norm": k.rms_norm(x[0], torch.linspace(1, 2, 4 * D), 1e-6),
         "gated_norm": k.gated_norm(q, x[1][..., :D], torch.ones(D), 1e-6),

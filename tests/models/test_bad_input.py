@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from hf_rnn import MinGRUConfig, RecurrentCache
 from hf_rnn.skeleton.inputs import padding_mask
-from hf_rnn_kernels import gru_scan, lstm_scan, min_gru_scan
+from hf_rnn_kernels import SequenceLayout, gru_scan, lstm_scan, min_gru_scan
 
 
 @pytest.mark.parametrize(
@@ -234,9 +234,9 @@ def test_any_offsets(offsets, wide):
     right = offsets.tolist()
     right = len(right) > 1 and right[0] == 0 and right[-1] == 11 and right == sorted(right)
     for scan in (
-        lambda: min_gru_scan(x, x, cu_seqlens=offsets),
-        lambda: lstm_scan(torch.randn(1, 11, 16), torch.randn(1, 16, 4), cu_seqlens=offsets),
-        lambda: gru_scan(x, weight, cu_seqlens=offsets),
+        lambda: min_gru_scan(x, x, None, SequenceLayout(None, offsets)),
+        lambda: lstm_scan(torch.randn(1, 11, 16), torch.randn(1, 16, 4), layout=SequenceLayout(None, offsets)),
+        lambda: gru_scan(x, weight, layout=SequenceLayout(None, offsets)),
     ):
         if right:
             assert scan()[0].isfinite().all()

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
+from conftest import layout_of, relative_error
 from hypothesis import given, settings
 
 from hf_rnn_kernels import linear_scan, min_gru_scan, min_lstm_scan
@@ -280,12 +280,18 @@ BAD_CALLS = [
     (lambda: linear_scan(X, X.to("meta")), ValueError, "b: expected on the device of a"),
     (lambda: linear_scan(X, X, X[0]), ValueError, "h0: expected shape"),
     (lambda: linear_scan(X, X, torch.zeros(2, 3, dtype=torch.long)), TypeError, "h0: expected a floating dtype"),
-    (lambda: min_gru_scan(X, X, mask=torch.ones(2, 4)), ValueError, "mask: expected shape"),
-    (lambda: min_gru_scan(X, X, cu_seqlens=torch.tensor([0, 5])), ValueError, "cu_seqlens: packed sequences lie"),
-    (lambda: min_gru_scan(X[:1], X[:1], cu_seqlens=torch.tensor([0, 6])), ValueError, "rise from 0 to T = 5"),
-    (lambda: min_gru_scan(X[:1], X[:1], cu_seqlens=torch.tensor([1, 5])), ValueError, "rise from 0 to T = 5"),
-    (lambda: min_gru_scan(X[:1], X[:1], cu_seqlens=torch.tensor([0, 4, 2, 5])), ValueError, "rise from 0 to T = 5"),
-    (lambda: min_gru_scan(X[:1], X[:1], cu_seqlens=torch.tensor([0.0, 5.0])), TypeError, "cu_seqlens: expected int32"),
+    (lambda: layout_of(X, torch.ones(2, 4)), ValueError, "mask: expected shape"),
+    (
+        lambda: op.scan("min_gru", [X, X], None, None, torch.tensor([0, 5])),
+        ValueError,
+        "cu_seqlens: packed sequences lie",
+    ),
+    (lambda: min_gru_scan(X, X, None, layout_of(X[:1], torch.ones(1, 5))), ValueError, "layout.mask: expected shape"),
+    (lambda: layout_of(X, None, torch.tensor([0, 5])), ValueError, "rise from 0 to 10"),
+    (lambda: layout_of(X[:1], None, torch.tensor([0, 6])), ValueError, "rise from 0 to 5"),
+    (lambda: layout_of(X[:1], None, torch.tensor([1, 5])), ValueError, "rise from 0 to 5"),
+    (lambda: layout_of(X[:1], None, torch.tensor([0, 4, 2, 5])), ValueError, "rise from 0 to 5"),
+    (lambda: layout_of(X[:1], None, torch.tensor([0.0, 5.0])), TypeError, "cu_seqlens: expected int32"),
     (lambda: min_lstm_scan(X, X, X[..., :2]), ValueError, "candidate: expected the shape of forget"),
 ]
 

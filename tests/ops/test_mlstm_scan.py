@@ -5,10 +5,10 @@ from itertools import pairwise
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import relative_error
+from conftest import layout_of, relative_error
 from hypothesis import given, settings
 
-from hf_rnn_kernels import mlstm_scan, mlstm_step
+from hf_rnn_kernels import SequenceLayout, mlstm_scan, mlstm_step
 
 NAMES = ["h", "C", "n", "m", "dq", "dk", "dv", "di", "df", "dC0", "dn0", "dm0"]
 
@@ -43,6 +43,8 @@ def make(batch, time, heads, keys, values, sequences=None, input_bias=0.0, forge
 def run(function, leaves, grads, dtype=torch.float32, **options):
     """h, the last states, and the gradients of everything."""
     leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in leaves]
+    if options and function is mlstm_scan:
+        options = dict(layout=layout_of(leaves[0], **options))
     h, last = function(*leaves, **options)
     outputs = [h, *last]
     return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in grads])]
@@ -180,12 +182,13 @@ def test_splitting(time, cut, steps):
 
 def test_step():
     leaves = make(2, 1, 3, 6, 10)
-    h, last = mlstm_step(*(x[:, 0] for x in leaves[:5]), *leaves[5:])
     expected_h, expected = recurrence(*(x.double() for x in leaves))
-    for a, b in ((h, expected_h[:, 0]), *zip(last, expected, strict=True)):
+    states = [s.clone() for s in leaves[5:]]
+    h = mlstm_step(*(x[:, 0] for x in leaves[:5]), *states)
+    for a, b in ((h, expected_h[:, 0]), *zip(states, expected, strict=True)):
         assert relative_error(a, b) <= 1e-6
-    h, last = mlstm_step(*(x[:, 0].bfloat16() for x in leaves[:5]), *leaves[5:])
-    assert h.dtype == torch.bfloat16 and all(s.dtype == torch.float32 for s in last)
+    h = mlstm_step(*(x[:, 0].bfloat16() for x in leaves[:5]), *states)
+    assert h.dtype == torch.bfloat16 and all(s.dtype == torch.float32 for s in states)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
@@ -246,8 +249,7 @@ def test_registration():
         (dict(C0=lambda x: x[:1]), ValueError, "C0: expected shape"),
         (dict(m0=lambda x: x.long()), TypeError, "m0: expected a floating dtype"),
         (dict(v=lambda x: x.half()), TypeError, "v: expected the dtype of q"),
-        (dict(mask=lambda _: torch.ones(2, 3)), ValueError, "mask: expected shape"),
-        (dict(cu_seqlens=lambda _: torch.tensor([0, 9])), ValueError, "cu_seqlens: packed sequences lie in a batch"),
+        (dict(layout=lambda _: SequenceLayout(torch.ones(2, 3).bool())), ValueError, "layout.mask: expected shape"),
     ],
 )
 def test_bad_input(change, error, message):

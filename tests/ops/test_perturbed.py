@@ -5,7 +5,15 @@ import torch
 from conftest import ARCHITECTURES, relative_error
 
 from hf_rnn.layers import CausalConv
-from hf_rnn_kernels import Perturbed, gru_scan, lstm_scan, perturbed_embedding, perturbed_linear, slstm_scan
+from hf_rnn_kernels import (
+    Perturbed,
+    SequenceLayout,
+    gru_scan,
+    lstm_scan,
+    perturbed_embedding,
+    perturbed_linear,
+    slstm_scan,
+)
 from hf_rnn_kernels.perturbed.op import _linear
 
 SCANS = {"lstm": (lstm_scan, 4, 2), "gru": (gru_scan, 3, 1), "slstm": (slstm_scan, 4, 4)}
@@ -71,13 +79,17 @@ def test_scans(cell, members, rows, time, heads, size, rank, dtype, tolerance):
         Perturbed.of_low_rank(weight, left, right, rows),
         Perturbed.of_offset(bias, lambda: offset, members, rows),
         *initial,
-        mask=mask,
+        layout=SequenceLayout(mask),
     )
     for m in range(members):
         part = slice(m * rows, (m + 1) * rows)
         copy = weight.double() + left[m] @ right[m].transpose(1, 2)
         exact, exact_last = scan(
-            x[part].double(), copy, (bias + offset[m]).double(), *(s[part].double() for s in initial), mask=mask[part]
+            x[part].double(),
+            copy,
+            (bias + offset[m]).double(),
+            *(s[part].double() for s in initial),
+            layout=SequenceLayout(mask[part]),
         )
         assert relative_error(h[part], exact) < tolerance
         for a, b in zip(*((s if isinstance(s, tuple) else (s,)) for s in (last, exact_last)), strict=True):

@@ -7,13 +7,13 @@ import itertools
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import relative_error
+from conftest import layout_of, relative_error
 from flashrnn import flashrnn
 from hypothesis import given, settings
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from hf_rnn.exchange.gate_order import from_flashrnn, to_gate_major, to_head_major
-from hf_rnn_kernels import gru_scan, lstm_scan, min_gru_scan, slstm_scan
+from hf_rnn_kernels import SequenceLayout, gru_scan, lstm_scan, min_gru_scan, slstm_scan
 from hf_rnn_kernels.recurrent_scan import cpu, op, reference
 from hf_rnn_kernels.recurrent_scan.weight_gradients import weight_gradients
 
@@ -232,10 +232,11 @@ def test_padding_and_packing_change_no_bit(cell):
     x, weight, bias, *initial = make(cell, 2, 9, 2, 16)
     scan = SCANS[cell]
     mask = torch.tensor([[0, 0, 1, 1, 1, 0, 1, 0, 0], [1] * 9]).bool()
-    h, _ = scan(x, weight, bias, *initial, mask)
+    h, _ = scan(x, weight, bias, *initial, layout_of(x, mask))
     alone, _ = scan(x[:1, mask[0]], weight, bias, *(s[:1] for s in initial))
     assert torch.equal(h[:1, mask[0]], alone)
-    packed, _ = scan(x.reshape(1, 18, -1), weight, bias, *initial, cu_seqlens=torch.tensor([0, 9, 18]))
+    flat = x.reshape(1, 18, -1)
+    packed, _ = scan(flat, weight, bias, *initial, layout_of(flat, None, torch.tensor([0, 9, 18])))
     assert torch.equal(packed[0, 9:], h[1])
 
 
@@ -399,9 +400,13 @@ BAD_CALLS = [
     (lambda: lstm_scan(X, W, torch.zeros(12)), ValueError, r"bias: expected shape \(24,\)"),
     (lambda: lstm_scan(X, W, None, torch.zeros(2, 5)), ValueError, r"h0: expected shape \(2, 6\)"),
     (lambda: lstm_scan(X, W, None, None, torch.zeros(1, 6)), ValueError, r"c0: expected shape \(2, 6\)"),
-    (lambda: lstm_scan(X, W, mask=torch.ones(2, 4)), ValueError, "mask: expected shape"),
-    (lambda: lstm_scan(X, W, cu_seqlens=torch.tensor([0, 5])), ValueError, "cu_seqlens: packed sequences lie"),
-    (lambda: lstm_scan(X[:1], W, cu_seqlens=torch.tensor([0, 6])), ValueError, "rise from 0 to T = 5"),
+    (
+        lambda: lstm_scan(X, W, layout=SequenceLayout(torch.ones(2, 4).bool())),
+        ValueError,
+        "layout.mask: expected shape",
+    ),
+    (lambda: lstm_scan(X[:1], W, layout=SequenceLayout(None, torch.tensor([0, 6]))), ValueError, "rise from 0 to 5"),
+    (lambda: lstm_scan(X[..., :7], W, input_weight=torch.zeros(24, 6)), ValueError, "input_weight: expected shape"),
 ]
 
 
@@ -422,8 +427,10 @@ def test_the_operator_refuses_to_lose_a_gradient():
 def test_wrong_offsets_under_compile(dtype, offsets):
     """Their values are not known when the call is traced; the loops would write through them."""
     x, weight, *_ = make("lstm", 1, 8, 1, 3, dtype=dtype)
-    run = torch.compile(lambda x, w, c: lstm_scan(x, w, cu_seqlens=c)[0], backend="aot_eager", fullgraph=True)
-    with pytest.raises(ValueError, match="rise from 0 to T = 8"):
+    run = torch.compile(
+        lambda x, w, c: lstm_scan(x, w, layout=layout_of(x, None, c))[0], backend="aot_eager", fullgraph=True
+    )
+    with pytest.raises(ValueError, match="rise from 0 to 8"):
         run(x, weight, torch.tensor(offsets))
 
 

@@ -24,10 +24,9 @@ class MinLSTM(RecurrentMixer):
     def recurrence(
         self, x: Tensor, state: tuple[Tensor | None, ...], layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        projections, options = self.in_proj(x).chunk(3, -1), self.config
-        h, last = min_lstm_scan(
-            *projections, *state, layout, use_g=options.use_g, normalize=options.normalize_gates
-        )
+        forget, input_, candidate = self.in_proj(x).chunk(3, -1)
+        options = dict(use_g=self.config.use_g, normalize=self.config.normalize_gates)
+        h, last = min_lstm_scan(forget, input_, candidate, state[0], layout, **options)
         return h, (last,)
 
 

@@ -13,9 +13,7 @@ from hf_rnn_kernels.layout import ROWS, SequenceLayout
 from hf_rnn_kernels.stepping import advance
 
 
-def linear_scan(
-    a: Tensor, b: Tensor, h0: Tensor | None = None, layout: SequenceLayout = ROWS
-) -> tuple[Tensor, Tensor]:
+def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None, layout: SequenceLayout = ROWS) -> tuple[Tensor, Tensor]:
     """h_t = a_t * h_{t-1} + b_t, elementwise over channels.
 
     Args:
@@ -84,9 +82,7 @@ def min_lstm_scan(
     return _scan(gates, {"forget": forget, "input": input, "candidate": candidate}, h0, layout)
 
 
-def _scan(
-    gates: str, inputs: dict[str, Tensor], h0: Tensor | None, layout: SequenceLayout
-) -> tuple[Tensor, Tensor]:
+def _scan(gates: str, inputs: dict[str, Tensor], h0: Tensor | None, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
     sequences = check_inputs(inputs, layout.mask, layout.offsets)
     first_name, first = next(iter(inputs.items()))
     check_tensors({"h0": (h0, (sequences, first.shape[2]))}, first, first_name)

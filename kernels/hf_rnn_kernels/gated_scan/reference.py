@@ -73,7 +73,7 @@ def scan(
 def step(gates: str, inputs: list[Tensor], h0: Tensor, mask: Tensor | None) -> Tensor:
     """One token of every row, (B, 1, D), from the state h0 (B, D) before it, which becomes the one after it.
 
-    As `scan` in fewer calls: what decoding costs on a CPU is calls. Where keep and drop are one gate and its complement,
+    As `scan` in fewer calls: what decoding costs on a CPU is calls. Where keep and drop are a gate and its complement,
     h + share * (goal - h), which `lerp` turns round for shares over a half, so that fast and slow gates lose nothing.
     """
     dtype = state_dtype(inputs[0])

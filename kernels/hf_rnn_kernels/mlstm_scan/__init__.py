@@ -61,8 +61,8 @@ def mlstm_scan(
         states = [zero if s is None else s for zero, s in zip(zeros, (C0, n0, m0), strict=True)]
 
     def step(states):
-        token = (x[:, 0] for x in (q, k, v, i, f))
-        return mlstm_step(*token, *states, None if layout.mask is None else layout.mask[:, 0], eps)[:, None]
+        real = None if layout.mask is None else layout.mask[:, 0]
+        return mlstm_step(q[:, 0], k[:, 0], v[:, 0], i[:, 0], f[:, 0], *states, real=real, eps=eps)[:, None]
 
     def scan(training):
         inputs = (layout.flat(x) for x in (q, k, v, i, f))

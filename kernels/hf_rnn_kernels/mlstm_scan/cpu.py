@@ -24,9 +24,9 @@ from torch import Tensor
 
 from hf_rnn_kernels.arrays import empty, flat, rows_apart
 from hf_rnn_kernels.matrix_product import LANES, product
+from hf_rnn_kernels.mlstm_scan import reference
 from hf_rnn_kernels.mlstm_scan.cpu_backward import adjoints, gradients
 from hf_rnn_kernels.mlstm_scan.cpu_chunks import ROWS, dot, gates, load, scale_rows, sum_of, transpose, triangle, weight
-from hf_rnn_kernels.mlstm_scan import reference
 from hf_rnn_kernels.mlstm_scan.reference import initial_states
 from hf_rnn_kernels.threads import run, worthwhile
 from hf_rnn_kernels.vector_math import F32, ONE, U, exp, parallel, row

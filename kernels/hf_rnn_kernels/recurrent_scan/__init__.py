@@ -3,8 +3,8 @@
 Shapes: B batch, T time, H heads of P units, D = H * P, N sequences (B, or what `layout.offsets` counts). All take
 float32, bfloat16 or float16 (state and gates in float32) or float64, give gradients for every floating argument, and
 run as numba code on a CPU, as Triton kernels on a GPU, and as plain torch anywhere else; an LSTM and a GRU of one head
-also as torch's own, where these are faster. Pre-activations lie head by head, within a head gate by gate: with one head,
-in torch's order. Weights and biases may be `Perturbed`; then there are no gradients.
+also as torch's own, where these are faster. Pre-activations lie head by head, within a head gate by gate: with one
+head, in torch's order. Weights and biases may be `Perturbed`; then there are no gradients.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""torch's own LSTM and GRU, of oneDNN and cuDNN, and its cells for single tokens: where they are the fastest backend."""
+"""torch's own LSTM and GRU, of oneDNN and cuDNN, and its cells for single tokens, where they are the fastest."""
 
 from types import NoneType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from hf_rnn_kernels.layout import SequenceLayout
 from hf_rnn_kernels.recurrent_scan.reference import state_dtype
 from hf_rnn_kernels.transforms import transforming
 
-_CELLS = {"lstm": torch.lstm_cell, "gru": torch.gru_cell}
+_CELLS: dict[str, Any] = {"lstm": torch.lstm_cell, "gru": torch.gru_cell}
 
 
 class Weights(NamedTuple):
@@ -28,8 +28,8 @@ def run(
 ) -> tuple[Tensor, list[Tensor]] | None:
     """h (B, T, D) and the last states (B, D) of an LSTM or GRU, by autograd's own formulas; None where another backend
     is better, or where torch's cannot: with heads, padding or packing, with weights that are perturbed, quantized or
-    sharded, under torch.compile and torch.export, which would unroll it, and under torch.func's transforms, for which it
-    has no batching rule.
+    sharded, under torch.compile and torch.export, which would unroll it, and under torch.func's transforms, for which
+    it has no batching rule.
     """
     if cell not in _CELLS or not _plain(weights, layout):
         return None
