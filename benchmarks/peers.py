@@ -67,7 +67,7 @@ class PeerMixer(nn.Module):
             forget, input_, candidate = ours.in_proj.weight.detach().chunk(3)
             self.layer.to_hidden_and_f_i_gate.weight.data = torch.cat([candidate, forget, input_])
 
-    def forward(self, x, state, mask, cu_seqlens):
+    def forward(self, x, state, layout):
         if self.name in ("LSTM", "GRU"):
             hx = None if state is None else tuple(s[None] for s in state)
             y, last = self.layer(x, hx if self.name == "LSTM" or hx is None else hx[0])

@@ -1,6 +1,7 @@
 """The state: splitting, padding, packing and batch order change nothing, in logits and gradients."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from itertools import pairwise
 
@@ -193,6 +194,7 @@ def test_the_state_is_small_float32_and_keeps_its_address(make_model, ids):
         state = model(ids).past_key_values
         addresses = [x.data_ptr() for layer in state.states for x in layer]
         model(ids, past_key_values=state)
+        model(ids[:, :1], past_key_values=state)
     assert [x.data_ptr() for layer in state.states for x in layer] == addresses
     assert all(x.dtype == torch.float32 for layer in state.states for x in layer)
     assert [tuple(x.shape[1:]) for x in state[0]] == model.model.layers[0].state_shapes
@@ -204,6 +206,34 @@ def test_a_state_in_a_graph_is_not_overwritten(model, ids):
     with torch.no_grad():
         model(ids, past_key_values=state)
     loss.backward()
+
+
+def test_gradients_leave_the_given_tensors_alone(model, ids):
+    """A pass that is differentiated puts new tensors into the state; those that were in it keep their values."""
+    with torch.no_grad():
+        state = model(ids[:, :9], use_cache=True).cache
+    given, copies = state.states[0], [x.clone() for x in state.states[0]]
+    loss = model(ids[:, 9:], cache=state).logits.sum()
+    with torch.no_grad():
+        model(ids[:, :1], cache=state)
+    loss.backward()
+    assert all(torch.equal(a, b) and a is not c for a, b, c in zip(given, copies, state.states[0], strict=True))
+
+
+def test_several_threads_use_one_model(model, ids):
+    """Each with a state of its own."""
+    model.eval()
+
+    def run(row):
+        with torch.no_grad():
+            state = model(row[None, :5], use_cache=True).cache
+            return torch.cat([model(token[None, None], cache=state).logits for token in row[5:]], 1)
+
+    expected = [run(row) for row in ids]
+    with ThreadPoolExecutor(len(ids)) as pool:
+        for _ in range(3):
+            for a, b in zip(pool.map(run, ids), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_deep_copy_goes_its_own_way(model, ids):

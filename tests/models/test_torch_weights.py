@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import hf_rnn
 from hf_rnn.exchange.gate_order import from_flashrnn, to_flashrnn
-from hf_rnn.layers import MultiHeadMixer
+from hf_rnn_kernels import SequenceLayout
+from hf_rnn_kernels.recurrent_scan import library
 
 NETWORKS = {"gru": (nn.GRU, hf_rnn.GRUModel), "lstm": (nn.LSTM, hf_rnn.LSTMModel)}
 
@@ -24,7 +25,7 @@ def network(request):
 def route(request, monkeypatch):
     """torch's own recurrence where the layer chooses it, and the op in its place."""
     if request.param == "our op":
-        monkeypatch.setattr(MultiHeadMixer, "library_applies", lambda *_: False)
+        monkeypatch.setattr(library, "run", lambda *_: None)
 
 
 def gradients(parameters, outputs, cotangents):
@@ -225,7 +226,7 @@ def test_hooks_on_the_projection_are_called(how):
             "backward pre-hook": projection.register_full_backward_pre_hook,
         }[how]
         register(lambda *_: calls.append(1))
-    mixer(torch.randn(2, 5, 8, requires_grad=True), None, None, None)[0].sum().backward()
+    mixer(torch.randn(2, 5, 8, requires_grad=True), None, SequenceLayout())[0].sum().backward()
     assert calls
 
 
@@ -233,13 +234,13 @@ def test_autocast_and_an_empty_batch(monkeypatch):
     """Under autocast the op, whose state is not rounded."""
     mixer, x = hf_rnn.LSTMModel(hf_rnn.LSTMConfig(hidden_size=8)).mixers()[0], torch.randn(2, 5, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        h, state = mixer.recurrence(x, (None, None), None, None)
-        monkeypatch.setattr(MultiHeadMixer, "library_applies", lambda *_: False)
-        expected, expected_state = mixer.recurrence(x, (None, None), None, None)
+        h, state = mixer.recurrence(x, (None, None), SequenceLayout())
+        monkeypatch.setattr(library, "run", lambda *_: None)
+        expected, expected_state = mixer.recurrence(x, (None, None), SequenceLayout())
         monkeypatch.undo()
     assert h.dtype == torch.bfloat16 and all(s.dtype == torch.float32 for s in state)
     assert torch.equal(h, expected) and all(torch.equal(a, b) for a, b in zip(state, expected_state, strict=True))
-    h, state = mixer.recurrence(torch.randn(0, 5, 8), (None, None), None, None)
+    h, state = mixer.recurrence(torch.randn(0, 5, 8), (None, None), SequenceLayout())
     assert h.shape == (0, 5, 8) and state[0].shape == (0, 8)
 
 
@@ -306,9 +307,11 @@ def test_a_quantized_projection_is_not_passed_by(network):
 
 def test_a_state_is_not_rounded_for_the_library(network):
     mixer = network[1](network[1].config_class(hidden_size=8)).bfloat16().mixers()[0]
-    x, states = torch.randn(2, 5, 8).bfloat16(), (torch.randn(2, 8),) * mixer.num_states
-    assert mixer.library_applies(x, (None,) * mixer.num_states, None, None)
-    assert mixer.library_applies(x, tuple(s.bfloat16() for s in states), None, None)
-    assert not mixer.library_applies(x, states, None, None)
+    x, states = torch.randn(2, 5, 8).bfloat16(), [torch.randn(2, 8)] * mixer.num_states
+    assert library.takes(x, []) and library.takes(x, [s.bfloat16() for s in states])
+    assert not library.takes(x, states)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not mixer.library_applies(x.float(), states, None, None)
+        assert not library.takes(x.float(), states)
+    _, last = mixer(x, tuple(states), SequenceLayout())
+    expected = mixer.double()(x.double(), tuple(states), SequenceLayout())[1]
+    assert all(relative_error(a, b) < 1e-2 and a.dtype == torch.float32 for a, b in zip(last, expected, strict=True))

@@ -37,9 +37,8 @@ def run(
         return _step(cell, x, weights, states)
     if x.shape[0] == 0 or x.shape[1] == 0 or not (x.is_cuda or (cell == "lstm" and _one_dnn(x, weights))):
         return None  # on a CPU torch's GRU is a loop over time
-    dtype = torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
-    if any(s.dtype != dtype for s in states):
-        return None  # it takes states in its own dtype alone: a float32 state in front of bfloat16 would be rounded
+    if not takes(x, states):
+        return None
     zeros = x.new_zeros(x.shape[0], weights.weight.shape[2])
     given = [s.to(x.dtype)[None].contiguous() for s in states] or [zeros[None]] * (2 if cell == "lstm" else 1)
     biased = weights.bias is not None
@@ -52,6 +51,13 @@ def run(
     else:
         h, *last = torch.gru(x, given[0], flat, *options)
     return h, [s[0].to(state_dtype(s)) for s in last]
+
+
+def takes(x: Tensor, states: list[Tensor]) -> bool:
+    """Whether torch's recurrences keep these states: they take them in their own dtype alone, and a float32 state in
+    front of bfloat16 would be rounded."""
+    dtype = torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
+    return all(s.dtype == dtype for s in states)
 
 
 def _step(cell: str, x: Tensor, weights: Weights, states: list[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
