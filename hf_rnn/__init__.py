@@ -40,7 +40,7 @@ _MODULES = {
     "slstm_scan": "hf_rnn_kernels",
     "DMTConfig": "hf_rnn_trainers",
     "DMTTrainer": "hf_rnn_trainers",
-    "MemoryProtocol": "hf_rnn.skeleton.memory",
+    "MemoryProtocol": "hf_rnn_trainers",
     "NonFiniteLossError": "hf_rnn_trainers",
     "RateCallback": "hf_rnn_trainers",
     "RateConstrainedConfig": "hf_rnn_trainers",
@@ -121,7 +121,6 @@ if TYPE_CHECKING:
     from hf_rnn.models.xlstm.modeling_xlstm import XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMModel
     from hf_rnn.skeleton.cache import RecurrentCache
     from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
-    from hf_rnn.skeleton.memory import MemoryProtocol
     from hf_rnn.tasks.evaluation import bits_per_byte
     from hf_rnn.tokenization.byte_tokenizer import byte_tokenizer
     from hf_rnn_kernels import (
@@ -138,6 +137,7 @@ if TYPE_CHECKING:
         CheckpointError,
         DMTConfig,
         DMTTrainer,
+        MemoryProtocol,
         NonFiniteLossError,
         RateCallback,
         RateConstrainedConfig,
