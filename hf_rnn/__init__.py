@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from hf_rnn._version import __version__
 
-_ARCHITECTURES = {
+# Every architecture: what its classes' names begin with, and its room in hf_rnn.models
+ARCHITECTURES = {
     "GRU": "gru",
     "LSTM": "lstm",
     "MemoryRNN": "memory",
@@ -56,7 +57,7 @@ _MODULES = {
     "ZOTrainer": "hf_rnn_trainers",
     "accept_checkpoint": "hf_rnn_trainers",
 }
-for _stem, _name in _ARCHITECTURES.items():
+for _stem, _name in ARCHITECTURES.items():
     _MODULES[f"{_stem}Config"] = f"hf_rnn.models.{_name}.configuration_{_name}"
     for _suffix in ("Model", "ForCausalLM", "ForSequenceClassification"):
         _MODULES[f"{_stem}{_suffix}"] = f"hf_rnn.models.{_name}.modeling_{_name}"
@@ -84,7 +85,7 @@ def _register() -> None:
 
     import hf_rnn.compression.quantizer  # registers the reader of compressed checkpoints
 
-    for stem in _ARCHITECTURES:
+    for stem in ARCHITECTURES:
         config = __getattr__(f"{stem}Config")
         AutoConfig.register(config.model_type, config)
         AutoModel.register(config, __getattr__(f"{stem}Model"))

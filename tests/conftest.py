@@ -11,7 +11,7 @@ import hf_rnn
 
 ARCHITECTURES = {
     stem.lower(): [getattr(hf_rnn, stem + suffix) for suffix in ("Config", "ForCausalLM", "ForSequenceClassification")]
-    for stem in ("GRU", "LSTM", "MemoryRNN", "MinGRU", "MinLSTM", "XLSTM")
+    for stem in hf_rnn.ARCHITECTURES
 }
 
 
