@@ -20,8 +20,8 @@ from transformers import set_seed
 import hf_rnn
 from hf_rnn.cli.data import blocks
 from hf_rnn.tasks import Retrieval
-from hf_rnn_trainers.smt import drift, effective_rank, rollout, teacher_memories
-from hf_rnn_trainers.smt.losses import uniformity_loss
+from hf_rnn_trainers.memory import drift, effective_rank, rollout, teacher_memories
+from hf_rnn_trainers.memory.losses import uniformity_loss
 
 LENGTH, FACTOR, ROWS = 32, 4, 256
 

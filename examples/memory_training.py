@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import hf_rnn
 from hf_rnn.tasks import Retrieval, accuracy
-from hf_rnn_trainers.smt import drift, rollout
+from hf_rnn_trainers.memory import drift, rollout
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=300)

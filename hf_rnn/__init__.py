@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from hf_rnn._version import __version__
 
-_ARCHITECTURES = {
+# Every architecture: what its classes' names begin with, and its room in hf_rnn.models
+ARCHITECTURES = {
     "GRU": "gru",
     "LSTM": "lstm",
     "MemoryRNN": "memory",
@@ -41,7 +42,7 @@ _MODULES = {
     "slstm_scan": "hf_rnn_kernels",
     "DMTConfig": "hf_rnn_trainers",
     "DMTTrainer": "hf_rnn_trainers",
-    "MemoryProtocol": "hf_rnn.skeleton.memory",
+    "MemoryProtocol": "hf_rnn_trainers",
     "NonFiniteLossError": "hf_rnn_trainers",
     "RateCallback": "hf_rnn_trainers",
     "RateConstrainedConfig": "hf_rnn_trainers",
@@ -57,7 +58,7 @@ _MODULES = {
     "ZOTrainer": "hf_rnn_trainers",
     "accept_checkpoint": "hf_rnn_trainers",
 }
-for _stem, _name in _ARCHITECTURES.items():
+for _stem, _name in ARCHITECTURES.items():
     _MODULES[f"{_stem}Config"] = f"hf_rnn.models.{_name}.configuration_{_name}"
     for _suffix in ("Model", "ForCausalLM", "ForSequenceClassification"):
         _MODULES[f"{_stem}{_suffix}"] = f"hf_rnn.models.{_name}.modeling_{_name}"
@@ -85,7 +86,7 @@ def _register() -> None:
 
     import hf_rnn.compression.quantizer  # registers the reader of compressed checkpoints
 
-    for stem in _ARCHITECTURES:
+    for stem in ARCHITECTURES:
         config = __getattr__(f"{stem}Config")
         AutoConfig.register(config.model_type, config)
         AutoModel.register(config, __getattr__(f"{stem}Model"))
@@ -122,7 +123,6 @@ if TYPE_CHECKING:
     from hf_rnn.models.xlstm.modeling_xlstm import XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMModel
     from hf_rnn.skeleton.cache import RecurrentCache
     from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
-    from hf_rnn.skeleton.memory import MemoryProtocol
     from hf_rnn.tasks.evaluation import bits_per_byte
     from hf_rnn.tokenization.byte_tokenizer import byte_tokenizer
     from hf_rnn_kernels import (
@@ -140,6 +140,7 @@ if TYPE_CHECKING:
         CheckpointError,
         DMTConfig,
         DMTTrainer,
+        MemoryProtocol,
         NonFiniteLossError,
         RateCallback,
         RateConstrainedConfig,

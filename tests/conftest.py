@@ -12,7 +12,7 @@ from hf_rnn_kernels import SequenceLayout
 
 ARCHITECTURES = {
     stem.lower(): [getattr(hf_rnn, stem + suffix) for suffix in ("Config", "ForCausalLM", "ForSequenceClassification")]
-    for stem in ("GRU", "LSTM", "MemoryRNN", "MinGRU", "MinLSTM", "XLSTM")
+    for stem in hf_rnn.ARCHITECTURES
 }
 
 

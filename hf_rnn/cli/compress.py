@@ -7,6 +7,7 @@ import torch
 from transformers.utils.hub import cached_file
 
 from hf_rnn.cli.data import read_documents, tokenize
+from hf_rnn.cli.device import add_device, find_device
 from hf_rnn.compression.checkpoint import save_compressed
 from hf_rnn.hub.loading import load
 from hf_rnn.tasks.evaluation import stream_loss
@@ -30,10 +31,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--coder", choices=CODERS, default="ans")
     parser.add_argument("--exclude", default=r"norm|bias", help="regular expression of parameters to leave alone")
     parser.add_argument("--max_shard_size", default="5GB", help="of a file with weights")
+    add_device(parser)
     arguments = parser.parse_args(argv)
     if arguments.folder.exists() and any(arguments.folder.iterdir()):
         raise ValueError(f"folder: {arguments.folder} is not empty; choose a new one")
-    model = load(arguments.checkpoint)
+    device = find_device(arguments.device)
+    model = load(arguments.checkpoint).to(device)  # type: ignore[arg-type]
     tokenizer = None
     if cached_file(arguments.checkpoint, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
         tokenizer = read_tokenizer(arguments.checkpoint)

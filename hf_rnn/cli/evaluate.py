@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_rnn.cli.data import read_documents, tokenize
+from hf_rnn.cli.device import add_device, find_device
 from hf_rnn.tasks.evaluation import bits_per_byte
 from hf_rnn.tokenization.reading import read_tokenizer
 
@@ -17,8 +18,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--split", default="test", help="split of a dataset")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--chunk", type=int, default=4096, help="tokens a forward pass")
+    add_device(parser)
     arguments = parser.parse_args(argv)
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint)
+    device = find_device(arguments.device)
+    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(device)  # type: ignore[arg-type]
     tokenizer = read_tokenizer(arguments.checkpoint)
     documents = read_documents(arguments.data, arguments.split, arguments.text_column)
     ids, ends = tokenize(documents, tokenizer)

@@ -4,6 +4,7 @@ import argparse
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from hf_rnn.cli.device import add_device, find_device
 from hf_rnn.tokenization.reading import read_tokenizer
 
 
@@ -22,14 +23,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=None)
+    add_device(parser)
     arguments = parser.parse_args(argv)
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
         raise ValueError("temperature, top_p: expected a temperature of at least 0 and top_p in (0, 1]")
+    device = find_device(arguments.device)
     if arguments.seed is not None:
         from transformers import set_seed
 
         set_seed(arguments.seed)
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(device)  # type: ignore[arg-type]
     tokenizer = read_tokenizer(arguments.checkpoint)
     options = {"do_sample": False}
     if arguments.temperature > 0:

@@ -1,13 +1,11 @@
 """`hf-rnn plan`: memory, bytes exchanged and time of a training step on paper, before anyone rents a GPU."""
 
 import argparse
-import re
-from dataclasses import fields
-from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from hf_rnn.cli.train import ARCHITECTURES, parse
+from hf_rnn import ARCHITECTURES
+from hf_rnn.cli.settings import read_settings
 from hf_rnn.planning import GPU, Plan, make_plan, measure
 from hf_rnn.planning.plan import TRAINERS
 
@@ -20,18 +18,12 @@ def build_config(model: str, settings: str) -> PreTrainedConfig:
     Raises:
         ValueError: an architecture or a setting that there is none of.
     """
-    if model not in ARCHITECTURES:
+    if model not in ARCHITECTURES.values():
         if settings:
             raise ValueError(f"config: the checkpoint {model} has its own settings")
         return AutoConfig.from_pretrained(model)
-    names = {field.name for field in fields(CONFIG_MAPPING[f"hf_rnn_{model}"])}  # type: ignore[arg-type]
-    chosen: dict[str, Any] = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
-    for item in re.split(r",(?![^\[]*\])", settings) if settings else []:
-        name, _, value = item.partition("=")
-        if name not in names or not value:
-            raise ValueError(f"config: expected name=value with a setting of a {model}, got {item!r}")
-        chosen[name] = parse(value)
-    return AutoConfig.for_model(f"hf_rnn_{model}", **chosen)
+    without = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    return AutoConfig.for_model(f"hf_rnn_{model}", **without | read_settings(model, settings))
 
 
 def section(title: str, parts: list[dict[str, float]], unit: float, digits: int) -> list[str]:
@@ -62,7 +54,7 @@ def table(plans: dict[int, Plan], item: str, memory: float) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-rnn plan", description=__doc__)
-    parser.add_argument("--model", default="xlstm", help=f"{', '.join(ARCHITECTURES)}, or a checkpoint")
+    parser.add_argument("--model", default="xlstm", help=f"{', '.join(ARCHITECTURES.values())}, or a checkpoint")
     parser.add_argument("--config", default="", help="settings, such as hidden_size=4096,num_hidden_layers=32")
     parser.add_argument("--trainer", default="backpropagation", help=", ".join(TRAINERS))
     parser.add_argument("--gpus", type=int, nargs="+", default=[8], help="how many; one number or several")

@@ -1,15 +1,12 @@
 """`hf-rnn train`: a language model on your text, with one of the package's trainers."""
 
 import argparse
-import ast
-import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     HfArgumentParser,
@@ -21,6 +18,7 @@ from transformers import (
 )
 
 from hf_rnn import (
+    ARCHITECTURES,
     DMTConfig,
     DMTTrainer,
     RateConstrainedConfig,
@@ -35,10 +33,9 @@ from hf_rnn import (
 )
 from hf_rnn.cli.data import blocks, read_documents, tokenize
 from hf_rnn.cli.plot import plot_losses
+from hf_rnn.cli.settings import read_settings
 from hf_rnn.tasks.evaluation import bits_per_byte
 from hf_rnn.tokenization.reading import read_tokenizer
-
-ARCHITECTURES = ["gru", "lstm", "memory", "mingru", "minlstm", "xlstm"]
 
 
 @dataclass
@@ -54,8 +51,8 @@ class ModelArguments:
     model: str | None = field(
         default=None,
         metadata={
-            "help": f"an architecture ({', '.join(ARCHITECTURES)}) to train from scratch, or a checkpoint; default: "
-            "mingru, with smt memory, with dmt the checkpoint that has the teacher"
+            "help": f"an architecture ({', '.join(ARCHITECTURES.values())}) to train from scratch, or a checkpoint; "
+            "default: mingru, with smt memory, with dmt the checkpoint that has the teacher"
         },
     )
     teacher: str | None = field(
@@ -102,21 +99,31 @@ class DataArguments:
 
 
 @dataclass
-class TrainArguments(RecurrentTrainingArguments):
-    """TrainingArguments, with defaults for training a small recurrent model from scratch."""
+class RunDefaults:
+    """What `hf-rnn train` sets otherwise than TrainingArguments, whatever the trainer."""
 
     output_dir: str | None = field(default="runs/model", metadata={"help": "folder for the checkpoint"})
     per_device_train_batch_size: int = 8
     num_train_epochs: float = 10.0
+    logging_steps: float = 10
+    save_total_limit: int | None = 2
+    report_to: str = "none"
+    use_cache: bool = True  # what the saved config says: the state is small, and not returned in training in any case
+    use_cpu: bool = field(
+        default=False,
+        metadata={"help": "train on the CPU; False: on the GPUs there are, CUDA_VISIBLE_DEVICES=1 picks one"},
+    )
+
+
+@dataclass
+class TrainArguments(RunDefaults, RecurrentTrainingArguments):
+    """TrainingArguments, with defaults for training a small recurrent model from scratch."""
+
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     adam_beta2: float = 0.98
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03
-    logging_steps: float = 10
-    save_total_limit: int | None = 2
-    report_to: str = "none"
-    use_cache: bool = True  # what the saved config says: the state is small, and not returned in training in any case
 
 
 @dataclass
@@ -125,46 +132,28 @@ class RateTrainArguments(TrainArguments, RateConstrainedConfig):
 
 
 @dataclass
-class ZOTrainArguments(ZOConfig):
+class ZOTrainArguments(RunDefaults, ZOConfig):
     """A ZOConfig, with defaults for training a small recurrent model from scratch."""
 
-    output_dir: str | None = field(default="runs/model", metadata={"help": "folder for the checkpoint"})
-    per_device_train_batch_size: int = 8
-    num_train_epochs: float = 10.0
     learning_rate: float = 3e-3
     optim: str = field(default="adamw_torch", metadata={"help": "sgd needs no gradients in memory, and more steps"})
-    logging_steps: float = 10
-    save_total_limit: int | None = 2
-    report_to: str = "none"
-    use_cache: bool = True
 
 
 @dataclass
-class SMTTrainArguments(SMTConfig):
+class SMTTrainArguments(RunDefaults, SMTConfig):
     """An SMTConfig, with defaults for training a small recurrent model from scratch."""
 
-    output_dir: str | None = field(default="runs/model", metadata={"help": "folder for the checkpoint"})
     per_device_train_batch_size: int = 16
-    num_train_epochs: float = 10.0
     learning_rate: float = 1e-3
-    logging_steps: float = 10
-    save_total_limit: int | None = 2
-    report_to: str = "none"
-    use_cache: bool = True
 
 
 @dataclass
-class DMTTrainArguments(DMTConfig):
+class DMTTrainArguments(RunDefaults, DMTConfig):
     """A DMTConfig, with defaults for a small model that an smt run trained."""
 
-    output_dir: str | None = field(default="runs/model", metadata={"help": "folder for the checkpoint"})
     per_device_train_batch_size: int = 16
     num_train_epochs: float = 1.0
     learning_rate: float = 3e-4
-    logging_steps: float = 10
-    save_total_limit: int | None = 2
-    report_to: str = "none"
-    use_cache: bool = True
 
 
 TRAINERS: dict[str, tuple[Any, Any]] = {
@@ -183,34 +172,17 @@ def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
         if arguments.config:
             raise ValueError(f"config: the checkpoint {arguments.model} has its own settings")
         return AutoModelForCausalLM.from_pretrained(arguments.model)
-    if arguments.model not in ARCHITECTURES:
-        raise ValueError(f"model: expected one of {ARCHITECTURES} or a checkpoint's folder, got {arguments.model!r}")
-    names = {field.name for field in fields(CONFIG_MAPPING[f"hf_rnn_{arguments.model}"])}  # type: ignore[arg-type]
-    settings = {}
-    for item in re.split(r",(?![^\[]*\])", arguments.config) if arguments.config else []:
-        name, _, value = item.partition("=")
-        if name not in names - {"vocab_size"} or not value:
-            raise ValueError(f"config: expected name=value with a setting of a {arguments.model}, got {item!r}")
-        settings[name] = parse(value)
-    config = AutoConfig.for_model(
-        f"hf_rnn_{arguments.model}",
-        **dict(
-            vocab_size=len(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        | settings,
+    names = list(ARCHITECTURES.values())
+    if arguments.model not in names:
+        raise ValueError(f"model: expected one of {names} or a checkpoint's folder, got {arguments.model!r}")
+    settings = dict(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
-    return AutoModelForCausalLM.from_config(config)
-
-
-def parse(value: str) -> Any:
-    """A number, True, False, None or a list of these as Python writes them; else a string."""
-    try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
-    except (ValueError, SyntaxError):
-        return value
+    settings |= read_settings(arguments.model, arguments.config, fixed=("vocab_size",))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(f"hf_rnn_{arguments.model}", **settings))
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:

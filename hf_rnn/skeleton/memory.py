@@ -9,11 +9,12 @@ from torch import Tensor
 from hf_rnn.skeleton.cache import RecurrentCache
 
 
-class MemoryProtocol:
-    """What `SMTTrainer` and `DMTTrainer` ask of a causal language model, and what those of this package answer.
+class MemoryMixin:
+    """`hf_rnn.MemoryProtocol`, what `SMTTrainer` and `DMTTrainer` ask of a causal language model, as those of this
+    package answer it.
 
     A memory is (N, K, D) in float32 (float64 in a float64 model): every state tensor of every layer, whatever it is
-    called there, as rows of D channels. Models outside the package can be trained if they have these five.
+    called there, as rows of D channels.
     """
 
     model: Any

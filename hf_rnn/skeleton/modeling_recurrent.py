@@ -23,7 +23,7 @@ from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
 from hf_rnn.skeleton.generation import RecurrentGenerationMixin
 from hf_rnn.skeleton.inputs import check_ids, check_known, packed_offsets, padding_mask, state_of
 from hf_rnn.skeleton.integrity import check_files, find_damaged_file, find_wrong_shape
-from hf_rnn.skeleton.memory import MemoryProtocol
+from hf_rnn.skeleton.memory import MemoryMixin
 from hf_rnn.skeleton.versions import STATE, STATE_NAMES, BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 from hf_rnn_kernels.checks import values_known
 from hf_rnn_kernels.layout import ROWS, SequenceLayout
@@ -322,7 +322,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         return cache
 
 
-class RecurrentForCausalLM(MemoryProtocol, RecurrentPreTrainedModel, RecurrentGenerationMixin):
+class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGenerationMixin):
     """Language model: the backbone and a linear head. Its whole state as one tensor: see `MemoryProtocol`.
 
     Attributes:

@@ -20,6 +20,8 @@ from hf_rnn.cli.main import main
 from hf_rnn.tasks.evaluation import bits_per_byte, stream_loss
 
 TEXT = "the cat sat on the mat. the dog sat on the log. " * 120
+ON_A_DEVICE = [["generate", "nowhere/checkpoint"], ["eval", "nowhere/checkpoint", "--data", "x"]]
+ON_A_DEVICE += [["compress", "nowhere/checkpoint", "nowhere/coded"]]
 SMALL = ["--config", "hidden_size=24,num_hidden_layers=1", "--block_size", "64", "--max_steps", "30"]
 
 
@@ -97,7 +99,7 @@ def test_eval_and_generate(checkpoint, tmp_path, capsys):
     assert 0 < bits < 3.5
     assert main(["generate", str(checkpoint), "--prompt", "the cat", "--max_new_tokens", "20", "--seed", "1"]) == 0
     assert capsys.readouterr().out.startswith("the cat")
-    assert main(["generate", str(checkpoint), "--max_new_tokens", "5", "--temperature", "0"]) == 0
+    assert main(["generate", str(checkpoint), "--max_new_tokens", "5", "--temperature", "0", "--device", "cpu"]) == 0
 
 
 def test_going_on_from_a_checkpoint_with_a_dataset(checkpoint, tmp_path, capsys):
@@ -127,6 +129,7 @@ def test_going_on_from_a_checkpoint_with_a_dataset(checkpoint, tmp_path, capsys)
         (["train", "--data", "/nowhere/text.txt"], "there is no file /nowhere/text.txt"),
         (["train", "--data", "BINARY"], "is no UTF-8 text"),
         (["frobnicate"], "unknown command"),
+        *[([*command, "--device", "cuda:99"], "device: expected one of ['cpu'") for command in ON_A_DEVICE],
     ],
 )
 def test_mistakes_are_told_in_a_line(arguments, message, tmp_path, capsys):

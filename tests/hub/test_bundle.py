@@ -104,7 +104,7 @@ def test_saved_again_it_is_whole(case, results):
         assert before == after, name
 
 
-@pytest.mark.parametrize("stem", ["GRU", "LSTM", "MemoryRNN", "MinGRU", "MinLSTM", "XLSTM"])
+@pytest.mark.parametrize("stem", hf_rnn.ARCHITECTURES)
 def test_reads_like_code(stem, tmp_path):
     """No name undefined, none imported in vain, no long lines; and nothing of the package or its compilers."""
     text = bundle_source(getattr(hf_rnn, f"{stem}Config"))

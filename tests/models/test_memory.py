@@ -32,6 +32,11 @@ def make(name: str):
     return model.double().eval()
 
 
+def test_students_are_known_by_the_protocol():
+    assert all(isinstance(make(name), hf_rnn.MemoryProtocol) for name in MODELS)
+    assert not isinstance(torch.nn.Linear(2, 2), hf_rnn.MemoryProtocol)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_protocol_is_the_forward_pass(name):
     """Step by step from `initial_memory`: the same logits as `forward`, and gradients of every parameter."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_rnn
-from hf_rnn_trainers.sharding import check_fsdp, refuse_sharding
+from hf_rnn_trainers.base.sharding import check_fsdp, refuse_sharding
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # minutes on a busy machine
 KINDS = ["backpropagation", "zo", "zo-data", "smt", "dmt", "rate"]

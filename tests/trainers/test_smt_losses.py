@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from hf_rnn import DMTConfig, MemoryRNNConfig, MemoryRNNForCausalLM, SMTConfig, SMTTeacher, SMTTeacherConfig
 from hf_rnn_trainers.dmt.dmt_trainer import DMTLosses
-from hf_rnn_trainers.smt import drift, effective_rank, rollout, teacher_memories
-from hf_rnn_trainers.smt.losses import dynamics_loss, prediction_loss, uniformity_loss
+from hf_rnn_trainers.memory import drift, effective_rank, rollout, teacher_memories
+from hf_rnn_trainers.memory.losses import dynamics_loss, prediction_loss, uniformity_loss
+from hf_rnn_trainers.memory.windows import Sequences, contexts, futures, sample_positions, sequences
 from hf_rnn_trainers.smt.smt_trainer import SMTLosses
-from hf_rnn_trainers.smt.windows import Sequences, contexts, futures, sample_positions, sequences
 
 VOCABULARY = 11
 

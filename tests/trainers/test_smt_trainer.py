@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import hf_rnn
 from hf_rnn import DMTConfig, DMTTrainer, NonFiniteLossError, SMTConfig, SMTTeacher, SMTTrainer
 from hf_rnn.tasks import Retrieval, compute_metrics, preprocess_logits_for_metrics
-from hf_rnn_trainers.smt.memory_trainer import load_teacher
+from hf_rnn_trainers.memory.memory_trainer import load_teacher
 
 TASK = Retrieval(length=8, symbols=4)
 TOKENS = dict(vocab_size=5, pad_token_id=None, bos_token_id=None, eos_token_id=None)

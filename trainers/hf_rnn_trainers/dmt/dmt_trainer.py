@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from hf_rnn_trainers.dmt.dmt_config import DMTConfig
-from hf_rnn_trainers.smt.losses import dynamics_loss, known, prediction_loss
-from hf_rnn_trainers.smt.memory_trainer import Losses, MemoryTrainer
-from hf_rnn_trainers.smt.rollouts import labels, rollout
-from hf_rnn_trainers.smt.teacher import SMTTeacher
+from hf_rnn_trainers.memory.losses import dynamics_loss, known, prediction_loss
+from hf_rnn_trainers.memory.memory_trainer import Losses, MemoryTrainer
+from hf_rnn_trainers.memory.rollouts import labels, rollout
+from hf_rnn_trainers.memory.teacher import SMTTeacher
 
 
 class DMTLosses(Losses):

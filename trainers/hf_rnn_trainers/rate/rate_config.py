@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from hf_rnn_trainers.reliability import RecurrentTrainingArguments
+from hf_rnn_trainers.base import RecurrentTrainingArguments
 
 SCOPES = ("tensor", "global")
 

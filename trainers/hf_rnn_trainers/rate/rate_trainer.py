@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from hf_rnn_trainers.base import RecurrentTrainer
 from hf_rnn_trainers.rate.rate_callback import RateCallback, settings_of
 from hf_rnn_trainers.rate.rate_config import RateConstrainedConfig, RateSettings
-from hf_rnn_trainers.reliability import RecurrentTrainer
 
 
 class RateConstrainedTrainer(RecurrentTrainer):

@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from hf_rnn_trainers.reliability.arguments import RecurrentTrainingArguments
 from hf_rnn_trainers.reliability.manifest import newest_whole
 
 logger = logging.get_logger(__name__)
@@ -24,9 +23,9 @@ class NonFiniteGuard(Trainer):
 
     The stock Trainer trains on with NaN weights, saves them, and logs a loss of 0.0 (`logging_nan_inf_filter`). Here
     training stops in the step that met the loss, on every process at once; no optimizer step is made with it, the last
-    checkpoint stays the last, and the batch is kept beside it. `max_skipped_steps` of `RecurrentTrainingArguments` lets
-    so many steps of a run pass first: they change no weight and no state of the optimizer, and the loss logged is the
-    mean of the others, beside `skipped_steps`. Weights that are not finite are never saved.
+    checkpoint stays the last, and the batch is kept beside it. The argument `max_skipped_steps`, where there is one,
+    lets so many steps of a run pass first: they change no weight and no state of the optimizer, and the loss logged is
+    the mean of the others, beside `skipped_steps`. Weights that are not finite are never saved.
 
     A step whose loss is NaN because its data have no targets, all labels being -100, is left out with a warning and
     counts for nothing.
@@ -82,7 +81,7 @@ class NonFiniteGuard(Trainer):
         Raises:
             NonFiniteLossError: there is none.
         """
-        limit = self.args.max_skipped_steps if isinstance(self.args, RecurrentTrainingArguments) else 0
+        limit = getattr(self.args, "max_skipped_steps", 0)  # transformers' own have none
         if not self._skips:
             if self._skipped >= limit:
                 raise NonFiniteLossError(f"{message} {self.advice()}")

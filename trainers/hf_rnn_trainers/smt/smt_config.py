@@ -1,6 +1,6 @@
 from dataclasses import dataclass, field
 
-from hf_rnn_trainers.smt.memory_config import MemoryTrainingConfig
+from hf_rnn_trainers.memory.memory_config import MemoryTrainingConfig
 
 
 @dataclass

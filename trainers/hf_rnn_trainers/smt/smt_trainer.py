@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_rnn_trainers.smt.losses import dynamics_loss, known, prediction_loss, uniformity_loss
-from hf_rnn_trainers.smt.memory_trainer import Losses, MemoryTrainer
+from hf_rnn_trainers.memory.losses import dynamics_loss, known, prediction_loss, uniformity_loss
+from hf_rnn_trainers.memory.memory_trainer import Losses, MemoryTrainer
+from hf_rnn_trainers.memory.teacher import SMTTeacher
+from hf_rnn_trainers.memory.windows import Sequences, contexts, futures, sample_positions
 from hf_rnn_trainers.smt.smt_config import SMTConfig
-from hf_rnn_trainers.smt.teacher import SMTTeacher
-from hf_rnn_trainers.smt.windows import Sequences, contexts, futures, sample_positions
 
 
 class SMTLosses(Losses):

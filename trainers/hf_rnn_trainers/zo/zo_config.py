@@ -1,6 +1,6 @@
 from dataclasses import dataclass, field
 
-from hf_rnn_trainers.reliability import RecurrentTrainingArguments
+from hf_rnn_trainers.base import RecurrentTrainingArguments
 from hf_rnn_trainers.zo.directions import KINDS
 from hf_rnn_trainers.zo.estimators import ESTIMATORS
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainer
 from transformers.utils import cached_file, logging
 
 from hf_rnn_kernels import Perturbed
-from hf_rnn_trainers.reliability import RecurrentTrainer
-from hf_rnn_trainers.sharding import refuse_sharding
+from hf_rnn_trainers.base import RecurrentTrainer
+from hf_rnn_trainers.base.sharding import refuse_sharding
 from hf_rnn_trainers.zo import replay_log
 from hf_rnn_trainers.zo.directions import Directions
 from hf_rnn_trainers.zo.estimators import estimate

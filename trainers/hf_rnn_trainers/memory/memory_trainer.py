@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_rnn_trainers.reliability import RecurrentTrainer
-from hf_rnn_trainers.sharding import refuse_sharding
-from hf_rnn_trainers.smt.memory_config import MemoryTrainingConfig
-from hf_rnn_trainers.smt.rollouts import errors
-from hf_rnn_trainers.smt.teacher import SMTTeacher, memory_shape
-from hf_rnn_trainers.smt.windows import Sequences, sequences
+from hf_rnn_trainers.base import RecurrentTrainer
+from hf_rnn_trainers.base.sharding import refuse_sharding
+from hf_rnn_trainers.memory.memory_config import MemoryTrainingConfig
+from hf_rnn_trainers.memory.rollouts import errors
+from hf_rnn_trainers.memory.teacher import SMTTeacher, memory_shape
+from hf_rnn_trainers.memory.windows import Sequences, sequences
 
 TEACHER = "teacher"  # the folder of a checkpoint that holds it
 MEASURED = 64  # rows on which an evaluation measures the drift

@@ -4,13 +4,13 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_rnn_trainers.base.arguments import RecurrentTrainingArguments
+from hf_rnn_trainers.base.sharding import check_fsdp
 from hf_rnn_trainers.model_card import ModelCardMixin
-from hf_rnn_trainers.reliability.arguments import RecurrentTrainingArguments
 from hf_rnn_trainers.reliability.checkpoints import AtomicCheckpoints
 from hf_rnn_trainers.reliability.epochs import RepeatableEpochs
 from hf_rnn_trainers.reliability.non_finite import NonFiniteGuard
 from hf_rnn_trainers.reliability.signals import SaveOnSignal
-from hf_rnn_trainers.sharding import check_fsdp
 
 
 class RecurrentTrainer(NonFiniteGuard, SaveOnSignal, AtomicCheckpoints, RepeatableEpochs, ModelCardMixin):

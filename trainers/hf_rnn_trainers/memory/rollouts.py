@@ -1,17 +1,16 @@
 """The student's own memories, the teacher's, and how far they are apart."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from hf_rnn_trainers.smt.teacher import SMTTeacher
-from hf_rnn_trainers.smt.windows import contexts
+from hf_rnn_trainers.memory.protocol import MemoryProtocol
+from hf_rnn_trainers.memory.teacher import SMTTeacher
+from hf_rnn_trainers.memory.windows import contexts
 
 CONTEXT_TOKENS = 2**16  # of one pass of the encoder
 
 
-def rollout(student: Any, x: Tensor) -> Tensor:
+def rollout(student: MemoryProtocol, x: Tensor) -> Tensor:
     """The student's memories after each token, from the empty one: (B, T) to (B, T, K, D)."""
     memory, memories = student.initial_memory(len(x)), []
     for token in x.unbind(1):
@@ -21,7 +20,7 @@ def rollout(student: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def labels(student: Any, teacher: SMTTeacher, x: Tensor, rows: Tensor, t: Tensor, size: int) -> Tensor:
+def labels(student: MemoryProtocol, teacher: SMTTeacher, x: Tensor, rows: Tensor, t: Tensor, size: int) -> Tensor:
     """The teacher's memories of the last `size` tokens at (rows, t), (N,) each: (B, T) to (N, K, D)."""
     if len(rows) == 0:
         return student.initial_memory(0)
@@ -32,20 +31,20 @@ def labels(student: Any, teacher: SMTTeacher, x: Tensor, rows: Tensor, t: Tensor
     return torch.cat([student.to_memory(teacher.encode(*contexts(x, r, at, size))) for r, at in pairs])
 
 
-def teacher_memories(student: Any, teacher: SMTTeacher, x: Tensor, positions: Tensor, size: int) -> Tensor:
+def teacher_memories(student: MemoryProtocol, teacher: SMTTeacher, x: Tensor, positions: Tensor, size: int) -> Tensor:
     """The same at positions (P,) of every row: (B, T) to (B, P, K, D)."""
     rows = torch.arange(len(x), device=x.device).repeat_interleave(len(positions))
     return labels(student, teacher, x, rows, positions.repeat(len(x)), size).unflatten(0, (len(x), -1))
 
 
 @torch.no_grad()
-def errors(student: Any, teacher: SMTTeacher, x: Tensor, positions: Tensor, size: int) -> Tensor:
+def errors(student: MemoryProtocol, teacher: SMTTeacher, x: Tensor, positions: Tensor, size: int) -> Tensor:
     """Mean square over channels between the student's memories and the teacher's at positions (P,): (B, P)."""
     own = rollout(student, x)[:, positions]
     return (own.float() - teacher_memories(student, teacher, x, positions, size)).square().mean((2, 3))
 
 
-def drift(student: Any, teacher: SMTTeacher, x: Tensor, positions: Tensor, size: int) -> Tensor:
+def drift(student: MemoryProtocol, teacher: SMTTeacher, x: Tensor, positions: Tensor, size: int) -> Tensor:
     """`errors`, the mean over rows: (P,)."""
     return errors(student, teacher, x, positions, size).mean(0)
 
