@@ -34,11 +34,11 @@ class Mixer(nn.Module, ABC):
         return tuple(torch.zeros(batch_size, *shape, **options) for shape in self.state_shapes)  # type: ignore
 
     def read(self, state: tuple[Tensor, ...]) -> Tensor:
-        """The output that `forward` gave with this state, (B, T, ...) each: (B, T, D). For `MemoryProtocol`."""
+        """The output that `forward` gave with this state, (B, T, ...) each: (B, T, D). For `MemoryMixin`."""
         raise self._no_memories()
 
     def to_states(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Vectors of length sqrt(channels) as a state that the recurrence could have come to. For `MemoryProtocol`."""
+        """Vectors of length sqrt(channels) as a state that the recurrence could have come to. For `MemoryMixin`."""
         raise self._no_memories()
 
     def _no_memories(self) -> ValueError:

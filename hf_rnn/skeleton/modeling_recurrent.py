@@ -323,7 +323,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
 
 class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGenerationMixin):
-    """Language model: the backbone and a linear head. Its whole state as one tensor: see `MemoryProtocol`.
+    """Language model: the backbone and a linear head. Its whole state as one tensor: see `MemoryMixin`.
 
     Attributes:
         model_class: the architecture's backbone.

@@ -122,7 +122,7 @@ def test_flashrnn_both_ways(network):
     x = torch.randn(2, 11, 48)
     Wx = nn.functional.linear(x, mixer.in_proj.weight).view(2, 11, 3, -1, 16).transpose(2, 3)
     states, _ = flashrnn(Wx.contiguous(), R, b, function=function, backend="vanilla", dtype="float32")
-    h, _ = mixer.recurrence(x, (None,) * mixer.num_states, None, None)
+    h, _ = mixer.recurrence(x, (None,) * mixer.num_states, SequenceLayout())
     assert relative_error(states[0].flatten(2), h) <= 1e-6
     again = from_flashrnn(function, R, b)
     assert torch.equal(again["recurrent_weight"], mixer.recurrent_weight)

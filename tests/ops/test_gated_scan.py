@@ -13,7 +13,7 @@ import torch
 from conftest import layout_of, relative_error
 from hypothesis import given, settings
 
-from hf_rnn_kernels import linear_scan, min_gru_scan, min_lstm_scan
+from hf_rnn_kernels import SequenceLayout, linear_scan, min_gru_scan, min_lstm_scan
 from hf_rnn_kernels.gated_scan import op, reference
 
 GATES = ["linear", "min_gru", "min_gru+g", "min_lstm", "min_lstm+g", "min_lstm+normalize", "min_lstm+g+normalize"]
@@ -173,7 +173,7 @@ def test_masked_and_packed_against_one_by_one(gates, data):
 def test_padding_changes_nothing_bit_for_bit():
     inputs, h0 = make_inputs("min_gru+g", 2, 9, 33)
     mask = torch.tensor([[0, 0, 1, 1, 1, 0, 1, 0, 0], [1] * 9]).bool()
-    h, last = min_gru_scan(*inputs, h0, mask)
+    h, last = min_gru_scan(*inputs, h0, SequenceLayout(mask))
     alone, alone_last = min_gru_scan(*(x[:1, mask[0]] for x in inputs), h0[:1])
     assert torch.equal(h[:1, mask[0]], alone) and torch.equal(last[:1], alone_last)
 

@@ -43,8 +43,9 @@ def make(batch, time, heads, keys, values, sequences=None, input_bias=0.0, forge
 def run(function, leaves, grads, dtype=torch.float32, **options):
     """h, the last states, and the gradients of everything."""
     leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in leaves]
-    if options and function is mlstm_scan:
-        options = dict(layout=layout_of(leaves[0], **options))
+    if function is mlstm_scan:
+        mask, cu_seqlens = options.pop("mask", None), options.pop("cu_seqlens", None)
+        options["layout"] = layout_of(leaves[0], mask, cu_seqlens)
     h, last = function(*leaves, **options)
     outputs = [h, *last]
     return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in grads])]

@@ -184,7 +184,7 @@ def _scan(
         h, _, last = op.scan(
             cell, y, plain, plain_bias, states, layout.flat_mask(), layout.offsets, training, perturbation
         )
-        return h.view(*x.shape[:2], -1), last
+        return h.view(*x.shape[:2], heads * size), last
 
     inputs = x, plain, plain_bias, input_weight, input_bias
     return advance(layout, x.shape[1], reference.state_dtype(x), inputs, states, step, scan)
