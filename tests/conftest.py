@@ -33,10 +33,10 @@ def layout_of(x: torch.Tensor, mask=None, cu_seqlens=None) -> SequenceLayout:
     return SequenceLayout.of(*x.shape[:2], mask, cu_seqlens)
 
 
-def skip_if_not_its_settings(architecture: str, settings: dict, allowed: frozenset | set = frozenset()) -> None:
-    names = {field.name for field in fields(ARCHITECTURES[architecture][0])}
-    if not settings.keys() <= names | allowed:
-        pytest.skip(f"no settings of {architecture}")
+def for_those_that_have(*cases: tuple) -> list[tuple]:
+    """Each (settings, ...) with the architectures that have these settings in front, for `parametrize`."""
+    names = {name: {field.name for field in fields(classes[0])} for name, classes in ARCHITECTURES.items()}
+    return [(name, *case) for case in cases for name in sorted(names) if case[0].keys() <= names[name]]
 
 
 @pytest.fixture(params=sorted(ARCHITECTURES))
@@ -71,6 +71,23 @@ def model(make_model):
 @pytest.fixture
 def ids():
     return torch.randint(0, 58, (3, 17), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def bfloat16_dot(monkeypatch):
+    """Triton's interpreter (3.6 to 3.9) keeps bfloat16 as its bits, and its `tl.dot` multiplies them as integers."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def floats(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    dot = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *c: dot(self, floats(a), floats(b), *c))
 
 
 def pytest_runtest_teardown(item):

@@ -17,7 +17,6 @@ from transformers import CompileConfig
 from hf_rnn_kernels import perturbed_embedding
 
 pytest.importorskip("triton")
-from ops.test_recurrent_triton import multiply_bfloat16
 
 DRY = os.environ.get("HF_RNN_DRY") == "1"
 DEVICE = "cpu" if DRY else "cuda"
@@ -37,12 +36,6 @@ if DRY:
 def full_precision(monkeypatch):
     """cuDNN's recurrences would round float32 to 10 bits."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
-@pytest.fixture
-def bfloat16_dot(monkeypatch):
-    if DRY:
-        multiply_bfloat16(monkeypatch)
 
 
 @pytest.fixture
@@ -117,9 +110,8 @@ class TestModels:
             ids, settings = LAYOUTS[layout]()
             assert_close(logits_and_gradients(model, ids, settings), exact(model, ids, settings))
 
+    @pytest.mark.parametrize("architecture", ["xlstm"])
     def test_slstm_blocks(self, make_model, architecture):
-        if architecture != "xlstm":
-            pytest.skip("no sLSTM")
         settings = dict(hidden_size=HIDDEN, initializer_range=RANGE, num_heads=2, block_layout="neurips")
         model = make_model(**settings, slstm_at=[1]).to(DEVICE)
         for layout in ("plain", "packed"):

@@ -5,13 +5,13 @@ import re
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, skip_if_not_its_settings
+from conftest import ARCHITECTURES, for_those_that_have
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from hf_rnn import MinGRUConfig, RecurrentCache
+from hf_rnn import MinGRUConfig, MinLSTMConfig, MinLSTMForCausalLM, RecurrentCache
 from hf_rnn.skeleton.inputs import padding_mask
 from hf_rnn_kernels import SequenceLayout, gru_scan, lstm_scan, min_gru_scan
 
@@ -86,8 +86,8 @@ def test_a_cache_of_another_model_or_batch(make_model, model, ids):
 
 
 @pytest.mark.parametrize(
-    "settings, message",
-    [
+    "architecture, settings, message",
+    for_those_that_have(
         (dict(hidden_size=0), "hidden_size: expected at least 1"),
         (dict(num_hidden_layers=-1), "num_hidden_layers"),
         (dict(hidden_size="big"), "hidden_size"),
@@ -95,13 +95,18 @@ def test_a_cache_of_another_model_or_batch(make_model, model, ids):
         (dict(hidden_dropout=1.5), "hidden_dropout"),
         (dict(output_projection=False, expansion_factor=2), "output_projection"),
         (dict(expansion_factor=0.001), "expansion_factor"),
-        (dict(hiden_size=4), "did you mean 'hidden_size'"),
-    ],
+        (dict(norm_eps=-1.0), "norm_eps"),
+        (dict(forget_bias=float("nan")), "forget_bias"),
+    ),
 )
 def test_config(architecture, settings, message):
-    skip_if_not_its_settings(architecture, settings, allowed={"hiden_size"})
     with pytest.raises(Exception, match=message):
         ARCHITECTURES[architecture][0](**settings)
+
+
+def test_a_misspelt_setting(architecture):
+    with pytest.raises(Exception, match="did you mean 'hidden_size'"):
+        ARCHITECTURES[architecture][0](hiden_size=4)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "header", "missing tensor"])
@@ -243,3 +248,38 @@ def test_any_offsets(offsets, wide):
         else:
             with pytest.raises(ValueError, match=r"cu_seqlens: expected"):
                 scan()
+
+
+def test_masks_of_another_length_or_of_biases(model, ids):
+    with pytest.raises(ValueError, match="attention_mask: expected shape"):
+        model(ids, attention_mask=torch.ones(3, 30))
+    with pytest.raises(ValueError, match="attention_mask: expected zeros"):
+        model(ids, attention_mask=torch.zeros(3, 17) - 1e4)
+    state = model(ids, use_cache=True).past_key_values
+    model(ids[:, :3], attention_mask=torch.ones(3, 20), past_key_values=state)
+
+
+def test_a_cache_of_another_architecture(ids):
+    settings = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2)
+    gru = ARCHITECTURES["mingru"][1](MinGRUConfig(**settings)).eval()
+    with pytest.raises(ValueError, match="expected the state of a hf_rnn_minlstm"):
+        MinLSTMForCausalLM(MinLSTMConfig(**settings)).eval()(ids, past_key_values=gru(ids).past_key_values)
+
+
+def test_labels_of_another_shape(model, ids):
+    with pytest.raises(ValueError, match="labels: expected the shape"):
+        model(ids, labels=ids.t().contiguous())
+    with pytest.raises(ValueError, match="logits_to_keep=0"):
+        model(ids, labels=ids, logits_to_keep=1)
+    torch.testing.assert_close(model(ids, labels=ids.int()).loss, model(ids, labels=ids).loss)
+
+
+def test_classifier_rows(architecture, ids):
+    config_class, _, classifier_class = ARCHITECTURES[architecture]
+    model = classifier_class(config_class(vocab_size=61, hidden_size=16, pad_token_id=58)).eval()
+    with pytest.raises(ValueError, match="row of padding only"):
+        model(torch.full_like(ids, 58))
+    with pytest.raises(ValueError, match="one sequence a row"):
+        model(ids, position_ids=torch.arange(17)[None] % 5)
+    left = torch.cat([torch.full((3, 4), 58), ids], 1)
+    torch.testing.assert_close(model(left).logits, model(ids).logits, rtol=1e-5, atol=1e-6)

@@ -163,3 +163,14 @@ def test_static_cache_is_not_needed(model, ids):
 def test_assisted_decoding_is_refused(model, ids):
     with pytest.raises(ValueError, match="[Ss]tateful|stateful|assist"):
         generate(model, ids[:1], prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize("options", [dict(num_beams=3), dict(do_sample=True, num_return_sequences=2)])
+def test_beams_and_samples_from_a_returned_cache(model, ids, options):
+    turn = torch.cat([ids, ids[:, :4].flip(1)], 1)
+    options = dict(max_new_tokens=6, eos_token_id=None) | options
+    state = model(ids, use_cache=True).past_key_values
+    torch.manual_seed(0)
+    output = model.generate(turn, attention_mask=torch.ones_like(turn), past_key_values=state, **options)
+    torch.manual_seed(0)
+    assert torch.equal(output, model.generate(turn, attention_mask=torch.ones_like(turn), **options))

@@ -281,3 +281,51 @@ def test_the_cache_answers_all_that_transformers_asks_of_one(model, ids):
     assert cache.get_query_offset() == 17 and not cache.is_croppable and cache.has_previous_state()
     assert not any(getattr(cache, name) for name in lists_of_layers & inherited) and not any(cache.is_linear)
     assert not all(cache.is_linear)  # of no layers all are
+
+
+def test_the_state_holds_nothing_else(model, ids):
+    with torch.no_grad():
+        state = model(ids.repeat(1, 20)).past_key_values
+    for layer in state.states:  # whose states may be views of one tensor
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in layer}
+        assert sum(storages.values()) == sum(x.nbytes for x in layer)
+
+
+def test_the_state_of_a_float64_model_is_float64(model, ids):
+    model = model.double()
+    with torch.no_grad():
+        whole = model(ids).logits
+        first = model(ids[:, :7])
+        rest = model(ids[:, 7:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=0, atol=1e-12)
+
+
+def test_checkpointing_does_not_drop_a_state(model, ids):
+    state = model(ids, use_cache=True).past_key_values.detach()
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="cache: gradient checkpointing"):
+        model(ids, past_key_values=state)
+
+
+def test_positions_of_a_padded_batch_are_no_packing(model, ids):
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    assert output.past_key_values.batch_size == 3
+    torch.testing.assert_close(output.logits[0, 5:], model(ids[:1, 5:]).logits[0], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="use_cache: packed"):
+        model(ids, position_ids=torch.arange(17)[None] % 5, use_cache=True)
+
+
+def test_inference_mode_states_go_on_elsewhere(model, ids):
+    with torch.inference_mode():
+        state = model(ids).past_key_values
+    with torch.no_grad():
+        expected = model(torch.cat([ids, ids], 1)).logits[:, 17:]
+        torch.testing.assert_close(model(ids, past_key_values=state).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_inherited_cache_methods(model, ids):
+    state = model(ids, use_cache=True).past_key_values
+    assert state.is_sliding == [] and state.get_mask_sizes(1, 0) == (18, 0)

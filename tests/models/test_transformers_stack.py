@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import ARCHITECTURES, relative_error, skip_if_not_its_settings
+from conftest import ARCHITECTURES, for_those_that_have, relative_error
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -61,10 +61,10 @@ def test_backbone_and_head_share_checkpoints(architecture, model, ids, tmp_path)
     assert torch.equal(classifier.model(ids).last_hidden_state, expected)
 
 
-def test_initialisation_is_whole(architecture, tmp_path):
+@pytest.mark.parametrize("architecture, settings", for_those_that_have((dict(forget_bias=2.0),)))
+def test_initialisation_is_whole(architecture, settings, tmp_path):
     """Every parameter is initialised, also those that a checkpoint lacks. xLSTM's: test_xlstm.py."""
-    skip_if_not_its_settings(architecture, {"forget_bias": 2.0})
-    config = ARCHITECTURES[architecture][0](hidden_size=32, num_hidden_layers=1, forget_bias=2.0)
+    config = ARCHITECTURES[architecture][0](hidden_size=32, num_hidden_layers=1, **settings)
     model = ARCHITECTURES[architecture][1](config)
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter).all() and parameter.abs().max() < 3, name
@@ -80,10 +80,12 @@ def test_initialisation_is_whole(architecture, tmp_path):
     assert torch.equal(loaded.model.layers[0].mixer.in_proj.bias, bias)
 
 
-def test_initial_biases_without_a_learned_state(architecture):
-    settings = dict(hidden_size=32, num_hidden_layers=1, forget_bias=2.0, learned_initial_state=False)
-    skip_if_not_its_settings(architecture, settings)
-    mixer = ARCHITECTURES[architecture][1](ARCHITECTURES[architecture][0](**settings)).model.layers[0].mixer
+@pytest.mark.parametrize(
+    "architecture, settings", for_those_that_have((dict(forget_bias=2.0, learned_initial_state=False),))
+)
+def test_initial_biases_without_a_learned_state(architecture, settings):
+    config = ARCHITECTURES[architecture][0](hidden_size=32, num_hidden_layers=1, **settings)
+    mixer = ARCHITECTURES[architecture][1](config).model.layers[0].mixer
     assert int((mixer.in_proj.bias.abs() == 2.0).sum()) == 32
 
 

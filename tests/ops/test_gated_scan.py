@@ -310,3 +310,47 @@ def test_torchs_number_of_threads_stays():
     environment["NUMBA_NUM_THREADS"] = "2"
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.stdout.strip() == "1", result.stderr
+
+
+def test_wrong_offsets_under_compile_are_an_error():
+    scan = torch.compile(lambda a, c: linear_scan(a, a, None, c), backend="eager", fullgraph=True)
+    with pytest.raises(ValueError, match="rise from 0 to T = 8"):
+        scan(torch.ones(1, 8, 4), torch.tensor([0, 3, 100000]))
+
+
+def test_masks_of_any_dtype_at_any_length():
+    for time in (1, 4):
+        x = torch.randn(2, time, 3)
+        x[0, 0] = float("nan")
+        mask = torch.ones(2, time)
+        mask[0, 0] = 0
+        for dtype in (torch.float32, torch.float64):
+            outputs = [
+                min_gru_scan(x.to(dtype), x.to(dtype), torch.ones(2, 3, dtype=dtype), m)[1]
+                for m in (mask, mask.long(), mask.bool())
+            ]
+            assert all(torch.isfinite(y).all() and torch.equal(y, outputs[0]) for y in outputs)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_after_a_fork():
+    """OpenMP's threads do not survive it: the child computes in plain torch instead of being killed."""
+    x = torch.randn(1, 5, 4)
+    expected = min_gru_scan(x, x)[0]
+    child = os.fork()
+    if child == 0:
+        same = torch.allclose(min_gru_scan(x, x)[0], expected, atol=1e-6)
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_forward_mode_is_refused():
+    def scan(x):
+        return min_gru_scan(x, x)[0]
+
+    x = torch.randn(1, 300, 256)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        scan(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(scan, (x,), (torch.ones_like(x),))

@@ -1,10 +1,5 @@
 """The Triton backends of perturbed weights, tested as that of gated_scan is in `test_triton.py`."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -19,9 +14,8 @@ from ops import test_triton as shared  # noqa: E402
 from hf_rnn_kernels.perturbed import triton as backend  # noqa: E402
 from hf_rnn_kernels.recurrent_scan import triton as scan_backend  # noqa: E402
 
-compiled, gpu, interpreted = shared.compiled, shared.gpu, shared.interpreted
-poison, reverse, target = shared.poison, shared.reverse, shared.target
-bfloat16_dot, chip, path, quick = recurrent.bfloat16_dot, recurrent.chip, recurrent.path, recurrent.quick
+gpu, target = shared.gpu, shared.target
+chip, path = recurrent.chip, recurrent.path
 
 CELLS = recurrent.CELLS
 HALF = [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
@@ -67,105 +61,6 @@ def check_scan(run, cell, x, weight, bias, states, mask, cu_seqlens, perturbatio
         assert e.numel() == 0 or error(a, e) <= tolerance
 
 
-@compiled
-@pytest.mark.slow
-@pytest.mark.parametrize("which", ["not exhaustive", pytest.param("exhaustive", marks=[pytest.mark.exhaustive])])
-@pytest.mark.timeout(1800)
-def test_values_in_the_interpreter(which):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-k", "interpreted", "-m", which, __file__]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-
-
-@interpreted
-@pytest.mark.usefixtures("bfloat16_dot", "poison", "reverse")
-class TestInterpretedLinear:
-    @pytest.mark.parametrize(
-        "shape", [(5, 3, 19, 7), (3, 1, 33, 130), (1, 1, 1, 1), (70, 1, 16, 64), (2, 65, 40, 65)], ids=str
-    )
-    @pytest.mark.parametrize("rank", [1, 2])
-    def test_sizes(self, shape, rank):
-        """A tile of rows spans several members, and a member several tiles."""
-        check(backend.linear, make(*shape, rank))
-
-    @pytest.mark.parametrize("dtype, tolerance", HALF)
-    def test_half_precision(self, dtype, tolerance):
-        check(backend.linear, make(5, 3, 70, 19, 2, dtype), tolerance)
-
-    def test_more_tiles_than_a_group(self, monkeypatch):
-        monkeypatch.setattr(backend, "_plan", lambda *_: {"BM": 16, "BO": 16, "BI": 16, "STAGES": 1})
-        check(backend.linear, make(54, 3, 9, 50))
-
-    def test_layouts(self):
-        """Factors in float32 beside x in 16 bits, transposed, and x that no distance of rows describes."""
-        x, weight, left, right = make(3, 2, 19, 7, 2)
-        x, left, right = x.mT.contiguous().mT, left.mT.contiguous().mT, right.mT.contiguous().mT
-        check(backend.linear, (x, weight.mT.contiguous().mT, left, right))
-        check(backend.linear, (x.bfloat16(), weight.bfloat16(), left, right), 1e-2)
-
-    def test_nothing(self):
-        assert backend.linear(*make(3, 0, 5, 7)).shape == (3, 0, 7)
-
-    def test_nan_stays_in_its_member(self):
-        x, weight, left, right = make(3, 2, 5, 7)
-        right[1] = float("nan")
-        wrong = backend.linear(x, weight, left, right).isnan()
-        assert wrong[1].all() and not wrong[::2].any()
-
-
-@interpreted
-@pytest.mark.usefixtures("bfloat16_dot", "poison", "quick", "reverse")
-class TestInterpretedScan:
-    @pytest.mark.parametrize("cell, members, rows, rank", [("lstm", 2, 3, 1), ("gru", 3, 1, 2), ("slstm", 1, 3, 2)])
-    def test_all_at_once(self, cell, members, rows, rank, path):
-        """Two heads of an odd size, initial states, strided x, padding on both sides and inside."""
-        sequences = members * rows
-        arguments = recurrent.make(cell, sequences, 6, 2, 19, strided=True)
-        states, mask = recurrent.make_states(cell, sequences, 38), shared.padding(sequences, 6)
-        perturbation = make_perturbation(cell, members, 2, 19, rank)
-        check_scan(scan_backend.scan, cell, *arguments, states, mask, None, perturbation)
-
-    @pytest.mark.parametrize("cell, members", [("gru", 2), ("lstm", 4)])
-    def test_packed(self, cell, members, path):
-        cu_seqlens = torch.tensor([0, 4, 4, 5, 11])
-        x, weight, _ = recurrent.make(cell, 1, 11, 2, 3)
-        perturbation = make_perturbation(cell, members, 2, 3)
-        check_scan(scan_backend.scan, cell, x, weight, None, [], None, cu_seqlens, perturbation)
-
-    def test_many_members(self, path):
-        """More sequences than a program has, so that the last one has some that are not there."""
-        x, weight, _ = recurrent.make("gru", 35, 2, 1, 3)
-        check_scan(scan_backend.scan, "gru", x, weight, None, [], None, None, make_perturbation("gru", 7, 1, 3))
-
-    @pytest.mark.parametrize("dtype, tolerance", HALF)
-    def test_half_precision(self, dtype, tolerance, path):
-        """Factors in float32, as the weights of autocast are."""
-        x, weight, bias = recurrent.make("lstm", 6, 5, 1, 19)
-        perturbation = make_perturbation("lstm", 2, 1, 19)
-        check_scan(
-            scan_backend.scan, "lstm", x.to(dtype), weight, bias, [], None, None, perturbation, tolerance
-        )  # fmt: skip
-
-    @pytest.mark.exhaustive
-    @pytest.mark.timeout(900)
-    @pytest.mark.parametrize("masked", [False, True])
-    @pytest.mark.parametrize("size", [3, 16, 40])
-    @pytest.mark.parametrize("members, rows, rank", [(1, 1, 1), (3, 1, 2), (2, 3, 1), (6, 3, 2)])
-    @pytest.mark.parametrize("cell", CELLS)
-    def test_every_combination(self, cell, members, rows, rank, size, masked, path):
-        sequences = members * rows
-        states = recurrent.make_states(cell, sequences, 2 * size)
-        mask = shared.padding(sequences, 4) if masked else None
-        perturbation = make_perturbation(cell, members, 2, size, rank)
-        arguments = recurrent.make(cell, sequences, 4, 2, size)
-        check_scan(scan_backend.scan, cell, *arguments, states, mask, None, perturbation)
-
-
 # Compilation, by the driver of `test_triton.py`, which launches nothing.
 
 
@@ -196,7 +91,6 @@ def check_compiled(target, expected, spilled=0):
         assert spills and max(spills.values()) <= spilled, spills
 
 
-@compiled
 @pytest.mark.parametrize("target", shared.TARGETS, indirect=True)
 @pytest.mark.parametrize("dtype, sizes", [(torch.bfloat16, (256, 256)), (torch.float32, (51, 19))])
 def test_linear_compiles_without_spills(gone, dtype, sizes):
@@ -204,7 +98,6 @@ def test_linear_compiles_without_spills(gone, dtype, sizes):
     check_compiled(gone, backend._linear)
 
 
-@compiled
 @pytest.mark.parametrize("target", shared.TARGETS, indirect=True)
 @pytest.mark.parametrize("cell, size, kernel", [("lstm", 64, "_forward"), ("gru", 768, "_forward_streamed")])
 def test_scan_compiles_without_spills(gone, cell, size, kernel):
@@ -212,7 +105,6 @@ def test_scan_compiles_without_spills(gone, cell, size, kernel):
     check_compiled(gone, getattr(scan_backend, kernel))
 
 
-@compiled
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("rank", [1, 2])
@@ -224,7 +116,6 @@ def test_every_linear_compiles_without_spills(gone, dtype, sizes, rank):
     check_compiled(gone, backend._linear)
 
 
-@compiled
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("size", [16, 19, 64, 128, 768])
@@ -240,7 +131,6 @@ def test_every_scan_compiles_without_spills(gone, cell, dtype, size):
     check_compiled(gone, scan_backend._forward if held else scan_backend._forward_streamed, spilled)
 
 
-@compiled
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 def test_other_members_rows_and_lengths_compile_nothing_new(gone, monkeypatch):
     for members, rows in [(2, 3), (1, 1), (16, 1), (1, 16), (5, 7)]:

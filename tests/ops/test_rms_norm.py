@@ -39,3 +39,21 @@ def test_layouts_and_registration():
     expected = torch.nn.functional.rms_norm(x, (6,), weight, 1e-6)
     torch.testing.assert_close(rms_norm(x, weight, 1e-6), expected)
     torch.library.opcheck(torch.ops.hf_rnn.rms_norm.default, (x, weight, 1e-6))
+
+
+def test_a_weight_of_another_size():
+    with pytest.raises(ValueError, match="weight: expected the last dimension"):
+        rms_norm(torch.ones(2, 8), torch.ones(4, requires_grad=True), 1e-6)
+
+
+def test_forward_mode():
+    """Refused by the fused loop; a small norm is torch's own, and may; so is a large one under torch.func."""
+
+    def norm(x):
+        return rms_norm(x, torch.ones(256), 1e-6)
+
+    x = torch.randn(1, 300, 256)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        norm(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    y, dy = torch.func.jvp(norm, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(y + 1e-3 * dy, norm(x + 1e-3), atol=1e-4, rtol=1e-4)
