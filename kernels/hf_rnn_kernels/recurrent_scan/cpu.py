@@ -9,6 +9,7 @@ Tensors come as flat arrays. `scratch` holds, for each sequence of a task, R h +
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,30 @@ from hf_rnn_kernels.recurrent_scan.cpu_cells import GRU, KINDS, LSTM, SLOTS
 from hf_rnn_kernels.recurrent_scan.reference import CELLS
 from hf_rnn_kernels.threads import run
 from hf_rnn_kernels.vector_math import F32, U, parallel, prefetch, row
+
+
+class _Sizes(NamedTuple):
+    """All uint64; P is `size`, the number of states S is 1 + `kept`."""
+
+    gates: np.uint64
+    kept: np.uint64
+    size: np.uint64
+    heads: np.uint64
+    groups: np.uint64  # of heads: a task walks one
+    chunks: np.uint64  # shares of the sequences: a task walks one
+
+
+class _Inputs(NamedTuple):
+    """Flat arrays."""
+
+    x: np.ndarray
+    weight: np.ndarray  # R^T in panels
+    bias: np.ndarray  # in panels
+    mask: np.ndarray  # empty for none
+    order: np.ndarray  # sequences, the longest first, dealt out to `chunks` in turn
+    offsets: np.ndarray
+    first: np.ndarray  # states (S, N, H * P)
+
 
 _BLOCK = U(64)  # rows of scratch that are filled before the next head's turn
 _U0, _U1, _LANES = U(0), U(1), U(LANES)
@@ -47,12 +72,13 @@ def _prefetch(size, x, x0):
 
 
 @parallel
-def _forward(
-    kind, gates, kept, size, heads, groups, chunks, x, weight, bias, mask, order, offsets, first, h, others, last,
-    rank, rows_per_member, left, right, biases,
-):  # fmt: skip
-    """`first`, `last`: states (S, N, H * P), S = 1 + `kept`; `order`: sequences, the longest first, dealt out to
-    `chunks` in turn; `left` (M, H, K, gates * P), `right` (M, H, K, P) with rank K = 0 for none."""
+def _forward(kind, sizes, inputs, outputs, perturbation):
+    """`outputs`: h, the other states at every token, and the last ones; `perturbation`: rank K (0 for none), rows per
+    member, and the members' factors and biases, (M, H, K, gates * P), (M, H, K, P) and (M, H, gates * P)."""
+    gates, kept, size, heads, groups, chunks = sizes
+    x, weight, bias, mask, order, offsets, first = inputs
+    h, others, last = outputs
+    rank, rows_per_member, left, right, biases = perturbation
     sequences, channels, many = U(order.size), heads * size, heads // groups
     panels = (gates * size + _LANES - _U1) // _LANES
     width = max(panels * _LANES, U(SLOTS) * size)
@@ -82,9 +108,11 @@ def _forward(
                     while length[running - _U1] <= t:
                         running -= _U1
                     product(
-                        state, k * rows * size, size, _U1,
-                        weight, head * panels * _LANES * size, _LANES * size, _LANES,
-                        bias, head * panels * _LANES, _U0, scratch, _U0, width, running, size, panels,
+                        (state, k * rows * size, size, _U1),
+                        (weight, head * panels * _LANES * size, _LANES * size, _LANES),
+                        (bias, head * panels * _LANES, _U0),
+                        (scratch, _U0, width),
+                        running, size, panels,
                     )  # fmt: skip
                     for r in range(running):
                         token, s = start[r] + t, (k * rows + r) * size
@@ -126,15 +154,16 @@ def _forward(
 
 
 @parallel
-def _backward(
-    kind, gates, kept, size, heads, groups, chunks, x, weight, bias, mask, order, offsets, first, h, others, transposed,
-    grad, grads, grad_x, grad_weight, grad_bias,
-):  # fmt: skip
-    """`grads` (S, N, H * P) holds the gradients of the last states on entry, those of the first states on return.
-
-    `grad_weight` (chunks, H, gates * P, padded P) and `grad_bias` (chunks, H, gates * P) are added to: after a block
-    of steps, while their gate gradients and states are in cache.
+def _backward(kind, sizes, inputs, transposed, saved, grad, grads, gradients):
+    """`transposed`: R^T packed; `saved`: h and the other states at every token; `grads` (S, N, H * P) holds the
+    gradients of the last states on entry, those of the first states on return. `gradients`: of x; of the weight
+    (chunks, H, gates * P, padded P) and the bias (chunks, H, gates * P), which are added to after a block of steps,
+    while their gate gradients and states are in cache.
     """
+    gates, kept, size, heads, groups, chunks = sizes
+    x, weight, bias, mask, order, offsets, first = inputs
+    h, others = saved
+    grad_x, grad_weight, grad_bias = gradients
     sequences, channels, many = U(order.size), heads * size, heads // groups
     panels, back_panels = (gates * size + _LANES - _U1) // _LANES, (size + _LANES - _U1) // _LANES
     width, padded = max(panels * _LANES, U(SLOTS) * size), back_panels * _LANES
@@ -172,9 +201,11 @@ def _backward(
                         else:
                             _copy(size, first, n * channels + head * size, before, (filled + r) * padded)
                     product(
-                        before, filled * padded, padded, _U1,
-                        weight, head * panels * _LANES * size, _LANES * size, _LANES,
-                        bias, head * panels * _LANES, _U0, scratch, filled * width, width, running, size, panels,
+                        (before, filled * padded, padded, _U1),
+                        (weight, head * panels * _LANES * size, _LANES * size, _LANES),
+                        (bias, head * panels * _LANES, _U0),
+                        (scratch, filled * width, width),
+                        running, size, panels,
                     )  # fmt: skip
                     for r in range(running):
                         token, s0, s = start[r] + t, (filled + r) * width, (k * rows + r) * padded
@@ -197,15 +228,17 @@ def _backward(
                         elif kind == LSTM:
                             cpu_cells.lstm_gates(size, x, x0, scratch, s0)
                             cpu_cells.lstm_step_back(
-                                size, scratch, s0, rest, b0, others, after, grad, at, dh, d_rest, s
+                                size, scratch, s0, (rest, b0), (others, after), (grad, at), dh, d_rest, s
                             )
                         elif kind == GRU:
                             cpu_cells.gru_gates(size, x, x0, scratch, s0)
-                            cpu_cells.gru_step_back(size, scratch, s0, before, (filled + r) * padded, grad, at, dh, s)
+                            cpu_cells.gru_step_back(
+                                size, scratch, s0, (before, (filled + r) * padded), (grad, at), dh, s
+                            )
                         else:
                             cpu_cells.slstm_gates(size, x, x0, scratch, s0)
                             cpu_cells.slstm_step_back(
-                                size, scratch, s0, rest, b0, far, others, after, channels, grad, at,
+                                size, scratch, s0, (rest, b0, far), (others, after, channels), (grad, at),
                                 dh, d_rest, s, apart,
                             )  # fmt: skip
                         if kind == GRU:
@@ -214,16 +247,16 @@ def _backward(
                         else:
                             _copy(gates * size, scratch, s0, grad_x, x0)
                     product(
-                        scratch, filled * width, width, _U1,
-                        transposed, head * back_panels * _LANES * gates * size, _LANES * gates * size, _LANES,
-                        dh, k * rows * padded, padded, dh, k * rows * padded, padded,
+                        (scratch, filled * width, width, _U1),
+                        (transposed, head * back_panels * _LANES * gates * size, _LANES * gates * size, _LANES),
+                        (dh, k * rows * padded, padded),
+                        (dh, k * rows * padded, padded),
                         running, gates * size, back_panels,
                     )  # fmt: skip
                     filled += running
+                sum_here = (grad_weight, (chunk * heads + head) * gates * size * padded, padded)
                 product(
-                    scratch, _U0, _U1, width, before, _U0, _LANES, padded,
-                    grad_weight, (chunk * heads + head) * gates * size * padded, padded,
-                    grad_weight, (chunk * heads + head) * gates * size * padded, padded,
+                    (scratch, _U0, _U1, width), (before, _U0, _LANES, padded), sum_here, sum_here,
                     gates * size, filled, back_panels,
                 )  # fmt: skip
                 for r in range(filled):
@@ -249,7 +282,7 @@ def _arguments(
     states: list[Tensor],
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple:
+) -> tuple[int, _Sizes, _Inputs]:
     heads, _, size = weight.shape
     batch, time, _ = x.shape
     offsets = np.arange(batch + 1) * time if cu_seqlens is None else cu_seqlens.numpy()
@@ -261,22 +294,17 @@ def _arguments(
     groups = math.gcd(heads, torch.get_num_threads())
     chunks = min(sequences, torch.get_num_threads() // groups)
     bias = torch.zeros(heads, 1, weight.shape[1]) if bias is None else bias.detach().float().view(heads, 1, -1)
-    return (
-        KINDS[cell],
-        U(CELLS[cell].gates),
-        U(CELLS[cell].states - 1),
-        U(size),
-        U(heads),
-        U(groups),
-        U(chunks),
-        flat(x),
-        flat(pack(weight.detach().float().transpose(1, 2))),
-        flat(pack(bias)),
-        np.empty(0, np.bool_) if mask is None else mask.reshape(-1).bool().numpy(),
-        order.astype(np.uint64),
-        offsets.astype(np.uint64),
-        flat(first),
+    sizes = _Sizes(*map(U, (CELLS[cell].gates, CELLS[cell].states - 1, size, heads, groups, chunks)))
+    inputs = _Inputs(
+        x=flat(x),
+        weight=flat(pack(weight.detach().float().transpose(1, 2))),
+        bias=flat(pack(bias)),
+        mask=np.empty(0, np.bool_) if mask is None else mask.reshape(-1).bool().numpy(),
+        order=order.astype(np.uint64),
+        offsets=offsets.astype(np.uint64),
+        first=flat(first),
     )
+    return KINDS[cell], sizes, inputs
 
 
 def scan(
@@ -291,15 +319,15 @@ def scan(
     perturbation: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `op.scan`."""
-    arguments = _arguments(cell, x, weight, bias, states, mask, cu_seqlens)
+    kind, sizes, inputs = _arguments(cell, x, weight, bias, states, mask, cu_seqlens)
     batch, time, _ = x.shape
     channels, count = weight.shape[0] * weight.shape[2], CELLS[cell].states
-    h, last = empty(batch, time, channels), empty(count, len(arguments[-2]) - 1, channels)
+    h, last = empty(batch, time, channels), empty(count, len(inputs.order), channels)
     others = empty(batch, time, count - 1 if training else 0, channels)
     left, right, biases = perturbation or (torch.empty(1, 1, 0, 0),) * 3
-    own = (flat(left.transpose(2, 3)), flat(right.transpose(2, 3)), flat(biases))
-    members = (U(left.shape[3]), U(last.shape[1] // left.shape[0]))
-    run(_forward, *arguments, flat(h), flat(others), flat(last), *members, *own)
+    factors = (flat(left.transpose(2, 3)), flat(right.transpose(2, 3)), flat(biases))
+    members = (U(left.shape[3]), U(last.shape[1] // left.shape[0]), *factors)
+    run(_forward, kind, sizes, inputs, (flat(h), flat(others), flat(last)), members)
     return h.to(x.dtype), others, last
 
 
@@ -317,17 +345,17 @@ def scan_backward(
     grad_last: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `op.scan_backward`."""
-    arguments = _arguments(cell, x, weight, bias, states, mask, cu_seqlens)
-    chunks, (heads, rows, size) = int(arguments[6]), weight.shape
+    kind, sizes, inputs = _arguments(cell, x, weight, bias, states, mask, cu_seqlens)
+    chunks, (heads, rows, size) = int(sizes.chunks), weight.shape
     grads = grad_last.float().clone(memory_format=torch.contiguous_format)
     grad_x, transposed = empty(*x.shape), pack(weight.detach().float())
     grad_weight, grad_bias = (
         torch.zeros(chunks, heads, rows, -(-size // LANES) * LANES),
         torch.zeros(chunks, heads, rows),
     )
+    gradients = (flat(grad_x), flat(grad_weight), flat(grad_bias))
     run(
-        _backward, *arguments, flat(h), flat(others), flat(transposed), flat(grad), flat(grads), flat(grad_x),
-        flat(grad_weight), flat(grad_bias),
+        _backward, kind, sizes, inputs, flat(transposed), (flat(h), flat(others)), flat(grad), flat(grads), gradients
     )  # fmt: skip
     grad_weight = grad_weight.sum(0)[..., :size]
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.sum(0).flatten(), grads
