@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_rnn_kernels.vector_math import U, row
 
+# numba compiles for this processor alone, so its width is known here.
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 _ROWS, _PANELS = 4, 4 if LANES == 16 else 2  # a tile: 16 of AVX-512's 32 registers accumulate, or 8 of AVX2's 16
 
@@ -20,6 +21,7 @@ _ROWS, _PANELS = 4, 4 if LANES == 16 else 2  # a tile: 16 of AVX-512's 32 regist
 def pack(matrix: Tensor) -> Tensor:
     """(H, K, N) to (H, panels, K, LANES) with N padded by zeros: each panel is read from end to end."""
     heads, depth, width = matrix.shape
+    # Zeros behind the last column, so that no tile needs a loop for the rest.
     panels = -(-width // LANES)
     padded = torch.nn.functional.pad(matrix, (0, panels * LANES - width))
     return padded.view(heads, depth, panels, LANES).transpose(1, 2).contiguous()
@@ -56,9 +58,11 @@ def _tile(rows: int, panels: int):
 
             def load(pointer):
                 value = builder.load(pointer)
+                # Rows may begin at any float: vectors are loaded and stored unaligned.
                 value.align = 4
                 return value
 
+            # Memory as it is written, registers as LLVM compiles it, since nothing takes their addresses.
             sums = [[cgutils.alloca_once(builder, vector) for _ in range(panels)] for _ in range(rows)]
             for r in range(rows):
                 for p in range(panels):
@@ -69,10 +73,12 @@ def _tile(rows: int, panels: int):
                 bs = [load(at(b, times(b_panel, p), b_here, wide=True)) for p in range(panels)]
                 for r in range(rows):
                     scalar = builder.load(at(a, times(a_row, r), a_here))
+                    # One element in all lanes.
                     single = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, lane(0))
                     mask = ir.Constant(ir.VectorType(lane, LANES), [0] * LANES)
                     wide = builder.shuffle_vector(single, ir.Constant(vector, ir.Undefined), mask)
                     for p in range(panels):
+                        # "contract" alone: the two become a fused multiply-add, and sums keep their order.
                         term = builder.fmul(wide, bs[p], flags=["contract"])
                         builder.store(builder.fadd(builder.load(sums[r][p]), term, flags=["contract"]), sums[r][p])
             for r in range(rows):
@@ -108,6 +114,7 @@ def product(left, right, init, out, rows, depth, panels):
     _, i0, i_row = init
     _, o0, o_row = out
     p = U(0)
+    # Panels outside: those of a tile stay in the first cache while all rows pass by.
     while p < panels:
         many = p + U(_PANELS) <= panels
         shift, b = p * U(LANES), b0 + p * b_panel
@@ -116,6 +123,7 @@ def product(left, right, init, out, rows, depth, panels):
             four = r + U(_ROWS) <= rows
             # Offsets beside the matrices: a new tuple for each tile would count references to its array.
             a, i, o = a0 + r * a_row, i0 + r * i_row + shift, o0 + r * o_row + shift
+            # Four kernels of fixed sizes instead of one with loops, whose sums would not stay in registers.
             if many:
                 if four:
                     _full(left, a, right, b, init, i, out, o, depth)

@@ -18,6 +18,7 @@ def _statistics(size, h, at, eps):
     total, square = F32(0), F32(0)
     for d in range(size):
         total += h[at + d]
+    # Squares in a second pass: the mean of squares less the square of the mean cancels. The row is in cache.
     mean = total / F32(size)
     for d in range(size):
         square += (h[at + d] - mean) * (h[at + d] - mean)
@@ -52,6 +53,7 @@ def _rows_backward(sizes, h, gate_rows, weight, eps, grad, grad_h, grad_gate, gr
     shares, channels = U(grad_weight.size) // (heads * size), heads * size
     rows = U(h.size) // channels
     for share in prange(shares):
+        # Computed again: the forward pass keeps nothing.
         normed, t = np.empty(size, np.float32), np.empty(size, np.float32)
         for i in range(rows * U(share) // shares, rows * (U(share) + U(1)) // shares):
             for k in range(heads):
@@ -63,6 +65,7 @@ def _rows_backward(sizes, h, gate_rows, weight, eps, grad, grad_h, grad_gate, gr
                     is_closed, is_open = sigmoids(gate[i * apart + w + d])
                     t[d] = grad[at + d] * is_open
                     grad_gate[at + d] = t[d] * is_closed * weight[w + d] * normed[d]
+                # A loop of its own: LLVM gives up on one that writes to several arrays that might overlap.
                 for d in range(size):
                     grad_weight[to + d] += t[d] * normed[d]
                 for d in range(size):

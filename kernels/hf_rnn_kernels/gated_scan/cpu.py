@@ -59,10 +59,13 @@ def _step(h, lost, keep, drop, add, goal):
     A slow gate adds a little to a lot, thousands of times: `lost` carries the rounding error along (Kahan). Halves keep
     the difference of two large values from overflowing; scaling by 2 is exact.
     """
+    # h + z (g - h) alone, at 65,536 steps: off by 7.6e-7 with a gate's bias of -8, and the gradient of h0 by 3.1e-4
+    # with +8; this way 2.3e-8 and 4.0e-8.
     half, gain = HALF * h, add * (HALF * goal)
     step = (gain - drop * half) - lost
     slow = half + step
     is_slow = drop < HALF
+    # Both are computed and one is taken: a branch would stop the vectoriser.
     return TWO * (slow if is_slow else keep * half + gain), ((slow - half) - step) if is_slow else F32(0)
 
 
@@ -167,8 +170,10 @@ class _Layout(NamedTuple):
 
 
 @parallel
+# A flat buffer and unsigned indices: 0.22 ms where slices, whose references are counted, took 0.40.
 def _forward(cell, sizes, inputs, layout, h0, out, last):
     """`last` is the running state."""
+    # Unpacked before the parallel loop, to which numba hands the members of a group one by one.
     (kind, positive, normalize), (channels, strip) = cell, sizes
     (x, x_apart), (y, y_apart), (z, z_apart) = inputs
     mask, offsets = layout
@@ -184,9 +189,11 @@ def _forward(cell, sizes, inputs, layout, h0, out, last):
         for t in range(offsets[n], offsets[n + U1]):
             x_row, y_row, z_row = (x, t * x_apart + low), (y, t * y_apart + low), (z, t * z_apart + low)
             o = t * channels + low
+            # Padding: the state passes, and so does what rounding lost of it.
             if mask.size > 0 and not mask[t]:
                 for d in range(width):
                     out[o + d] = last[s + d]
+            # One branch a row, outside the loops over channels.
             elif kind == _LINEAR:
                 _linear_row(width, x_row, y_row, (last, s), (out, o))
             elif kind == _MIN_GRU:
@@ -202,6 +209,7 @@ def _backward(cell, sizes, inputs, layout, h0, h, grad, grads, carry):
     (x, x_apart), (y, y_apart), (z, z_apart) = inputs
     mask, offsets = layout
     strips = (channels + strip - U1) // strip
+    # 2 or 3 inputs, whose gradients lie side by side in a row as the halves of a projection do.
     count = U(grads.size) // max(U(grad.size), U1)
     for task in prange(U(offsets.size - 1) * strips):
         n = U(task) // strips
@@ -212,6 +220,7 @@ def _backward(cell, sizes, inputs, layout, h0, h, grad, grads, carry):
             t = offsets[n + U1] - U1 - back
             x_row, y_row, z_row = (x, t * x_apart + low), (y, t * y_apart + low), (z, t * z_apart + low)
             o = t * channels + low
+            # h_{t-1} is the row before in h, which is kept anyway.
             before = (h, o - channels) if t > offsets[n] else (h0, s)
             dx = t * count * channels + low
             to = (grads, dx, dx + channels, dx + U(2) * channels)
@@ -234,9 +243,11 @@ def _backward(cell, sizes, inputs, layout, h0, h, grad, grads, carry):
 def _rows(x: Tensor) -> tuple[np.ndarray, np.uint64]:
     """A (B, T, D) tensor as a flat float32 array and its row stride; copies only what is not already laid out so."""
     x = x.detach().float()
+    # Two halves of one projection are read in place, with the whole's row stride.
     if x.stride(2) != 1 or x.stride(0) != x.shape[1] * x.stride(1):
         x = x.contiguous()
     rows, stride = x.shape[0] * x.shape[1], x.stride(1)
+    # To the end of the last row, beyond which a whole stride may leave the storage.
     return x.as_strided(((rows - 1) * stride + x.shape[2],), (1,)).numpy(), U(stride)
 
 

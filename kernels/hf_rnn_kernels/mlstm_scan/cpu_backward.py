@@ -46,6 +46,7 @@ def adjoints(sizes, chunks, mask, q_rows, i_and_log_f, m_at, eps, outputs, last,
             for later in range(rows):
                 r = rows - _U1 - later
                 here = (token + r) * heads + head
+                # a and m come from the forward pass: which of the two decided must not be rounded the other way here.
                 normalizer, floor = norms[here * U(2)], exp(-norms[here * U(2) + _U1])
                 inverse = ONE / (max(abs(normalizer), floor) + eps)
                 inner = dot(V, numerators, r * values, h, here * V) * inverse
@@ -53,6 +54,7 @@ def adjoints(sizes, chunks, mask, q_rows, i_and_log_f, m_at, eps, outputs, last,
                 inverses[here] = inverse
                 d_normalizers[here] = above if normalizer < _ZERO else -above
                 mu[m0] -= inner * eps
+                # Whether m comes from this token: compared as `gates` did, in float64, on the same numbers.
                 if g[r] > (top[r - _U1] if r > _U0 else np.float64(m_at[at])):
                     di[here], d_log_f[here] = mu[m0], _ZERO
                     mu[m0] = _ZERO
@@ -72,6 +74,7 @@ def _pairs(r, below, d_normalizer, g, top, w, dw, w0, decay, shares, columns):
     """Row r of Q K^T and of the gradient of W to W and to the gradient of Q K^T; zero beyond the diagonal. `shares`:
     what each pair (r, j) gives to the logarithm of its weight; summed over rows in `columns`."""
     largest = top[r]
+    # Three loops, each with few arrays to write, and a select instead of an end at the diagonal: as in `_decays`.
     for j in range(below):
         here = weight(g[j] - largest)
         decay[j] = here if j <= r else _ZERO
@@ -99,6 +102,7 @@ def gradients(sizes, chunks, mask, inputs, i_and_log_f, states_at, grad, ends, p
         token, rows, c0 = start[chunk], count[chunk], at * keys * values
         qs, ks = np.empty(chunk_size * keys, np.float32), np.empty(chunk_size * keys, np.float32)
         vs, numerators = np.empty(chunk_size * values, np.float32), np.empty(chunk_size * values, np.float32)
+        # For whichever matrix is transposed next.
         panels = np.empty(max(side * max(keys, values), keys * values), np.float32)
         w, dw = np.empty(chunk_size * side, np.float32), np.empty(chunk_size * side, np.float32)
         dqs, dks = np.empty(chunk_size * keys, np.float32), np.empty(chunk_size * keys, np.float32)
@@ -156,6 +160,7 @@ def gradients(sizes, chunks, mask, inputs, i_and_log_f, states_at, grad, ends, p
         through *= weight(m_at[at] - top[rows - _U1])
 
         # Gates: a forget gate counts in every weight that reaches across it
+        # Running sums of terms that cancel.
         before = np.float64(through)
         for r in range(rows):
             before += leave[r]
@@ -170,6 +175,8 @@ def gradients(sizes, chunks, mask, inputs, i_and_log_f, states_at, grad, ends, p
 
         for b in range(_U0, rows, ROWS):
             many = min(ROWS, rows - b)
+            # W and the gradient of Q K^T are lower triangles: rows of q end at the diagonal block, rows of k and v
+            # begin there.
             to_q, to_k, to_v = (dqs, b * keys, keys), (dks, b * keys, keys), (dvs, b * values, values)
             product(
                 (dw, b * side, side, _U1), (ks, _U0, _LANES, keys), to_q, to_q,

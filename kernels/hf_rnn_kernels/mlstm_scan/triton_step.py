@@ -24,6 +24,7 @@ def _step(
     log_f = _log_sigmoid(tl.load(f + row * f_row + head * f_head).to(tl.float32))
     m_before = tl.load(m + at)
     m_t = tl.maximum(log_f + m_before, i_t)
+    # Both at most 1.
     forget, add = tl.exp(log_f + m_before - m_t), tl.exp(i_t - m_t)
     value = block * BV + tl.arange(0, BV)
     v_t = tl.load(v + row * v_row + head * v_head + value, value < V, other=0.0).to(tl.float32) * add
@@ -33,6 +34,7 @@ def _step(
         q_t = tl.load(q + row * q_row + head * q_head + key, key < K, other=0.0).to(tl.float32)
         k_t = tl.load(k + row * k_row + head * k_head + key, key < K, other=0.0).to(tl.float32)
         n_t = forget * tl.load(n + at * K + key, key < K, other=0.0) + add * k_t
+        # C is read and written once; everything else of a token is small.
         tile = forget * _state_tile(C + at * (K * V), key, value, K, V) + k_t[:, None] * v_t[None, :]
         _store_state(new_C + at * (K * V), key, value, tile, K, V)
         num += tl.sum(q_t[:, None] * tile, 0)
