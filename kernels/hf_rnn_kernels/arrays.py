@@ -37,8 +37,11 @@ def empty(*shape: int) -> Tensor:
     count = int(np.prod(shape))
     if count * 4 < _LARGE:
         return torch.empty(shape)
+    # In whole huge pages, so that tensors of about the same size serve each other. 64 MiB of fresh memory cost 5 ms in
+    # them, 26 in small ones.
     buffer = _take(-(-count * 4 // _PAGE) * _PAGE)
     array = buffer[:count].reshape(shape)
+    # At exit the memory goes with the process, and `_spare` may be gone before.
     weakref.finalize(array, _give_back, buffer).atexit = False
     return torch.from_numpy(array)
 
@@ -51,6 +54,7 @@ def _take(size: int) -> np.ndarray:
             buffer = _spare.pop()
         except IndexError:  # another thread took it
             break
+        # Not one much too large, which the tensor it was made for will want again.
         if size <= buffer.nbytes <= 2 * size:
             return buffer
         _spare.appendleft(buffer)

@@ -30,8 +30,11 @@ _NAME, _KEPT = "hf_rnn_kernels-", 8  # folders of other versions that stay, the 
 
 def _digest(root: Path) -> str:
     """Of the package's sources, but for Triton's, and of what compiles them."""
+    # The whole package and not one loop's own imports: a digest of too much compiles again, one of too little runs old
+    # code.
     sources = [path for path in sorted(root.rglob("*.py")) if not path.name.startswith("triton")]
     hashes = [(str(path.relative_to(root)), hashlib.sha256(path.read_bytes()).digest()) for path in sources]
+    # What numba keeps is pickled and linked by these.
     versions = [sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, numpy.__version__]
     return hashlib.sha256(repr((hashes, versions)).encode()).hexdigest()[:24]
 
@@ -57,6 +60,7 @@ def _make_folder() -> None:
         return
     folder().mkdir(parents=True, exist_ok=True)
     with suppress(OSError):  # another process removes them
+        # Several stay, so that two checkouts in turn do not remove each other's.
         others = sorted(folder().parent.glob(f"{_NAME}*"), key=lambda path: path.stat().st_mtime)
         for old in others[: -_KEPT - 1]:
             shutil.rmtree(old, ignore_errors=True)
@@ -78,6 +82,7 @@ class LoopCache(NullCache):
         return folder() / f"{self._loop}-{key}"
 
     def load_overload(self, sig, target_context):
+        # As numba's own cache does, lest the context is not initialised yet.
         target_context.refresh()
         try:
             path = self._path(sig, target_context.codegen())
@@ -85,6 +90,7 @@ class LoopCache(NullCache):
         except OSError:
             return None
         checksum, data = content[:32], content[32:]
+        # Machine code of a damaged file would run.
         if hashlib.sha256(data).digest() != checksum:
             _warn(f"{path}: damaged; compiling this loop again")
             return None
@@ -97,6 +103,7 @@ class LoopCache(NullCache):
         try:
             path = self._path(sig, data.codegen)
             _make_folder()
+            # Renamed into place, so that another process reads a whole file or none.
             written = path.with_name(f"{path.name}.{os.getpid()}")
             written.write_bytes(hashlib.sha256(content).digest() + content)
             written.replace(path)
@@ -111,7 +118,9 @@ def loop(**options) -> Callable:
     """numba's `njit`, parallel or at least without the interpreter's lock, kept in the cache."""
 
     def compiled(function: Callable) -> Callable:
+        # Other threads of Python go on meanwhile.
         dispatcher = numba.njit(nogil=True, **options)(function)
+        # `cache=True` would put numba's own there.
         dispatcher._cache = LoopCache(function)
         return dispatcher
 

@@ -57,8 +57,10 @@ class Operator:
         operator.register_vmap(self._each)
 
     def __call__(self, *arguments) -> Any:
+        # Outside a transform nothing but this check is added.
         if not transforming() or not torch.is_grad_enabled():
             return self.operator(*arguments)
+        # An `autograd.Function` sees tensors among its arguments, not those in lists.
         leaves, structure = pytree.tree_flatten(arguments)
         return self.function.apply(structure, *leaves)
 
@@ -66,6 +68,7 @@ class Operator:
         leaves, structure = pytree.tree_flatten(arguments)
         dims = pytree.tree_leaves(in_dims)
         results = []
+        # One after another, because the kernels know no further dimension.
         for n in range(info.batch_size):
             element = [x if d is None else x.select(d, n) for x, d in zip(leaves, dims, strict=True)]
             results.append(self.operator(*pytree.tree_unflatten(element, structure)))
@@ -98,6 +101,7 @@ def operator(
 
 def _function(operator: Any, formula: Callable | None, save: Callable) -> Any:
     class Function(torch.autograd.Function):
+        # vmap then goes through forward and backward, and meets the operators' `_each`.
         generate_vmap_rule = True
 
         @staticmethod
@@ -112,6 +116,7 @@ def _function(operator: Any, formula: Callable | None, save: Callable) -> Any:
         @staticmethod
         def backward(ctx, *grads):
             if formula is None:
+                # The backward operators have no formula of their own.
                 raise RuntimeError(f"{operator}: no second derivatives")
             return None, *pytree.tree_leaves(formula(ctx, *grads))
 

@@ -14,7 +14,9 @@ FAST = {"contract", "nsz"}  # fused multiply-add; nothing that reorders sums or 
 F32 = np.float32
 U = np.uint64  # unsigned indices spare the vectoriser the check for negative ones
 HALF, ONE, TWO = F32(0.5), F32(1), F32(2)
+# e^87 and e^-87 are the last normal numbers of float32, near enough: nothing here becomes infinite or a denormal.
 _LOG2E, _ROUND, _LIMIT = F32(1.4426950408889634), F32(1.5 * 2**23), F32(87.0)
+# ln(2) in two parts (Cody and Waite): the first has 9 bits, so that n times it is exact for any n that comes up.
 _LN2_HIGH, _LN2_LOW = F32(0.693359375), F32(-2.12194440e-4)
 # Minimax polynomial of (e^r - 1 - r) / r^2 on |r| <= ln(2)/2 (Cephes, expf)
 _P0, _P1, _P2 = F32(1.9875691500e-4), F32(1.3981999507e-3), F32(8.3334519073e-3)
@@ -24,6 +26,8 @@ _L0, _L1, _L2 = F32(0.99999994), F32(-0.499994934), F32(0.333190978)
 _L3, _L4, _L5 = F32(-0.24842982), F32(0.191060066), F32(-0.136632442)
 _L6, _L7, _L8 = F32(0.078225933), F32(-0.0295052268), F32(0.0052326913)
 
+# `inline` is for what stands in a loop that is to be vectorised, `row` for such a loop, `parallel` for what starts
+# them.
 inline = njit(fastmath=FAST, error_model="numpy", inline="always")  # Python's check for division by zero stops LLVM
 row = njit(fastmath=FAST, error_model="numpy")
 parallel = loop(fastmath=FAST, error_model="numpy", parallel=True)
@@ -42,6 +46,7 @@ def _as_int(typing_context, value):
 @inline
 def _exp_parts(x):
     """2^n and e^r - 1 with e^x = 2^n e^r, |r| <= ln(2)/2, x clamped to +-87; NaN stays NaN."""
+    # Comparisons, both false for a NaN, which so stays one.
     x = -_LIMIT if x < -_LIMIT else x
     x = _LIMIT if x > _LIMIT else x
     shifted = x * _LOG2E + _ROUND  # adding 1.5 * 2^23 rounds to the nearest integer, held in the low bits
@@ -49,6 +54,7 @@ def _exp_parts(x):
     r = x - n * _LN2_HIGH
     r = r - n * _LN2_LOW
     p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+    # The low bits of `shifted` are n: moved to where the exponent is and added to the bits of 1.0 they make 2^n.
     return _as_float((_as_int(shifted) << np.int32(23)) + np.int32(0x3F800000)), p * (r * r) + r
 
 
@@ -62,6 +68,8 @@ def exp(x):
 @inline
 def sigmoids(x):
     """sigmoid(-x) and sigmoid(x), each to the last bits (for |x| < 87), with one exponential and one division."""
+    # The exponent is clamped instead of taking |x| first: 111 instead of 122 ns for four gates of 64 units, with errors
+    # of 1.9e-7 at most.
     e = exp(-x)  # at most e^87, so that no product overflows
     large = ONE / (ONE + e)
     return e * large, large
@@ -70,6 +78,7 @@ def sigmoids(x):
 @inline
 def log_sigmoid(x):
     """log(sigmoid(x)) and sigmoid(-x), each to the last bits (for |x| < 87)."""
+    # |x| here, since the polynomial is fitted for 0 <= e <= 1.
     e = exp(-abs(x))
     large = ONE / (ONE + e)
     p = (((_L8 * e + _L7) * e + _L6) * e + _L5) * e + _L4
@@ -89,6 +98,7 @@ def keep_and_drop(x):
 def tanh(x):
     """m / (2 + m) with m = e^(2x) - 1, which keeps small arguments to the last bits."""
     scale, rest = _exp_parts(TWO * x)
+    # Not 2 sigmoid(2x) - 1, which loses small arguments; from the polynomial they come for the same cost.
     m = scale * rest + (scale - ONE)
     return m / (TWO + m)
 
@@ -108,6 +118,7 @@ def prefetch(typing_context, array, index):
         i32 = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [data.type, i32, i32, i32])
         function = builder.module.declare_intrinsic("llvm.prefetch", [data.type], kind)
+        # To be read, kept in all caches, data.
         builder.call(function, [builder.gep(data, [arguments[1]]), i32(0), i32(3), i32(1)])
         return context.get_dummy_value()
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_rnn_kernels.coding import exp_golomb
 
+# constriction's, for words of 32 bits.
 PRECISION = 24
 MAX_SYMBOLS = 2**16  # distinct; a table of more costs more than it saves
 
@@ -31,12 +32,14 @@ class Table:
     @property
     def frequencies(self) -> np.ndarray:
         """int64 shares of 2^24, at least 1 each; the commonest symbol takes what rounding leaves."""
+        # Each symbol has one unit for sure, and its share of what is left.
         shares = self.counts * (2**PRECISION - len(self.counts)) // self.counts.sum() + 1
         shares[np.argmax(shares)] += 2**PRECISION - shares.sum()
         return shares
 
     def to_bytes(self) -> bytes:
         """Exp-Golomb codes of the gaps between values, then of the counts."""
+        # Gaps and counts are small numbers, mostly; the values themselves are not.
         gaps = np.concatenate([exp_golomb.zigzag(self.values[:1]), np.diff(self.values) - 1])
         orders = [exp_golomb.best_order(u, np.ones_like(u))[0] for u in (gaps, self.counts - 1)]
         parts = [exp_golomb.encode(u, k) for u, k in zip((gaps, self.counts - 1), orders, strict=True)]
@@ -46,6 +49,7 @@ class Table:
     def from_bytes(cls, data: bytes) -> "Table":
         head = struct.calcsize("<IIBB")
         count, cut, k_gaps, k_counts = struct.unpack("<IIBB", data[:head])
+        # Before anything is allocated: a damaged count would ask for gigabytes.
         if not 1 <= count <= min(MAX_SYMBOLS, 8 * len(data)) or max(k_gaps, k_counts) > exp_golomb.MAX_ORDER:
             raise ValueError(f"{count} symbols of orders {k_gaps} and {k_counts}")
         gaps = exp_golomb.decode([data[head : head + cut]], [count], k_gaps)
@@ -67,9 +71,11 @@ def encode(indices: list[np.ndarray], table: Table) -> list[bytes]:
     """Each chunk of int32 places in the table. One symbol alone needs no bits."""
     if len(table.values) == 1:
         return [b""] * len(indices)
+    # One table for a tensor: one for each class of rows or columns saved 0.03 bits a weight at most.
     model, chunks = table.model(), []
     for chunk in indices:
         coder = _constriction().stream.stack.AnsCoder()
+        # Last in, first out: written backwards, so that reading goes forward.
         coder.encode_reverse(chunk, model)
         chunks.append(coder.get_compressed().astype("<u4").tobytes())
     return chunks
@@ -79,6 +85,7 @@ def decode(chunks: list[bytes], counts: list[int], table: Table) -> np.ndarray:
     """The symbols of all chunks, int64."""
     if len(table.values) == 1:
         return np.full(sum(counts), table.values[0])
+    # Holds the interpreter's lock, so that threads gain nothing: `cpu.py` has a compiled loop.
     model, parts = table.model(), []
     for chunk, count in zip(chunks, counts, strict=True):
         coder = _constriction().stream.stack.AnsCoder(np.frombuffer(chunk, "<u4").astype(np.uint32))

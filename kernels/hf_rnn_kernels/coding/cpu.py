@@ -38,6 +38,7 @@ def _count(q, low, counts):
     """Histograms of as many parts as `counts` has rows."""
     parts = counts.shape[0]
     for part in prange(parts):
+        # A histogram for each part, since two threads must not count in one.
         for i in range(q.size * part // parts, q.size * (part + 1) // parts):
             counts[part, q[i] - low] += 1
 
@@ -56,6 +57,7 @@ def _write(q, k, chunk, table, offsets, out):
     for c in prange(offsets.size - 1):
         word, n, at = _U(0), 0, offsets[c]
         for i in range(c * chunk, min((c + 1) * chunk, q.size)):
+            # k < 25 and at most 51 bits a code: with 7 left over they fit the word.
             v = _zigzag(q[i]) + (_U(1) << _U(k))
             size = 2 * _bits(v, table) - k - 1
             word = (word << _U(size)) | v
@@ -79,16 +81,19 @@ def _read(data, offsets, k, chunk, short, step, out):
                 word |= _U(data[at]) << _U(56 - n)
                 at += 1
                 n += 8
+            # Most codes are short: their symbol and length from a table, by the next 12 bits.
             entry = short[word >> _U(64 - _SHORT)]
             if entry:
                 size = entry & 15
                 u = _U(entry >> 4)
             else:
                 zeros, w = 0, word
+                # No valid code has more zeros; a damaged one must not loop on.
                 while zeros < 25 and not w >> _U(63):
                     w <<= _U(1)
                     zeros += 1
                 size = 2 * zeros + k + 1
+                # A shift by 64 and more is undefined.
                 u = (word >> _U(64 - size)) - order if size < 64 else _U(0)
             word <<= _U(size)
             n -= size
@@ -100,6 +105,7 @@ def _read(data, offsets, k, chunk, short, step, out):
 def _read_ans(words, offsets, first, cumulative, levels, chunk, out):
     mask, shift = _U((1 << PRECISION) - 1), _U(PRECISION)
     for c in prange(offsets.size - 1):
+        # A stack: the coder's last words are read first.
         at, start = offsets[c + 1], offsets[c]
         state = _U(0)
         for _ in range(2):
@@ -108,11 +114,13 @@ def _read_ans(words, offsets, first, cumulative, levels, chunk, out):
                 state = (state << _U(32)) | _U(words[at])
         for i in range(c * chunk, min((c + 1) * chunk, out.size)):
             quantile = state & mask
+            # The symbol whose range holds the quantile: from a table to its neighbourhood, then step by step.
             s = first[quantile >> _U(PRECISION - _SHORT)]
             while _U(cumulative[s + 1]) <= quantile:
                 s += 1
             left = _U(cumulative[s])
             state = (state >> shift) * (_U(cumulative[s + 1]) - left) + (quantile - left)
+            # One word at most is missing: states stay at or above 2^32.
             if state >> _U(32) == _U(0) and at > start:
                 at -= 1
                 state = (state << _U(32)) | _U(words[at])
@@ -155,6 +163,7 @@ def decode_ans(data: np.ndarray, sizes: np.ndarray, table: Table, chunk: int, st
     cumulative = np.concatenate([[0], table.frequencies.cumsum()]).astype(np.uint32)
     buckets = np.arange(1 << _SHORT) << (PRECISION - _SHORT)
     first = (np.searchsorted(cumulative, buckets, side="right") - 1).astype(np.int32)
+    # Exact: the step is a power of two.
     levels = (table.values * step).astype(np.float32)
     offsets = np.concatenate([[0], np.cumsum(sizes // 4)]).astype(np.int64)
     run(_read_ans, data.view("<u4"), offsets, first, cumulative, levels, chunk, out)

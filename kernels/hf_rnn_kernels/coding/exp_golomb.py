@@ -23,6 +23,7 @@ def unzigzag(u: np.ndarray) -> np.ndarray:
 
 def lengths(u: np.ndarray, k: int) -> np.ndarray:
     """Bits of each code."""
+    # frexp gives the number of bits exactly where log2 would be rounded; float64 holds every v.
     return 2 * np.frexp((u + (1 << k)).astype(np.float64))[1].astype(np.int64) - k - 1
 
 
@@ -52,15 +53,18 @@ def decode(chunks: list[bytes], counts: list[int], k: int) -> np.ndarray:
 
 
 def _decode_group(chunks: list[bytes], counts: list[int], k: int) -> list[np.ndarray]:
+    # Room for the window of bits behind the last code.
     width = max(map(len, chunks)) + 16
     data = np.stack([np.frombuffer(chunk.ljust(width, b"\0"), np.uint8) for chunk in chunks])
     bits = np.unpackbits(data, axis=1)
     at = np.where(bits == 1, np.arange(bits.shape[1]), bits.shape[1])
+    # For every bit the next one that is set: a code's leading zeros without a search.
     next_one = np.minimum.accumulate(at[:, ::-1], axis=1)[:, ::-1]
     rows, position = np.arange(len(chunks)), np.zeros(len(chunks), np.int64)
     weights = 1 << np.arange(_WINDOW)[::-1]
     u = np.zeros((len(chunks), max(counts)), np.int64)
     last = bits.shape[1] - _WINDOW
+    # One symbol of each chunk at a time, as Python's loop costs the same for one or 64.
     for i in range(max(counts)):
         one = np.minimum(next_one[rows, np.minimum(position, last)], last)
         size = np.minimum(one - position + k + 1, _WINDOW)

@@ -28,10 +28,12 @@ class GeneralizedGaussian:
         """The one with these E|x| and E x^2: Gamma(1/nu) Gamma(3/nu) / Gamma(2/nu)^2 = E x^2 / (E|x|)^2, decreasing
         in nu (Sharifi and Leon-Garcia, 1995); nu is kept in [0.1, 3]. All zeros give nu = 0.1 and the smallest scale.
         """
+        # The search below would answer for NaN, too.
         if not (math.isfinite(mean_abs) and math.isfinite(mean_square)):
             raise ValueError(f"mean_abs, mean_square: expected finite moments, got {mean_abs} and {mean_square}")
         if mean_abs == 0:
             return cls(MIN_SHAPE, torch.finfo(torch.float64).tiny)
+        # By a table and a line between neighbours: the ratio has no inverse in closed form.
         grid, ratios = _ratios()
         ratio = torch.tensor(mean_square / mean_abs**2, dtype=torch.float64)
         at = torch.searchsorted(ratios, ratio).clamp(1, len(grid) - 1)
@@ -67,6 +69,7 @@ class GeneralizedGaussian:
         edges = self.upper_tail((torch.arange(_EXACT_BINS + 1) + 0.5) * step)
         side = edges[:-1] - edges[1:]  # of k = 1, 2, ...
         centre = 1 - 2 * edges[0]
+        # xlogy: an empty bin costs nothing, where 0 * log(0) would be NaN.
         nats = -torch.special.xlogy(centre, centre) - 2 * torch.special.xlogy(side, side).sum()
         start = torch.tensor((_EXACT_BINS + 0.5) * step / self.scale, dtype=torch.float64) ** nu
         mass = torch.special.gammaincc(torch.tensor(1 / nu).double(), start)
@@ -78,5 +81,6 @@ class GeneralizedGaussian:
 @functools.cache
 def _ratios() -> tuple[Tensor, Tensor]:
     """nu on a grid, falling, and E x^2 / (E|x|)^2 of each, rising."""
+    # Steps of 0.001.
     nu = torch.linspace(MAX_SHAPE, MIN_SHAPE, 2901, dtype=torch.float64)
     return nu, torch.exp(torch.lgamma(1 / nu) + torch.lgamma(3 / nu) - 2 * torch.lgamma(2 / nu))

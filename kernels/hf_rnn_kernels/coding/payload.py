@@ -89,6 +89,7 @@ def encode_tensor(q: Tensor, exponent: int, dtype: torch.dtype = torch.float32, 
         raise ValueError(f"exponent: expected a step from 2^-126 to 2^127, got 2^{exponent}")
     table = _frequencies(symbols, low, high)
     order, bits = exp_golomb.best_order(exp_golomb.zigzag(table.values), table.counts)
+    # The table counts: for a few weights it is longer than their codes.
     if coder == "ans" and _ans_bits(table) < bits:
         order, stored = 0, table.to_bytes()
         chunks = ans.encode(_split(_places(symbols, table, low, high)), table)
@@ -130,6 +131,7 @@ def read_header(payload: Tensor, name: str = "payload") -> tuple[Header, np.ndar
     if not 0 < chunk <= CHUNK or data.size < head + 8 * dims:  # so that few bytes do not stand for a terabyte
         raise damaged
     shape = struct.unpack(f"<{dims}Q", data[head : head + 8 * dims].tobytes())
+    # In Python's integers: a damaged shape may be beyond 64 bits.
     count = -(-math.prod(shape) // chunk)
     end = head + 8 * dims + 8 * count + table
     if data.size < end + 4 or zlib.crc32(data[:end].data) != struct.unpack("<I", data[end : end + 4].tobytes())[0]:
@@ -162,6 +164,7 @@ def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
     """
     header, data = read_header(payload, name)
     offsets = np.concatenate([[0], np.cumsum(header.sizes)]).astype(np.int64)
+    # All of them before anything is decoded: damaged codes give wrong weights and no error.
     for i, checksum in enumerate(header.checksums):
         if zlib.crc32(data[offsets[i] : offsets[i + 1]].data) != checksum:
             raise CorruptPayloadError(
@@ -169,6 +172,7 @@ def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
                 f"{min((i + 1) * header.chunk, header.numel) - 1}, is damaged; get the file again"
             )
     if header.coder == "raw":
+        # A copy, which begins where any dtype may.
         raw = torch.empty(data.size, dtype=torch.uint8)
         raw.numpy()[:] = data
         if raw.numel() != header.numel * header.dtype.itemsize:
@@ -183,6 +187,7 @@ def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
 
         out, step, sizes = np.empty(header.numel, np.float32), 2.0**header.exponent, np.array(header.sizes, np.int64)
         if table is not None:
+            # The copy begins at a multiple of 4 bytes, as words must.
             cpu.decode_ans(data.copy(), sizes, table, header.chunk, step, out)
         else:
             cpu.decode_exp_golomb(data, sizes, header.order, header.chunk, step, out)

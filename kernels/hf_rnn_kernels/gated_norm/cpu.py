@@ -18,6 +18,7 @@ def _statistics(size, h, at, eps):
     total, square = F32(0), F32(0)
     for d in range(size):
         total += h[at + d]
+    # Squares in a second pass: the mean of squares less the square of the mean cancels. The row is in cache.
     mean = total / F32(size)
     for d in range(size):
         square += (h[at + d] - mean) * (h[at + d] - mean)
@@ -25,7 +26,8 @@ def _statistics(size, h, at, eps):
 
 
 @parallel
-def _rows_forward(heads, size, h, gate, apart, weight, eps, y):
+def _rows_forward(sizes, h, gate_rows, weight, eps, y):
+    (heads, size), (gate, apart) = sizes, gate_rows
     for i in prange(y.size // (heads * size)):
         for k in range(heads):
             at, w = (U(i) * heads + k) * size, k * size
@@ -45,11 +47,13 @@ def _means(size, grad, normed):
 
 
 @parallel
-def _rows_backward(heads, size, h, gate, apart, weight, eps, grad, grad_h, grad_gate, grad_weight):
+def _rows_backward(sizes, h, gate_rows, weight, eps, grad, grad_h, grad_gate, grad_weight):
     """With n the normed h and t = grad * sigmoid * weight: dh = (t - mean(t) - n mean(t n)) / deviation."""
+    (heads, size), (gate, apart) = sizes, gate_rows
     shares, channels = U(grad_weight.size) // (heads * size), heads * size
     rows = U(h.size) // channels
     for share in prange(shares):
+        # Computed again: the forward pass keeps nothing.
         normed, t = np.empty(size, np.float32), np.empty(size, np.float32)
         for i in range(rows * U(share) // shares, rows * (U(share) + U(1)) // shares):
             for k in range(heads):
@@ -61,6 +65,7 @@ def _rows_backward(heads, size, h, gate, apart, weight, eps, grad, grad_h, grad_
                     is_closed, is_open = sigmoids(gate[i * apart + w + d])
                     t[d] = grad[at + d] * is_open
                     grad_gate[at + d] = t[d] * is_closed * weight[w + d] * normed[d]
+                # A loop of its own: LLVM gives up on one that writes to several arrays that might overlap.
                 for d in range(size):
                     grad_weight[to + d] += t[d] * normed[d]
                 for d in range(size):
@@ -77,7 +82,7 @@ def _flat(x: Tensor) -> np.ndarray:
 def forward(h: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = empty(*gate.shape)
     sizes = U(h.shape[-2]), U(h.shape[-1])
-    run(_rows_forward, *sizes, _flat(h), *rows_apart(gate.flatten(0, -2)), _flat(weight), F32(eps), _flat(y))
+    run(_rows_forward, sizes, _flat(h), rows_apart(gate.flatten(0, -2)), _flat(weight), F32(eps), _flat(y))
     return y
 
 
@@ -85,7 +90,7 @@ def backward(h: Tensor, gate: Tensor, weight: Tensor, eps: float, grad: Tensor) 
     grad_h, grad_gate = empty(*h.shape), empty(*gate.shape)
     grad_weight = torch.zeros(torch.get_num_threads(), weight.shape[0])
     run(
-        _rows_backward, U(h.shape[-2]), U(h.shape[-1]), _flat(h), *rows_apart(gate.flatten(0, -2)), _flat(weight),
+        _rows_backward, (U(h.shape[-2]), U(h.shape[-1])), _flat(h), rows_apart(gate.flatten(0, -2)), _flat(weight),
         F32(eps), _flat(grad), _flat(grad_h), _flat(grad_gate), _flat(grad_weight),
     )  # fmt: skip
     return grad_h, grad_gate, grad_weight.sum(0)

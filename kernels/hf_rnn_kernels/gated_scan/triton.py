@@ -30,6 +30,9 @@ WARPS = 16  # on every processor, where chunks can make them
 SHORTEST = 64  # rows of a chunk
 CHAIN_BT, CHAIN_BD = 64, 32
 
+# By default a 1, and a multiple of 16, would each be compiled for anew: other T and B must compile nothing. A mask, or
+# offsets, may be a slice that begins anywhere.
+# Arguments come one by one: in a tuple they could have neither a type of their own (int64) nor be left unspecialised.
 _jit = triton.jit(
     do_not_specialize=["time", "rows", "sequences", "chunk", "chunks"],
     do_not_specialize_on_alignment=["mask", "offsets"],
@@ -134,6 +137,7 @@ def _task(offsets, time, rows, sequences, chunk, channels, BD: tl.constexpr):
     low <= t < high; and whether the sequence ends there."""
     blocks = tl.cdiv(channels, BD)
     task = tl.program_id(0)
+    # int64 from here on: n * time * channels passes 2^31.
     n = ((task // blocks) % sequences).to(tl.int64)
     c = (task // blocks // sequences).to(tl.int64)
     if offsets is None:
@@ -144,6 +148,7 @@ def _task(offsets, time, rows, sequences, chunk, channels, BD: tl.constexpr):
         stop = tl.minimum(tl.maximum(tl.load(offsets + n + 1).to(tl.int64), start), rows)
     low = start + c * chunk
     high = tl.minimum(low + chunk, stop)
+    # Of an empty sequence the first chunk ends it, and writes its initial state as the last.
     ends = (high == stop) & ((low < stop) | (c == 0))
     return (task % blocks) * BD + tl.arange(0, BD), n, c, start, low, high, ends
 
@@ -195,10 +200,12 @@ def _forward(
     for row in range(low, high, STEPS):
         xs, ys, zs, lives = (), (), (), ()
         x_row, y_row, z_row = x + row * x_stride + channel, y + row * y_stride + channel, z + row * z_stride + channel
+        # All loads before the first use: a warp alone must keep that many bytes on their way.
         for j in tl.static_range(STEPS):
             inside = valid & (row + j < high)
             xs = xs + (tl.load(x_row + j * x_stride, inside, other=0.0),)
             ys = ys + (tl.load(y_row + j * y_stride, inside, other=0.0),)
+            # What there is no third input for must be a tensor still; it is not read.
             zs = zs + (xs[j] if LINEAR or GRU else tl.load(z_row + j * z_stride, inside, other=0.0),)
             lives = lives + (_live(mask, row + j, row + j < high),)
         h_row = h + row * channels + channel
@@ -207,6 +214,7 @@ def _forward(
                 xs[j].to(tl.float32), ys[j].to(tl.float32), zs[j].to(tl.float32), state, lost,
                 LINEAR, GRU, POSITIVE, NORMALIZE,
             )  # fmt: skip
+            # A choice and no branch, so that a step costs the same with padding and rounds the same.
             state, lost = tl.where(lives[j], next_state, state), tl.where(lives[j], next_lost, lost)
             tl.store(h_row + j * channels, state, valid & (row + j < high))
     tl.store(last + n * channels + channel, state, valid & ends)
@@ -238,12 +246,14 @@ def _backward(
             xs = xs + (tl.load(x_row - j * x_stride, inside, other=0.0),)
             ys = ys + (tl.load(y_row - j * y_stride, inside, other=0.0),)
             zs = zs + (xs[j] if LINEAR or GRU else tl.load(z_row - j * z_stride, inside, other=0.0),)
+            # h_{t-1} from what the forward pass wrote, rounded to its dtype; only h0 is float32.
             befores = befores + (tl.load(h_row - (j + 1) * channels, inside & (row - j > start), other=0.0),)
             gradients = gradients + (tl.load(grad_row - j * grad_stride, inside, other=0.0),)
             lives = lives + (_live(mask, row - j, row - j >= low),)
         to = grads + row * (count * channels) + channel
         for j in tl.static_range(STEPS):
             before = befores[j].to(tl.float32)
+            # Uniform in the program: no lanes wait for others.
             if row - j == start:
                 before = tl.load(h0 + n * channels + channel, valid, other=0.0)
             e = _step_back(
@@ -295,6 +305,7 @@ def _aggregate(
     """Every chunk as one map `us`, `vs` (N, chunks, D); with `grad` that of the backward pass, the last chunk first."""
     channel, n, c, _, low, high, _ = _task(offsets, time, rows, sequences, chunk, channels, BD)
     valid = channel < channels
+    # The map that changes nothing.
     u = tl.full([BD], 1.0 if LINEAR else 0.0, tl.float32)
     v = tl.full([BD], 0.0, tl.float32)
     for done in range(0, high - low, STEPS):
@@ -307,6 +318,7 @@ def _aggregate(
                 ys = ys + (tl.load(y + row * y_stride + channel, inside, other=0.0),)
                 zs = zs + (xs[j] if LINEAR or GRU else tl.load(z + row * z_stride + channel, inside, other=0.0),)
             else:
+                # Backward the candidate plays no part, and the input gate only where it is normalised.
                 ys = ys + (tl.load(y + row * y_stride + channel, inside, other=0.0) if NORMALIZE else xs[j],)
                 zs = zs + (tl.load(grad + row * grad_stride + channel, inside, other=0.0),)
             lives = lives + (_live(mask, row, done + j < high - low),)
@@ -337,6 +349,7 @@ def _chain(us, vs, first, states, chunks, channels, LINEAR: tl.constexpr, BT: tl
     valid = channel < channels
     state = tl.load(first + n * channels + channel, valid, other=0.0)
     tl.store(states + n * chunks * channels + channel, state, valid)
+    # The last chunk's map leads to no other chunk.
     for begin in range(0, chunks - 1, BT):
         c = begin + tl.arange(0, BT)
         inside = (c < chunks - 1)[:, None] & valid[None, :]
@@ -349,6 +362,7 @@ def _chain(us, vs, first, states, chunks, channels, LINEAR: tl.constexpr, BT: tl
             u, v = tl.associative_scan((u, v), 0, _compose_gated)
         after = _apply(u, v, state[None, :], LINEAR)
         tl.store(states + at + channels, after, inside)
+        # The last row of a tile, which cannot be indexed.
         state = tl.sum(tl.where(tl.arange(0, BT)[:, None] == BT - 1, after, 0.0), 0)
 
 
@@ -362,6 +376,7 @@ def _chunks(time: int, warps: int, processors: int) -> tuple[int, int]:
     """Length and number of chunks for sequences of up to `time` steps that make `warps` programs without chunks."""
     if 2 * warps > WARPS * processors or time < 2 * SHORTEST:  # reading the inputs twice would cost more than it gains
         return time, 1
+    # Chunks of whole blocks of STEPS, as many as fill the GPU, none below SHORTEST.
     wanted = min(-(-WARPS * processors // warps), time // SHORTEST)
     length = -(-time // wanted // STEPS) * STEPS
     return length, -(-time // length)
@@ -388,6 +403,7 @@ class _Launch:
         # How long packed sequences are only the GPU knows: chunks are counted for the longest possible, many are empty.
         chunk, self.chunks = _chunks(time, self.sequences * self.blocks, _processors(self.device))
         (x, x_stride), (y, y_stride), (z, z_stride) = [_rows(i) for i in [*inputs, inputs[0]][:3]]
+        # None is a constant to Triton: without a mask no load of it is compiled.
         mask = None if mask is None else mask.bool().contiguous()
         offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.shared = (
@@ -401,6 +417,7 @@ class _Launch:
         }  # fmt: skip
 
     def run(self, kernel, *arguments) -> None:
+        # A step back holds twice the inputs.
         steps = STEPS_BACK if kernel is _backward else STEPS
         kernel[(self.sequences * self.chunks * self.blocks,)](*self.shared, *arguments, **self.constants, STEPS=steps)
 

@@ -12,12 +12,14 @@ _ZERO = F32(0)
 
 
 @parallel
-def adjoints(
-    chunk_size, heads, K, V, first_chunk, start, count, mask, q, q_apart, i, log_f, m_at, eps, h, norms, grad, dC, dn,
-    mu, dC_at, dn_at, inverses, d_normalizers, di, d_log_f,
-):  # fmt: skip
-    """dC, dn and mu, the adjoint of m, from those of a sequence's last states to those of its first; `dC_at`, `dn_at`
-    get those of chunk ends. Of each token: 1 / denominator, the gradient of a, and what mu gives to i and log f."""
+def adjoints(sizes, chunks, mask, q_rows, i_and_log_f, m_at, eps, outputs, last, ends, per_token, d_gates):
+    """`last`: dC, dn and mu, the adjoint of m, from those of a sequence's last states to its first; `ends` get dC and
+    dn of chunk ends, `per_token` 1 / denominator and the gradient of a, `d_gates` what mu gives to i and log f.
+    `outputs`: h, the norms, the gradient of h."""
+    chunk_size, heads, K, V = sizes
+    first_chunk, start, count = chunks
+    (q, q_apart), (h, norms, grad), (dC, dn, mu) = q_rows, outputs, last
+    (dC_at, dn_at), (inverses, d_normalizers), (di, d_log_f) = ends, per_token, d_gates
     scale = ONE / np.sqrt(F32(K))
     keys, values = (K + _LANES - _U1) // _LANES * _LANES, (V + _LANES - _U1) // _LANES * _LANES
     for task in prange(U(first_chunk.size - 1) * heads):
@@ -33,9 +35,9 @@ def adjoints(
                 dC_at[at * keys * values + d] = dC[c0 + d]
             for d in range(keys):
                 dn_at[at * keys + d] = dn[n0 + d]
-            load(rows, K, keys, q, token * q_apart + head * K, q_apart, mask, token, scale, qs)
-            load(rows, V, values, grad, (token * heads + head) * V, heads * V, mask, token, ONE, numerators)
-            gates(rows, i, log_f, token * heads + head, heads, m_at[at], g, top, total)
+            load(rows, K, keys, (q, token * q_apart + head * K, q_apart), mask, token, scale, qs)
+            load(rows, V, values, (grad, (token * heads + head) * V, heads * V), mask, token, ONE, numerators)
+            gates(rows, i_and_log_f, token * heads + head, heads, m_at[at], g, top, total)
             keep = weight(m_at[at] - top[rows - _U1])
             for d in range(keys):
                 dn[n0 + d] *= keep
@@ -44,6 +46,7 @@ def adjoints(
             for later in range(rows):
                 r = rows - _U1 - later
                 here = (token + r) * heads + head
+                # a and m come from the forward pass: which of the two decided must not be rounded the other way here.
                 normalizer, floor = norms[here * U(2)], exp(-norms[here * U(2) + _U1])
                 inverse = ONE / (max(abs(normalizer), floor) + eps)
                 inner = dot(V, numerators, r * values, h, here * V) * inverse
@@ -51,6 +54,7 @@ def adjoints(
                 inverses[here] = inverse
                 d_normalizers[here] = above if normalizer < _ZERO else -above
                 mu[m0] -= inner * eps
+                # Whether m comes from this token: compared as `gates` did, in float64, on the same numbers.
                 if g[r] > (top[r - _U1] if r > _U0 else np.float64(m_at[at])):
                     di[here], d_log_f[here] = mu[m0], _ZERO
                     mu[m0] = _ZERO
@@ -61,10 +65,8 @@ def adjoints(
                     numerators[r * values + d] *= from_start * inverse
                 for d in range(keys):
                     dn[n0 + d] += from_start * d_normalizers[here] * qs[r * keys + d]
-            product(
-                qs, _U0, _U1, keys, numerators, _U0, _LANES, values, dC, c0, values, dC, c0, values,
-                keys, rows, values // _LANES,
-            )  # fmt: skip
+            sums = (dC, c0, values)
+            product((qs, _U0, _U1, keys), (numerators, _U0, _LANES, values), sums, sums, keys, rows, values // _LANES)
 
 
 @row
@@ -72,6 +74,7 @@ def _pairs(r, below, d_normalizer, g, top, w, dw, w0, decay, shares, columns):
     """Row r of Q K^T and of the gradient of W to W and to the gradient of Q K^T; zero beyond the diagonal. `shares`:
     what each pair (r, j) gives to the logarithm of its weight; summed over rows in `columns`."""
     largest = top[r]
+    # Three loops, each with few arrays to write, and a select instead of an end at the diagonal: as in `_decays`.
     for j in range(below):
         here = weight(g[j] - largest)
         decay[j] = here if j <= r else _ZERO
@@ -84,18 +87,22 @@ def _pairs(r, below, d_normalizer, g, top, w, dw, w0, decay, shares, columns):
 
 
 @parallel
-def gradients(
-    chunk_size, heads, K, V, chunk_count, start, count, mask, q, q_apart, k, k_apart, v, v_apart, i, log_f, C_at, n_at,
-    m_at, grad, dC_at, dn_at, inverses, d_normalizers, dq, dk, dv, di, d_log_f,
-):  # fmt: skip
+def gradients(sizes, chunks, mask, inputs, i_and_log_f, states_at, grad, ends, per_token, d_inputs, d_gates):
+    """Of q, k and v; of i and log f, to what is there. `ends` and `per_token` as `adjoints` left them."""
+    chunk_size, heads, K, V = sizes
+    _, start, count = chunks
+    (q, q_apart), (k, k_apart), (v, v_apart) = inputs
+    (C_at, n_at, m_at), (dC_at, dn_at), (inverses, d_normalizers) = states_at, ends, per_token
+    (dq, dk, dv), (di, d_log_f) = d_inputs, d_gates
     scale = ONE / np.sqrt(F32(K))
     keys, values = (K + _LANES - _U1) // _LANES * _LANES, (V + _LANES - _U1) // _LANES * _LANES
     side = chunk_size
-    for task in prange(chunk_count * heads):
+    for task in prange(U(start.size) * heads):
         chunk, head, at = U(task) // heads, U(task) % heads, U(task)
         token, rows, c0 = start[chunk], count[chunk], at * keys * values
         qs, ks = np.empty(chunk_size * keys, np.float32), np.empty(chunk_size * keys, np.float32)
         vs, numerators = np.empty(chunk_size * values, np.float32), np.empty(chunk_size * values, np.float32)
+        # For whichever matrix is transposed next.
         panels = np.empty(max(side * max(keys, values), keys * values), np.float32)
         w, dw = np.empty(chunk_size * side, np.float32), np.empty(chunk_size * side, np.float32)
         dqs, dks = np.empty(chunk_size * keys, np.float32), np.empty(chunk_size * keys, np.float32)
@@ -104,14 +111,14 @@ def gradients(
         decay, shares = np.empty(chunk_size, np.float32), np.empty(chunk_size, np.float32)
         columns, crossing = np.zeros(chunk_size, np.float32), np.zeros(chunk_size)
         enter, leave = np.empty(chunk_size, np.float32), np.empty(chunk_size, np.float32)
-        load(rows, K, keys, q, token * q_apart + head * K, q_apart, mask, token, scale, qs)
-        load(rows, K, keys, k, token * k_apart + head * K, k_apart, mask, token, ONE, ks)
-        load(rows, V, values, v, token * v_apart + head * V, v_apart, mask, token, ONE, vs)
-        load(rows, V, values, grad, (token * heads + head) * V, heads * V, mask, token, ONE, numerators)
+        load(rows, K, keys, (q, token * q_apart + head * K, q_apart), mask, token, scale, qs)
+        load(rows, K, keys, (k, token * k_apart + head * K, k_apart), mask, token, ONE, ks)
+        load(rows, V, values, (v, token * v_apart + head * V, v_apart), mask, token, ONE, vs)
+        load(rows, V, values, (grad, (token * heads + head) * V, heads * V), mask, token, ONE, numerators)
         for r in range(rows):
             for d in range(values):
                 numerators[r * values + d] *= inverses[(token + r) * heads + head]
-        gates(rows, i, log_f, token * heads + head, heads, m_at[at], g, top, total)
+        gates(rows, i_and_log_f, token * heads + head, heads, m_at[at], g, top, total)
 
         # Pairs of tokens of this chunk
         transpose(rows, keys, keys, ks, _U0, panels)
@@ -126,17 +133,17 @@ def gradients(
         # What the chunk's first state gives to its outputs, and its tokens to the last
         transpose(keys, values, values, C_at, c0, panels)
         product(
-            numerators, _U0, values, _U1, panels, _U0, values * _LANES, _LANES, nothing, _U0, _U0, dqs, _U0, keys,
-            rows, values, keys // _LANES,
+            (numerators, _U0, values, _U1), (panels, _U0, values * _LANES, _LANES), (nothing, _U0, _U0),
+            (dqs, _U0, keys), rows, values, keys // _LANES,
         )  # fmt: skip
         transpose(keys, values, values, dC_at, c0, panels)
         product(
-            vs, _U0, values, _U1, panels, _U0, values * _LANES, _LANES, nothing, _U0, _U0, dks, _U0, keys,
-            rows, values, keys // _LANES,
+            (vs, _U0, values, _U1), (panels, _U0, values * _LANES, _LANES), (nothing, _U0, _U0),
+            (dks, _U0, keys), rows, values, keys // _LANES,
         )  # fmt: skip
         product(
-            ks, _U0, keys, _U1, dC_at, c0, _LANES, values, nothing, _U0, _U0, dvs, _U0, values,
-            rows, keys, values // _LANES,
+            (ks, _U0, keys, _U1), (dC_at, c0, _LANES, values), (nothing, _U0, _U0),
+            (dvs, _U0, values), rows, keys, values // _LANES,
         )  # fmt: skip
         for r in range(rows):
             from_start, to_end = weight(m_at[at] - top[r]), weight(g[r] - top[rows - _U1])
@@ -153,6 +160,7 @@ def gradients(
         through *= weight(m_at[at] - top[rows - _U1])
 
         # Gates: a forget gate counts in every weight that reaches across it
+        # Running sums of terms that cancel.
         before = np.float64(through)
         for r in range(rows):
             before += leave[r]
@@ -167,17 +175,20 @@ def gradients(
 
         for b in range(_U0, rows, ROWS):
             many = min(ROWS, rows - b)
+            # W and the gradient of Q K^T are lower triangles: rows of q end at the diagonal block, rows of k and v
+            # begin there.
+            to_q, to_k, to_v = (dqs, b * keys, keys), (dks, b * keys, keys), (dvs, b * values, values)
             product(
-                dw, b * side, side, _U1, ks, _U0, _LANES, keys, dqs, b * keys, keys, dqs, b * keys, keys,
+                (dw, b * side, side, _U1), (ks, _U0, _LANES, keys), to_q, to_q,
                 many, b + many, keys // _LANES,
             )  # fmt: skip
             product(
-                dw, b * side + b, _U1, side, qs, b * keys, _LANES, keys, dks, b * keys, keys, dks, b * keys, keys,
+                (dw, b * side + b, _U1, side), (qs, b * keys, _LANES, keys), to_k, to_k,
                 many, rows - b, keys // _LANES,
             )  # fmt: skip
             product(
-                w, b * side + b, _U1, side, numerators, b * values, _LANES, values, dvs, b * values, values,
-                dvs, b * values, values, many, rows - b, values // _LANES,
+                (w, b * side + b, _U1, side), (numerators, b * values, _LANES, values), to_v, to_v,
+                many, rows - b, values // _LANES,
             )  # fmt: skip
         for r in range(rows):
             here = (token + r) * heads + head

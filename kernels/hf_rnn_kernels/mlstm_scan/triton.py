@@ -44,6 +44,7 @@ def _outputs(
     head, c = (task % heads).to(tl.int64), task // heads
     row, length = _chunk(table, c, time, chunks, L)
     begin = (part % tiles) * BT
+    # A chunk shorter than L leaves tiles with nothing to do.
     if begin >= length:
         return
     gates, plane = gates + head * rows + row, heads * rows
@@ -60,6 +61,7 @@ def _outputs(
         a += tl.sum(qs[b] * tl.load(n + at * K + key, key < K, other=0.0)[None, :], 1)
     e = _factor(m_start, 0.0, M, M_low)
     sums, a = sums * e[:, None], a * e
+    # Up to the diagonal; beyond it W is zero.
     for other in range(0, begin + BT, BT):
         u = other + tl.arange(0, BT)
         live = _live(mask, row, u, length)
@@ -69,6 +71,7 @@ def _outputs(
             k_u = _tile(k, u, live, b * BK + tl.arange(0, BK), k_row, K)
             S = tl.dot(qs[b], tl.trans(k_u), S, input_precision=PRECISION)
         D = _factor(g[None, :], g_low[None, :], M[:, None], M_low[:, None])
+        # Before the product: beyond the diagonal D may be above 1, and infinite.
         W = tl.where(u[None, :] <= t[:, None], S * D, 0.0)
         a += tl.sum(W, 1)
         sums = _dot(W, _tile(v, u, live, value, v_row, V), sums, DTYPE, PRECISION)

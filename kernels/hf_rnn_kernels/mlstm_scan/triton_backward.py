@@ -63,6 +63,7 @@ def _normalizers(
         tl.store(d_num + to * V + t[:, None] * (heads * V) + value[None, :], dh / den[:, None], inside)
     to, plane = back + head * rows + row + t, heads * rows
     d_den = -total / den
+    # a has a gradient only where it decides.
     tl.store(to, tl.where(tl.abs(a) > floor, tl.where(a > 0, d_den, -d_den), 0.0), t < length)
     tl.store(to + plane, d_den * eps, t < length)
 
@@ -155,6 +156,7 @@ def _grad_q(
     M, M_low = _maxima(gates, t, length, plane, m_start)
     live = _live(mask, row, t, length)
     da = tl.load(back + t, t < length, other=0.0)
+    # Pairs i = j apart: `_grad_gates` must not find them in the flows.
     others = tl.zeros([BT, BK], tl.float32)
     diagonal = tl.zeros([BT], tl.float32)
     for other in range(0, begin + BT, BT):
@@ -238,6 +240,7 @@ def _grad_k(
         value = b + tl.arange(0, BV)
         dC_t = _state_tile(dC + at * (K * V), key, value, K, V)
         sums = _dot(_tile(v, t, live, value, v_row, V), tl.trans(dC_t), sums, DTYPE, PRECISION)
+        # Once a chunk; its other tiles would find the same.
         if begin == 0:
             inner += tl.sum(dC_t.to(tl.float32) * _state_tile(C + at * (K * V), key, value, K, V).to(tl.float32), 1)
     scale: tl.constexpr = K**-0.5
@@ -346,7 +349,9 @@ def _grad_gates(
     passes = tl.where(_resets(gates, t + 1, length, plane, m_start), 0.0, 1.0)
     passes, mu_t = tl.associative_scan((passes, mu_t), 0, _back_in_time, reverse=True)
     reset = _resets(gates, t, length, plane, m_start)
+    # A running sum of differences: float64, or errors add up along the chunk.
     step = (out - to).to(tl.float64)
+    # Up to t, but without t.
     flow += (tl.cumsum(step, 0) - step).to(tl.float32) + tl.cumsum(from_state, 0, reverse=True)
     x = tl.load(f + row * f_row + head * f_head + t * f_row, live, other=0.0).to(tl.float32)
     e = tl.exp(-tl.abs(x))

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# As in `gated_scan`. i and f may be columns of a projection that begin anywhere.
 _jit = triton.jit(
     do_not_specialize=["time", "rows", "sequences", "heads", "chunks", "i_row", "i_head", "f_row", "f_head"],
     do_not_specialize_on_alignment=["mask", "table", "offsets", "firsts", "i", "f"],
@@ -96,6 +97,7 @@ def _dot(a, b, sums, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 def _log_sigmoid(x):
     """log(1 + e) as 2 artanh(e / (2 + e)), a series that keeps all bits of a small e."""
     e = tl.exp(-tl.abs(x))
+    # Of log(1 + e), 1 + e would round away a small e.
     z = e / (2.0 + e)
     y = z * z
     series = 1 / 9 + y * (1 / 11 + y * (1 / 13 + y * (1 / 15)))
@@ -110,6 +112,7 @@ def _larger(a, b):
 
 @triton.jit
 def _two_floats(x):
+    # inf - inf would be NaN.
     high = x.to(tl.float32)
     return high, tl.where(high > float("-inf"), (x - high).to(tl.float32), 0.0)
 
@@ -127,6 +130,7 @@ def _gates(
     i_t = tl.load(i + row * i_row + head * i_head + t * i_row, live, other=float("-inf")).to(tl.float32)
     f_t = tl.load(f + row * f_row + head * f_head + t * f_row, live, other=0.0).to(tl.float32)
     log_f = tl.maximum(_log_sigmoid(f_t), -1e4)  # e^-10000 is zero; a sum with -inf would lose what comes after
+    # Padding adds zero: it forgets nothing. Its i of -inf weighs nothing.
     F = tl.cumsum(tl.where(live, log_f, 0.0).to(tl.float64), 0)
     g = i_t - F
     P = tl.associative_scan(g, 0, _larger)
@@ -183,6 +187,7 @@ def _last_maximum(gates, length, plane, m_start, L: tl.constexpr):
 @triton.jit
 def _factor(a, a_low, b, b_low):
     """exp(a - b): the first difference is exact, or so large that the result is none."""
+    # Two differences first: added one after another, the small parts would be lost in the large.
     return tl.exp((a - b) + (a_low - b_low))
 
 
@@ -223,6 +228,7 @@ def _states(
             if key_block == 0:
                 tl.store(m + at, m_t)
         M, M_low = _larger_of(m_t, high, low)
+        # m is a float alone: it is a state that callers see.
         decay = _factor(m_t, 0.0, M, M_low)
         m_t = tl.maximum(F + m_t, local)
         state, keys = state * decay, keys * decay
@@ -255,6 +261,7 @@ def _is_amd(device: torch.device) -> bool:
 
 def _plan(dtype: torch.dtype, keys: int, values: int, amd: bool) -> dict:
     """Tiles, warps, and the dtype of products with what is computed here; from what Triton 3.7 makes of the kernels."""
+    # Products of 32 bits: their tiles are twice as large, so half as long.
     wide = dtype != torch.bfloat16
     most = 64 if wide else 128
     block = {name: min(most, max(16, triton.next_power_of_2(n))) for name, n in (("BK", keys), ("BV", values))}
@@ -298,6 +305,7 @@ def _cut(cu_seqlens: Tensor, rows: int, L: int) -> tuple[Tensor, Tensor, Tensor]
     ends = counts.cumsum(0)
     c = torch.arange(rows // L + len(counts), device=offsets.device)
     n = torch.searchsorted(ends, c, right=True).clamp(max=len(counts) - 1)
+    # Which sequence a chunk is of, and which of its chunks.
     first = starts[n] + (c - (ends - counts)[n]) * L
     length = (stops[n] - first).clamp(0, L)
     return torch.stack([first.clamp(max=rows), length], 1), offsets, ends - counts

@@ -27,6 +27,7 @@ def _gates(
         live = tl.load(real + row) != 0
         i_t, kept = tl.where(live, i_t, float("-inf")), tl.where(live, kept, m_before)
     m_t = tl.maximum(kept, i_t)
+    # Both at most 1.
     forget, add = tl.exp(kept - m_t), tl.exp(i_t - m_t)
     a = tl.zeros([], tl.float32)
     for begin in range(0, K, BK):

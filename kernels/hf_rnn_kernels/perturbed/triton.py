@@ -26,6 +26,7 @@ def _linear(
     """y_r = W x_r + sum over k of (x_r . right_mk) left_mk; left (M, K, O), right (M, K, I)."""
     down, across = tl.cdiv(rows, BM), tl.cdiv(outer, BO)
     i, j = tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, down, across, GROUP)
+    # int64: rows times inner may pass 2^31.
     row = (i.to(tl.int64) * BM + tl.arange(0, BM))[:, None]
     out = (j.to(tl.int64) * BO + tl.arange(0, BO))[None, :]
     real = row < rows
@@ -39,6 +40,7 @@ def _linear(
         w_tile = tl.load(weight + out * inner + in_[:, None], (out < outer) & (in_ < inner)[:, None], other=0.0)
         product = tl.dot(x_tile, w_tile, product, input_precision="ieee")
         sums = ()
+        # Sums and no products of matrices: K is small, and a matrix unit takes 16 columns.
         for k in tl.static_range(K):
             own = tl.load(right + (factor + k) * inner + in_[None, :], inside, other=0.0)
             sums = sums + (u[k] + tl.sum(x_tile.to(tl.float32) * own.to(tl.float32), 1, keep_dims=True),)
@@ -53,6 +55,7 @@ def _plan(dtype: torch.dtype, rank: int) -> dict:
     """Tiles, stages and warps. Float32 has no matrix units on NVIDIA: what it multiplies takes registers. With 16 bits,
     128 rows spilled hundreds of bytes where I is odd."""
     block = {"BM": 64, "BO": 64, "BI": 16} if dtype == torch.float32 else {"BM": 64, "BO": 128, "BI": 32}
+    # As many stages as there is room for, three at most.
     stage = (block["BO"] + (1 + rank) * block["BM"]) * block["BI"] * dtype.itemsize
     return block | {"STAGES": max(1, min(3, ROOM // stage)), "num_warps": 8}
 

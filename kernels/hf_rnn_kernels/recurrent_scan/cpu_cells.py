@@ -9,6 +9,7 @@ from hf_rnn_kernels.vector_math import F32, HALF, ONE, U, decay, inline, keep_an
 
 LSTM, GRU, SLSTM = range(3)
 KINDS = {"lstm": LSTM, "gru": GRU, "slstm": SLSTM}
+# Up to four gates, and 1 - f or 1 - z; of a GRU R_n h + b_n is one.
 SLOTS = 5
 _NEVER = F32(-float("inf"))  # added to what may be NaN, which stays one
 
@@ -32,6 +33,7 @@ def lstm_step(size, s, s0, h, c, at):
     f, g, o, drop = s0 + size, s0 + U(2) * size, s0 + U(3) * size, s0 + U(4) * size
     for d in range(size):
         add = s[s0 + d] * s[g + d]
+        # With a forget gate at sigmoid(8) the last states are off by 6e-7 after 4,096 steps; torch.nn's by 2.4e-5.
         slow = c[at + d] + (add - s[drop + d] * c[at + d])
         new = slow if s[drop + d] < HALF else s[f + d] * c[at + d] + add
         c[at + d] = new
@@ -39,10 +41,13 @@ def lstm_step(size, s, s0, h, c, at):
 
 
 @row
-def lstm_step_back(size, s, s0, before, b0, after, a0, grad, grad0, dh, dc, at):
-    """Gates in scratch to the gradients of their pre-activations; dh, dc from after the step to before it."""
+def lstm_step_back(size, s, s0, state_before, state_after, grad_of_h, dh, dc, at):
+    """Gates in scratch to the gradients of their pre-activations; dh, dc from after the step to before it. States and
+    the gradient of h come as an array and where they begin in it."""
+    (before, b0), (after, a0), (grad, grad0) = state_before, state_after, grad_of_h
     f, g, o, drop = s0 + size, s0 + U(2) * size, s0 + U(3) * size, s0 + U(4) * size
     for d in range(size):
+        # Again from c, which is kept, instead of a second tensor.
         tanh_c = tanh(after[a0 + d])
         dh_t = dh[at + d] + grad[grad0 + d]
         dc[at + d] += dh_t * s[o + d] * (ONE - tanh_c * tanh_c)
@@ -74,13 +79,15 @@ def gru_gates(size, x, x0, s, s0):
 def gru_step(size, s, s0, h, at):
     z, n, drop = s0 + size, s0 + U(3) * size, s0 + U(4) * size
     for d in range(size):
+        # As in `lstm_step`: 1.2e-6 after 4,096 steps, torch.nn 4.0e-5.
         step = s[n + d] - h[at + d]
         h[at + d] = h[at + d] + s[drop + d] * step if s[drop + d] < HALF else s[n + d] - s[z + d] * step
 
 
 @row
-def gru_step_back(size, s, s0, before, b0, grad, grad0, dh, at):
+def gru_step_back(size, s, s0, state_before, grad_of_h, dh, at):
     """As `lstm_step_back`: to the gradients of r, z, R_n h + b_n and n."""
+    (before, b0), (grad, grad0) = state_before, grad_of_h
     z, hn, n, drop = s0 + size, s0 + U(2) * size, s0 + U(3) * size, s0 + U(4) * size
     for d in range(size):
         dh_t = dh[at + d] + grad[grad0 + d]
@@ -110,6 +117,8 @@ def slstm_gates(size, x, x0, s, s0):
 @inline
 def _shares(gap):
     """What is kept of c and n, 1 - that, and what is added, for gap = log(f) + m_{t-1} - i."""
+    # Not one helper for the whole step, as in Triton: giving `keep` and `less` from it stopped the vectoriser, 3 times
+    # slower.
     keep, drop = keep_and_drop(-abs(gap))
     fresh = gap < F32(0)
     return keep if fresh else ONE, drop if fresh else F32(0), ONE if fresh else keep
@@ -134,6 +143,8 @@ def slstm_step(size, s, s0, h, rest, at, apart):
         s[gap + d] = s[s0 + d] + _NEVER if rest[n + d] == F32(0) else new
     for d in range(size):
         before, add = rest[m + d], s[f + d] + rest[lost + d]
+        # Where the gate keeps all, m alone moves, by an amount rounded alike each time: off by 2.5e-4 after 4,096
+        # steps, with what rounding lost carried along 1.5e-6.
         kept = before + add
         rest[m + d] = s[s0 + d] if s[gap + d] < F32(0) else kept
         rest[lost + d] = F32(0) if s[gap + d] < F32(0) else add - (kept - before)
@@ -142,12 +153,14 @@ def slstm_step(size, s, s0, h, rest, at, apart):
         rest[n + d] = _mix(keep, drop, rest[n + d], add)
         rest[c + d] = _mix(keep, drop, rest[c + d], add * s[z + d])
     for d in range(size):
+        # No zero: from an empty state on n is 1 at least, as one of the two shares is 1.
         h[at + d] = s[o + d] * rest[c + d] / rest[n + d]
 
 
 @row
-def slstm_step_back(size, s, s0, before, b0, b_apart, after, a0, a_apart, grad, grad0, dh, rest, at, apart):
-    """As `lstm_step_back`; c, n and m lie `b_apart`, `a_apart` and (their gradients, in `rest`) `apart`."""
+def slstm_step_back(size, s, s0, states_before, states_after, grad_of_h, dh, rest, at, apart):
+    """As `lstm_step_back`; c, n and m lie as far apart as their tuples say, their gradients, in `rest`, `apart`."""
+    (before, b0, b_apart), (after, a0, a_apart), (grad, grad0) = states_before, states_after, grad_of_h
     f, z, o, drop = s0 + size, s0 + U(2) * size, s0 + U(3) * size, s0 + U(4) * size
     dc, dn, dm = at, at + apart, at + U(2) * apart
     for d in range(size):

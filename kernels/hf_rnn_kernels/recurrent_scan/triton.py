@@ -91,6 +91,7 @@ def _forward(
         inside = (t < length) & (unit < size)
         x_t = _load(x, (start + t) * x_stride + head * GATES * size, unit, size, inside, GATES)
         live = _live(mask, start + t, t < length)
+        # Rounded as the h that is written: backward, and a sequence split in two, must see the same.
         h_before = states[0].to(x.dtype.element_ty)
         recurrent = _add(_recurrent(h_before, weights, GATES), biases, GATES)
         if left is not None:
@@ -137,6 +138,7 @@ def _forward_streamed(
             tl.store(h + row * units + head * size + unit, states[0], inside)
             _store(others, row * KEPT * units + head * size, unit, units, inside, states, 1, KEPT)
             _store(last, n * units + head * size, unit, apart, inside, states, 0, STATES)
+        # The barrier of a block of threads: no other program reads these rows.
         tl.debug_barrier()  # the next step reads what other threads wrote in this one
 
 
@@ -153,6 +155,7 @@ def _recompute(
     unit = tl.arange(0, BP)[None, :]
     units = heads.to(tl.int64) * size
     weights = _held(weight, head, size, unit, GATES)
+    # Every chunks-th step and not a stretch of them: sequences that end early leave no program idle.
     for t in tl.range(tl.program_id(1), longest, chunks, num_stages=STAGES):
         row = start + t
         inside = (t < length) & (unit < size)
@@ -205,6 +208,7 @@ def _gradients(
     source, to, apart = _source(states + sequences * units, others, t, n, row, sequences, units, STATES - 1)
     before = _float(before, 1) + _load(source, to + head * size, unit, apart, inside, STATES - 1)
     dh = tl.load(grad + (row * grad_stride + head * size) + unit, inside, other=0.0)
+    # The output is h: its gradient joins what comes from later steps.
     carry = (carry[0] + dh.to(tl.float32),) + carry[1:]
     dx, d, passed = _step_back(_float(x_t, GATES), recurrent, before, carry, CELL)
     zeros = (tl.zeros_like(dx[0]),) * GATES
@@ -293,6 +297,7 @@ def _plan(cell: str, weight: Tensor, back: bool) -> tuple[bool, dict]:
     tile = BN * block * weight.element_size()
     room, amd = _chip(weight.device)
     # R, and tiles on their way from one layout to another: two, or backward d and one more.
+    # In bytes; powers of two, as tiles are padded.
     held = gates * block * tile // BN + (gates + 1 if back else 2) * tile
     if held > room:
         return False, {"UNITS": UNITS, "DEPTH": DEPTH, "num_warps": 8}
@@ -335,6 +340,7 @@ class _Launch:
         zeros = torch.zeros(self.sequences, self.heads * size, device=x.device)
         states = [state.float() for state in states] or [zeros] * self.cell.states
         self.states = torch.stack([*states, *[zeros] * MORE[cell]])
+        # A copy, since `last` shares its memory with the states.
         self.first = self.states[0].to(x.dtype, copy=True)
 
     def run(self, kernel, streamed, *arguments, chunks: int = 1, **constants) -> None:
@@ -389,6 +395,7 @@ def scan_backward(
         grads = grad_last.to(torch.float32, copy=True).contiguous()
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         own = torch.empty(*x.shape[:2], OWN[cell] * h.shape[2], dtype=x.dtype, device=x.device)
+        # At least STEPS steps for each: loading R is to be worth it.
         chunks = max(1, min(PROGRAMS // launch.tasks, x.shape[1] // STEPS))
         launch.run(_recompute, _recompute_streamed, h, chunks, grad_x, chunks=chunks)
         launch.run(

@@ -33,6 +33,7 @@ def _add(tiles, others, COUNT: tl.constexpr):
 @triton.jit
 def _tanh(x):
     """To the last bits near 0, too: a polynomial fitted below 1/2, where 1 - e^-2|x| would cancel."""
+    # Both forms are computed and one is taken.
     square = x * x
     p = ((0.0172569 * square - 0.053052906) * square + 0.13325986) * square - 0.3333315
     e = tl.exp(-2.0 * tl.abs(x))
@@ -118,12 +119,14 @@ def _slstm_shares(x, recurrent, before, lost):
     1 is added; m, and what rounding took from it."""
     i = x[0] + recurrent[0]
     log_f, _ = _log_sigmoid(x[1] + recurrent[1])
+    # As on a CPU: m alone moves, by an amount rounded alike at each step.
     log_f += lost
     kept = before[3] + log_f
     gap = tl.where(before[2] == 0, i + float("-inf"), (before[3] - i) + log_f)  # a NaN in i stays one
     fresh, size = gap < 0, tl.abs(gap)
     near = (((-0.00103013404 * size + 0.00806245673) * size - 0.0415693521) * size + 0.166650593) * size - 0.499999017
     less = tl.exp(-size)
+    # 1 - e^-size cancels where little is forgotten.
     drop = tl.where(size < 0.7, size + size * (size * near), 1.0 - less)  # keeps small ones' last bits
     lost = tl.where(fresh, 0.0, log_f - (kept - before[3]))
     return less, tl.where(fresh, drop, 0.0), fresh, tl.where(fresh, i, kept), lost
@@ -154,6 +157,7 @@ def _slstm_step_back(x, recurrent, before, grads):
     add = tl.where(fresh, 1.0, less)
     z = _tanh(x[2] + recurrent[2])
     o, not_o = _sigmoids(x[3] + recurrent[3])
+    # n and c after the step, again: h = o c / n needs both.
     n = _mix(less, drop, before[2], add)
     mean, by_mean = _mix(less, drop, before[1], add * z) / n, grads[0] * o / n
     dc, dn, dm = grads[1] + by_mean, grads[2] - by_mean * mean, grads[3]

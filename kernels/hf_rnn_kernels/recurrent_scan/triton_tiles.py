@@ -20,6 +20,7 @@ def _task(offsets, time, rows, sequences, heads, BN: tl.constexpr):
     else:  # clamped, so that wrong offsets read wrong rows but never a wrong address
         start = tl.minimum(tl.maximum(tl.load(offsets + n, real, other=0).to(tl.int64), 0), rows)
         stop = tl.minimum(tl.maximum(tl.load(offsets + n + 1, real, other=0).to(tl.int64), start), rows)
+    # Rows of the tile beyond the last sequence never live.
     length = tl.where(real, stop - start, 0).to(tl.int32)
     return head, n, start, length, tl.max(length, 0)
 
@@ -71,6 +72,7 @@ def _source(first, every, t, n, row, sequences, units, STATES: tl.constexpr):
 
     `first` is (STATES, N, D), `every` (B, T, STATES, D).
     """
+    # Before the first step states lie by sequence, later by token.
     if t == 0:
         source, to, apart = first, n * units, sequences * units
     else:
@@ -92,6 +94,7 @@ def _recurrent(h, weights, GATES: tl.constexpr):
     """R h, gate by gate."""
     new = ()
     for g in tl.static_range(GATES):
+        # "ieee": TF32 would keep 10 bits of the state. 16-bit types multiply as they are.
         new = new + (tl.dot(h, tl.trans(weights[g]), input_precision="ieee"),)
     return new
 
