@@ -24,13 +24,17 @@ def backend(package: str, x: Tensor) -> ModuleType:
     `cpu` (numba), `triton`, which "cuda" means, as PyTorch calls AMD's GPUs, too; `reference`, the equations in plain
     torch, in float64 and where neither is installed.
     """
-    name = "reference"
-    if x.dtype != torch.float64 and x.numel() > 0:
-        if x.device.type == "cpu":
-            name = "cpu" if threads.available() else _slow("numba", "cpu")
-        elif x.device.type == "cuda":
-            name = "triton" if HAS_TRITON else _slow("triton", "triton")
-    return importlib.import_module(f"{package}.{name}")
+    return importlib.import_module(f"{package}.{_name(x)}")
+
+
+def _name(x: Tensor) -> str:
+    if x.dtype == torch.float64 or x.numel() == 0:
+        return "reference"
+    if x.device.type == "cpu":
+        return "cpu" if threads.available() else _slow("numba", "cpu")
+    if x.device.type == "cuda":
+        return "triton" if HAS_TRITON else _slow("triton", "triton")
+    return "reference"
 
 
 @functools.cache  # once a process

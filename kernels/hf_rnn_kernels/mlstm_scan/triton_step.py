@@ -11,7 +11,7 @@ BK, BV = 32, 64  # a tile of C; rows of it are read whole, as many tiles as ther
 
 
 @_jit
-def _gates(
+def _step_gates(
     heads, real, i, f, q, k, i_row, i_head, f_row, f_head, q_row, q_head, k_row, k_head, n, m, eps, shares,
     K: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def _gates(
 
 
 @_jit
-def _memory(
+def _step_memory(
     heads, real, q, k, v, q_row, q_head, k_row, k_head, v_row, v_head, C, shares, h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -93,11 +93,11 @@ def decode(
         shares = torch.empty(sequences * heads, 3, dtype=torch.float32, device=q.device)
         h = torch.empty(sequences, heads, values, dtype=q.dtype, device=q.device)
         block = min(BK, triton.next_power_of_2(keys))
-        _gates[(sequences * heads,)](
+        _step_gates[(sequences * heads,)](
             heads, real, i, f, q, k, *i_apart, *f_apart, *q_apart, *k_apart, n, m, eps, shares,
             K=keys, BK=block, num_warps=1,
         )  # fmt: skip
-        _memory[(sequences * heads * triton.cdiv(values, BV),)](
+        _step_memory[(sequences * heads * triton.cdiv(values, BV),)](
             heads, real, q, k, v, *q_apart, *k_apart, *v_apart, C, shares, h,
             K=keys, V=values, BK=block, BV=BV, num_warps=4,
         )  # fmt: skip

@@ -146,15 +146,22 @@ class TestValues:
     @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
     @pytest.mark.parametrize("heads, keys, values", [(2, 40, 70), (1, 1, 1)])
     def test_step(self, heads, keys, values, dtype, tolerance):
-        """One token as the reference takes it; at m = 100 the normaliser alone counts, at -100 e^-m."""
+        """One token as the reference takes it, over the states; at m = 50 the normaliser alone counts, at -50 e^-m. A
+        row of padding keeps its states."""
         inputs = [x[:, 0] for x in make(3, 2, heads, keys, values, dtype)]
         states = make_states(3, inputs[0][:, None], inputs[2][:, None])
         states[2][1], states[2][2] = 50.0, -50.0
-        h, *new = triton_step.step(*inputs, *states, 1e-6)
         q, k, v, i, f = (x.double() for x in inputs)
         exact, _, of_states = reference.step(
             (q, k, v, i, torch.nn.functional.logsigmoid(f)), tuple(s.double() for s in states), 1e-6
         )
+        padded = [s.clone() for s in states]
+        new = [s.clone() for s in states]
+        h = triton_step.decode(*inputs, *new, None, 1e-6)
+        some = triton_step.decode(*inputs, *padded, torch.tensor([True, False, True]), 1e-6)
+        assert torch.equal(some[::2], h[::2]) and not some[1].any()
+        for before, given, after in zip(states, padded, new, strict=True):
+            assert torch.equal(given[1], before[1]) and torch.equal(given[::2], after[::2])
         assert h.dtype == dtype and all(s.dtype == torch.float32 for s in new)
         for a, b, limit in zip((h, *new), (exact, *of_states), (tolerance, 1e-6, 1e-6, 1e-6), strict=True):
             for n in range(3):
