@@ -96,4 +96,4 @@ def mlstm_step(
     Returns:
         h (B, H, V) in the dtype of q.
     """
-    return op.step(q, k, v, i, f, C, n, m, real, eps)
+    return op.decode(q, k, v, i, f, C, n, m, real, eps)
