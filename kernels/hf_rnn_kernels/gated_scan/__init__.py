@@ -89,13 +89,13 @@ def _scan(gates: str, inputs: dict[str, Tensor], h0: Tensor | None, layout: Sequ
     tensors = list(inputs.values())
     refuse_forward_mode(*tensors, h0)
 
-    def step(states):
-        return reference.step(gates, tensors, states[0], layout.mask)
+    def one_token(states):
+        return reference.decode(gates, tensors, states[0], layout.mask)
 
-    def scan(training):
+    def any_tokens(training):
         h, last = op.scan(gates, [layout.flat(x) for x in tensors], h0, layout.flat_mask(), layout.offsets)
         return h.view(first.shape), [last]
 
     states = [] if h0 is None else [h0]
-    h, (last,) = advance(layout, first.shape[1], reference.state_dtype(first), tensors, states, step, scan)
+    h, (last,) = advance(layout, first.shape[1], reference.state_dtype(first), tensors, states, one_token, any_tokens)
     return h, last
