@@ -8,6 +8,7 @@ from driver import DEVICE, compare, save, sized, table
 from torch import nn
 
 from hf_rnn.layers import CausalConv, RMSNorm
+from hf_rnn_kernels.layout import SequenceLayout
 
 BATCH, TIME, WIDTH = sized(cpu=(8, 512, 384), gpu=(8, 4096, 1024), dry=(2, 9, 16))
 KERNEL = 4
@@ -43,7 +44,7 @@ def main() -> None:
         ours.weight.copy_(conv.weight[:, 0])
         ours.bias.copy_(conv.bias)
     steps = {
-        "hf_rnn": training_step(lambda x: ours(x, None, None, None)[0], ours, x, grad),
+        "hf_rnn": training_step(lambda x: ours(x, None, SequenceLayout())[0], ours, x, grad),
         "torch.nn.Conv1d, grouped": training_step(
             lambda x: conv(x.transpose(1, 2))[..., :TIME].transpose(1, 2), conv, x, grad
         ),

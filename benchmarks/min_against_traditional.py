@@ -19,6 +19,7 @@ from hf_rnn.models.gru.modeling_gru import GRU
 from hf_rnn.models.lstm.modeling_lstm import LSTM
 from hf_rnn.models.mingru.modeling_mingru import MinGRU
 from hf_rnn.models.minlstm.modeling_minlstm import MinLSTM
+from hf_rnn_kernels.layout import SequenceLayout
 
 BATCH, WIDTH, TIMES = sized(*2 * [(64, 64, (512, 4096))], dry=(2, 16, (3,)))
 WHY = "this package's own traditional cell: on few cores 64 sequences are work enough for a loop over time"
@@ -59,7 +60,7 @@ def training_step(run, module: nn.Module, x: torch.Tensor):
 
 
 def mixer_step(mixer: nn.Module, x: torch.Tensor):
-    return training_step(lambda x: mixer(x, None, None, None)[0], mixer, x)
+    return training_step(lambda x: mixer(x, None, SequenceLayout())[0], mixer, x)
 
 
 def cell_step(cell: nn.Module, x: torch.Tensor):

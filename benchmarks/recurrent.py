@@ -16,6 +16,7 @@ from hf_rnn import GRUConfig, LSTMConfig
 from hf_rnn.models.gru.modeling_gru import GRU
 from hf_rnn.models.lstm.modeling_lstm import LSTM
 from hf_rnn_kernels import gru_scan, lstm_scan
+from hf_rnn_kernels.layout import SequenceLayout
 
 DTYPE = torch.bfloat16 if GPU else torch.float32
 DENSE = sized(cpu=(8, 512, 384), gpu=(16, 1024, 768), dry=(2, 3, 16))  # batch, time, width
@@ -61,7 +62,7 @@ def dense(cell: str, batch: int, time: int, width: int) -> dict[str, dict]:
     def run_ours(x, *weights):
         weights = dict(zip(names, weights, strict=True))
         weights["recurrent_weight"] = weights["recurrent_weight"][None]
-        return torch.func.functional_call(ours, weights, (x, None, None, None))[0]
+        return torch.func.functional_call(ours, weights, (x, None, SequenceLayout()))[0]
 
     def run_theirs(x, *weights):
         names = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]

@@ -8,6 +8,7 @@ from minGRU_pytorch.minLSTM import minLSTM
 from hf_rnn import MinGRUConfig, MinLSTMConfig
 from hf_rnn.models.mingru.modeling_mingru import MinGRU
 from hf_rnn.models.minlstm.modeling_minlstm import MinLSTM
+from hf_rnn_kernels.layout import SequenceLayout
 
 
 def mixer(config_class, mixer_class, expansion, **settings):
@@ -33,13 +34,13 @@ def test_mingru(expansion):
             ours.out_proj.weight.copy_(peer.to_out.weight)
     x = torch.randn(3, 50, 24, dtype=torch.float64)
     expected, state = peer(x, return_next_prev_hidden=True)
-    y, (last,) = ours(x, None, None, None)
+    y, (last,) = ours(x, None, SequenceLayout())
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(last, state[:, 0], rtol=0, atol=1e-10)
     more = torch.randn(3, 20, 24, dtype=torch.float64)
-    torch.testing.assert_close(ours(more, (last,), None, None)[0], peer(more, state), rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours(more, (last,), SequenceLayout())[0], peer(more, state), rtol=0, atol=1e-10)
     step = more[:, :1]
-    torch.testing.assert_close(ours(step, (last,), None, None)[0], peer(step, state), rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours(step, (last,), SequenceLayout())[0], peer(step, state), rtol=0, atol=1e-10)
 
 
 def test_minlstm():
@@ -50,7 +51,7 @@ def test_minlstm():
         hidden, forget, input_ = peer.to_hidden_and_f_i_gate.weight.chunk(3)
         ours.in_proj.weight.copy_(torch.cat([forget, input_, hidden]))
     x = torch.randn(3, 50, 24, dtype=torch.float64)
-    y, (last,) = ours(x, None, None, None)
+    y, (last,) = ours(x, None, SequenceLayout())
     torch.testing.assert_close(y, peer(x), rtol=0, atol=1e-10)
     step = torch.randn(3, 1, 24, dtype=torch.float64)
-    torch.testing.assert_close(ours(step, (last,), None, None)[0], peer(step, last[:, None]), rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours(step, (last,), SequenceLayout())[0], peer(step, last[:, None]), rtol=0, atol=1e-10)

@@ -218,7 +218,7 @@ def test_refusals():
 def test_operator():
     left, right = factors(2, 7, 5, dtype=torch.float32)
     arguments = (torch.randn(2, 3, 5), torch.randn(7, 5), left, right)
-    torch.library.opcheck(_linear, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(_linear.operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_convolution_of_one_token():
@@ -234,9 +234,9 @@ def test_convolution_of_one_token():
         for member, weight in enumerate(weights):
             conv.weight.copy_(base + weight)
             rows = slice(3 * member, 3 * member + 3)
-            expected.append(conv(x[rows], state[rows], None, None)[0])
+            expected.append(conv(x[rows], state[rows], SequenceLayout())[0])
         perturbed = Perturbed.of_offset(base, lambda: weights, members=2, rows=3)
-        y = torch.func.functional_call(conv, {"weight": perturbed, "bias": conv.bias}, (x, state, None, None))[0]
+        y = torch.func.functional_call(conv, {"weight": perturbed, "bias": conv.bias}, (x, state, SequenceLayout()))[0]
     torch.testing.assert_close(y, torch.cat(expected))
 
 
@@ -248,7 +248,7 @@ def test_convolution_whose_bias_alone_is_perturbed():
     bias, offsets, x = torch.zeros(64), torch.randn(2, 64), torch.randn(4, 300, 64)
     with torch.no_grad():
         perturbed = Perturbed.of_offset(bias, lambda: offsets, members=2, rows=2)
-        y = torch.func.functional_call(conv, {"weight": conv.weight, "bias": perturbed}, (x, None, None, None))[0]
+        y = torch.func.functional_call(conv, {"weight": conv.weight, "bias": perturbed}, (x, None, SequenceLayout()))[0]
         conv.bias.zero_()
-        expected = conv(x, None, None, None)[0] + offsets.repeat_interleave(2, 0)[:, None]
+        expected = conv(x, None, SequenceLayout())[0] + offsets.repeat_interleave(2, 0)[:, None]
     torch.testing.assert_close(y, expected)
