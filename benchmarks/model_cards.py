@@ -14,6 +14,7 @@ import state_tracking
 from driver import RESULTS
 from huggingface_hub import ModelCardData
 
+import hf_rnn
 from hf_rnn.tasks import Retrieval
 from hf_rnn_trainers.model_card.card import CODE_LICENCE, Evaluation, Training, render
 from hf_rnn_trainers.model_card.papers import ARCHITECTURES
@@ -192,10 +193,9 @@ def card(stem: str, model_type: str) -> str:
 
 
 def main() -> None:
-    for stem in TABLES:
-        model_type = "hf_rnn_memory" if stem == "MemoryRNN" else f"hf_rnn_{stem.lower()}"
-        path = CARDS / f"{model_type.removeprefix('hf_rnn_')}.md"
-        path.write_text(card(stem, model_type))
+    for stem, name in hf_rnn.ARCHITECTURES.items():
+        path = CARDS / f"{name}.md"
+        path.write_text(card(stem, f"hf_rnn_{name}"))
         print(f"wrote {path}")
 
 
