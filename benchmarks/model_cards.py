@@ -98,13 +98,17 @@ def speed(stem: str) -> Evaluation:
 
 
 TABLES: dict[str, list[Callable[[str], Evaluation]]] = {
-    "GRU": [language, tracking],
-    "LSTM": [language, tracking],
     "MemoryRNN": [retrieval],
-    "MinGRU": [language, tracking],
-    "MinLSTM": [language, tracking],
     "XLSTM": [tracking, speed],
 }
+
+
+def tables(stem: str) -> list[Evaluation]:
+    """Of those without an entry what the others are compared by."""
+    others = [language, tracking] if stem in STATE_TRACKING else [language]
+    return [table(stem) for table in TABLES.get(stem, others)]
+
+
 QUESTION = {"MemoryRNN": "memory_retrieval", "XLSTM": "state_tracking"}  # others: language_model
 
 
@@ -181,7 +185,7 @@ def card(stem: str, model_type: str) -> str:
                 snippet(stem),
                 "",
                 training(stem),
-                [table(stem) for table in TABLES[stem]],
+                tables(stem),
                 f"{about['device']}, Python {about['python']}",
                 about["versions"],
                 LIMITS,
