@@ -1,9 +1,9 @@
 """A checkpoint's classes as one file that needs torch and transformers alone.
 
 The file is made from the package's sources: every definition that the classes reach, in the order in which modules
-import each other, comments and docstrings included. Each operator (`op.py`) is replaced by the function of the same
-name in its `reference.py`, and what has none there by that in `hf_rnn.remote_code.portable`. What two modules call
-alike gets its module's name in front.
+import each other, comments and docstrings included. An op's functions, operators among them, are replaced by those of
+the same names in its `reference.py`, and what has none there by that in `hf_rnn.remote_code.portable`. What two modules
+call alike gets its module's name in front.
 """
 
 import ast
@@ -105,9 +105,10 @@ def portable(definition: Definition) -> Definition:
     module, name = definition
     if name == "write_remote_code" or (module.startswith("hf_rnn_kernels") and name in source(PORTABLE).definitions):
         return Definition(PORTABLE, name)
-    reference = f"{module.removesuffix('.op')}.reference"
-    if module.endswith(".op") and name in source(reference).definitions:
-        return Definition(reference, name)
+    if module.startswith("hf_rnn_kernels.") and is_package(package := module.removesuffix(".op")):
+        reference = f"{package}.reference"
+        if importlib.util.find_spec(reference) and name in source(reference).definitions:
+            return Definition(reference, name)
     return definition
 
 

@@ -17,8 +17,8 @@ def advance(
     dtype: torch.dtype,
     inputs: Sequence[Tensor | None],
     states: States,
-    step: Callable[[States], Tensor],
-    scan: Callable[[bool], tuple[Tensor, States]],
+    one_token: Callable[[States], Tensor],
+    any_tokens: Callable[[bool], tuple[Tensor, States]],
 ) -> tuple[Tensor, States]:
     """Run a recurrence over `time` tokens a row.
 
@@ -26,8 +26,8 @@ def advance(
         dtype: of the last states.
         inputs: what gradients may flow to, beside the states.
         states: before the first token; none for zeros.
-        step: one token a row, by the decoding operator: writes the states after it over those it is given.
-        scan: any number of tokens: whether a backward pass follows to h and the last states, which are new tensors.
+        one_token: one token a row, by the decoding operator: writes the states after it over those it is given.
+        any_tokens: any number of tokens: whether a backward pass follows to h and the last states, new tensors.
 
     Returns:
         h, and the last states: those given where the layout says that they are written `in_place` and no gradient
@@ -39,8 +39,8 @@ def advance(
     single = time == 1 and layout.offsets is None and not training and not transforming()
     if single and states and not torch.compiler.is_exporting():
         buffers = states if in_place else [s.to(dtype, copy=True) for s in states]
-        return step(buffers), buffers
-    h, last = scan(training)
+        return one_token(buffers), buffers
+    h, last = any_tokens(training)
     if not in_place or not states:
         return h, last
     for old, new in zip(states, last, strict=True):

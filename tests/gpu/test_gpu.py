@@ -14,7 +14,7 @@ from conftest import relative_error
 from runs import TRAINERS, make_trainer
 from transformers import CompileConfig
 
-from hf_rnn_kernels import perturbed_embedding
+from hf_rnn_kernels import SequenceLayout, perturbed_embedding
 
 pytest.importorskip("triton")
 
@@ -228,3 +228,23 @@ def test_perturbed_embedding():
     expected = perturbed_embedding(ids, *(x.double() for x in (weight, left, right)))
     actual = perturbed_embedding(*(x.to(DEVICE) for x in (ids, weight, left, right)))
     assert relative_error(actual.cpu(), expected) <= 1e-6
+
+
+@pytest.mark.skipif(DRY, reason="a CPU has no device to wait for")
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_no_block_waits_for_the_device(made, layout):
+    """Neither for values of a mask nor for offsets: they are looked at once, before the blocks."""
+    if layout == "packed" and made.config.model_type == "hf_rnn_memory":
+        pytest.skip("lays packed sequences out as rows, whose lengths the host must know")
+    ids, settings = LAYOUTS[layout]()
+    mask = settings.get("attention_mask")
+    given = SequenceLayout.of(*ids.shape, mask, settings.get("cu_seq_lens_q"))
+    x = made.model.embed_tokens(ids)
+    with torch.no_grad():
+        made.model.layers[0](x, layout=given)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            made.model.layers[0](x, layout=given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -38,7 +38,7 @@ def causal_conv(
     check_tensors(shapes | {"bias": (bias, (channels,))}, x, "x")
     before = x.new_zeros(batch, history, channels) if state is None else state.to(x.dtype)
     if layout.mask is None and layout.offsets is None:
-        y, ends = _convolve(x, before, weight, bias)
+        y, ends = convolve(x, before, weight, bias)
     elif layout.offsets is None:
         y, ends = _with_gaps(x, before, weight, bias, layout)
     else:
@@ -50,7 +50,8 @@ def causal_conv(
     return y, ends.to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
 
 
-def _convolve(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def convolve(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.convolve`, and of large inputs on a CPU in one pass."""
     perturbed = isinstance(weight, Perturbed) or isinstance(bias, Perturbed)
     if perturbed or not (threads.worthwhile(x) and weight.dtype == bias.dtype == torch.float32):
         return reference.convolve(x, before, weight, bias)
@@ -75,7 +76,7 @@ def _with_gaps(
     index = _expand(place.clamp(min=0), x)
     laid = x.new_zeros(x.shape[0], room, x.shape[2])
     laid = laid.scatter_add(1, index, x * real[..., None])  # padding adds zero
-    y = _convolve(laid, before, weight, bias)[0].gather(1, index)
+    y = convolve(laid, before, weight, bias)[0].gather(1, index)
     last = real.sum(1, keepdim=True) + torch.arange(history, device=x.device)
     return y, torch.cat([before, laid], 1).gather(1, _expand(last, x))
 

@@ -52,7 +52,11 @@ def min_gru_scan(
         h0, layout: as in `linear_scan`.
         use_g: False gives the variant whose candidate is linear (section 3.1, before log-space).
 
-    Returns, raises: as `linear_scan`.
+    Returns:
+        As `linear_scan`.
+
+    Raises:
+        TypeError, ValueError: an argument of another shape, dtype or device than above, named in the message.
     """
     return _scan("min_gru+g" if use_g else "min_gru", {"gate": gate, "candidate": candidate}, h0, layout)
 
@@ -76,7 +80,11 @@ def min_lstm_scan(
         h0, layout, use_g: as in `min_gru_scan`.
         normalize: False gives f' = f, i' = i, the default of the authors' code; the paper's text normalises.
 
-    Returns, raises: as `linear_scan`.
+    Returns:
+        As `linear_scan`.
+
+    Raises:
+        TypeError, ValueError: an argument of another shape, dtype or device than above, named in the message.
     """
     gates = "min_lstm" + "+g" * use_g + "+normalize" * normalize
     return _scan(gates, {"forget": forget, "input": input, "candidate": candidate}, h0, layout)
@@ -89,13 +97,13 @@ def _scan(gates: str, inputs: dict[str, Tensor], h0: Tensor | None, layout: Sequ
     tensors = list(inputs.values())
     refuse_forward_mode(*tensors, h0)
 
-    def step(states):
-        return reference.step(gates, tensors, states[0], layout.mask)
+    def one_token(states):
+        return reference.decode(gates, tensors, states[0], layout.mask)
 
-    def scan(training):
+    def any_tokens(training):
         h, last = op.scan(gates, [layout.flat(x) for x in tensors], h0, layout.flat_mask(), layout.offsets)
         return h.view(first.shape), [last]
 
     states = [] if h0 is None else [h0]
-    h, (last,) = advance(layout, first.shape[1], reference.state_dtype(first), tensors, states, step, scan)
+    h, (last,) = advance(layout, first.shape[1], reference.state_dtype(first), tensors, states, one_token, any_tokens)
     return h, last

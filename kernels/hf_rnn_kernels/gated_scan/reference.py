@@ -70,7 +70,7 @@ def scan(
     return (torch.stack(states, 1) if states else torch.empty_like(inputs[0])).to(inputs[0].dtype), h
 
 
-def step(gates: str, inputs: list[Tensor], h0: Tensor, mask: Tensor | None) -> Tensor:
+def decode(gates: str, inputs: list[Tensor], h0: Tensor, mask: Tensor | None) -> Tensor:
     """One token of every row, (B, 1, D), from the state h0 (B, D) before it, which becomes the one after it.
 
     As `scan` in fewer calls: what decoding costs on a CPU is calls. Where keep and drop are a gate and its complement,

@@ -60,16 +60,16 @@ def mlstm_scan(
         zeros = reference.initial_states(q, v, layout.sequences(q.shape[0]))
         states = [zero if s is None else s for zero, s in zip(zeros, (C0, n0, m0), strict=True)]
 
-    def step(states):
+    def one_token(states):
         real = None if layout.mask is None else layout.mask[:, 0]
         return mlstm_step(q[:, 0], k[:, 0], v[:, 0], i[:, 0], f[:, 0], *states, real=real, eps=eps)[:, None]
 
-    def scan(training):
+    def any_tokens(training):
         inputs = (layout.flat(x) for x in (q, k, v, i, f))
         h, _, *last = op.scan(*inputs, states, layout.flat_mask(), layout.offsets, eps, training)
         return h.view(v.shape), last
 
-    h, (C, n, m) = advance(layout, q.shape[1], reference.state_dtype(q), (q, k, v, i, f), states, step, scan)
+    h, (C, n, m) = advance(layout, q.shape[1], reference.state_dtype(q), (q, k, v, i, f), states, one_token, any_tokens)
     return h, (C, n, m)
 
 
@@ -96,4 +96,4 @@ def mlstm_step(
     Returns:
         h (B, H, V) in the dtype of q.
     """
-    return op.step(q, k, v, i, f, C, n, m, real, eps)
+    return op.decode(q, k, v, i, f, C, n, m, real, eps)

@@ -309,7 +309,7 @@ def decode(
     real: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """See `op.step`. Of a small C torch's three passes cost less than the start of a loop."""
+    """See `op.decode`. Of a small C torch's three passes cost less than the start of a loop."""
     if not (worthwhile(C) and C.is_contiguous()):
         return reference.decode(q, k, v, i, f, C, n, m, real, eps)
     queries, keys, values, forget, denominator = reference.prepare_step(q, k, v, i, f, n, m, real, eps)

@@ -135,7 +135,7 @@ def scan(
     return backend(__package__, q).scan(q, k, v, i, f, states, mask, cu_seqlens, eps, training)
 
 
-def _step(
+def _decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -150,7 +150,7 @@ def _step(
     return backend(__package__, C).decode(q, k, v, i, f, C, n, m, real, eps)
 
 
-_registered = torch.library.custom_op("hf_rnn::mlstm_step", _step, mutates_args=("C", "n", "m"))
+_registered = torch.library.custom_op("hf_rnn::mlstm_step", _decode, mutates_args=("C", "n", "m"))
 
 
 @_registered.register_fake
@@ -158,7 +158,7 @@ def _(q, k, v, i, f, C, n, m, real, eps):
     return v.new_empty(v.shape, dtype=q.dtype)
 
 
-def step(
+def decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -172,4 +172,4 @@ def step(
 ) -> Tensor:
     """See `mlstm_step`. The operator is for the compiler alone: a call through torch's dispatcher costs as much as a
     step of a small model (docs/log.md, 2026-11-29)."""
-    return (_registered if torch.compiler.is_compiling() else _step)(q, k, v, i, f, C, n, m, real, eps)
+    return (_registered if torch.compiler.is_compiling() else _decode)(q, k, v, i, f, C, n, m, real, eps)

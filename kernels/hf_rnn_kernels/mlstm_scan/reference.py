@@ -51,7 +51,7 @@ def decode(
     real: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """One token over the states; as `op.step`."""
+    """One token over the states; as `op.decode`."""
     queries, keys, values, forget, denominator = prepare_step(q, k, v, i, f, n, m, real, eps)
     C.mul_(forget[..., None]).addcmul_(keys[..., None], values[..., None, :])
     return finish_step(torch.matmul(queries[..., None, :], C).squeeze(-2), denominator, real, q.dtype)

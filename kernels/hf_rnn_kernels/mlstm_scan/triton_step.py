@@ -83,7 +83,7 @@ def decode(
     real: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """See `op.step`."""
+    """See `op.decode`."""
     with torch.cuda.device_of(q):
         (sequences, heads, keys), values = q.shape, v.shape[2]
         (i, *i_apart), (f, *f_apart), (q, *q_apart), (k, *k_apart), (v, *v_apart) = (

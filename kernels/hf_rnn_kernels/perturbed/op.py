@@ -49,7 +49,9 @@ def perturbed_embedding(ids: Tensor, weight: Tensor, left: Tensor, right: Tensor
     Returns:
         (R, ..., O) in the dtype of weight.
 
-    Raises: as `perturbed_linear`.
+    Raises:
+        ValueError: shapes that do not fit, named in the message.
+        RuntimeError: an argument requires gradients, and they are enabled.
     """
     members = _check(ids.shape[0], weight, left, right)
     return reference.embedding(ids.reshape(members, -1), weight, left, right).view(*ids.shape, weight.shape[1])

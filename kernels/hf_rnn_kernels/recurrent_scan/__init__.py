@@ -170,14 +170,14 @@ def _scan(
     def projected():
         return x if input_weight is None else linear(x, input_weight, input_bias)
 
-    def step(states):
+    def one_token(states):
         if (found := by_library(states)) is None:
-            return reference.step(cell, projected(), plain, plain_bias, states, layout.mask, perturbation)
+            return reference.decode(cell, projected(), plain, plain_bias, states, layout.mask, perturbation)
         for old, new in zip(states, found[1], strict=True):
             old.copy_(new)
         return found[0]
 
-    def scan(training):
+    def any_tokens(training):
         if (found := by_library(states)) is not None:
             return found
         y = layout.flat(projected())
@@ -187,7 +187,7 @@ def _scan(
         return h.view(*x.shape[:2], heads * size), last
 
     inputs = x, plain, plain_bias, input_weight, input_bias
-    return advance(layout, x.shape[1], reference.state_dtype(x), inputs, states, step, scan)
+    return advance(layout, x.shape[1], reference.state_dtype(x), inputs, states, one_token, any_tokens)
 
 
 def _perturbation(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, list[Tensor]]:

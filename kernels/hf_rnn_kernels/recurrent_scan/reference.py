@@ -186,7 +186,7 @@ def scan(
     return h, others, torch.stack([s.flatten(1) for s in state])
 
 
-def step(
+def decode(
     cell: str,
     x: Tensor,
     weight: Tensor,
