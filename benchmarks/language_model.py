@@ -1,4 +1,4 @@
-"""Four architectures at equal parameters and equal steps: held-out bits per byte of a byte-level language model.
+"""Architectures at equal parameters and equal steps: held-out bits per byte of a byte-level language model.
 
     python benchmarks/language_model.py
 
@@ -19,8 +19,9 @@ from transformers import set_seed
 
 import hf_rnn
 from hf_rnn.cli.train import DataArguments, TrainArguments, train
+from hf_rnn.skeleton.configuration_recurrent import RecurrentBlockConfig
 
-ARCHITECTURES = ["MinGRU", "MinLSTM", "GRU", "LSTM"]
+ARCHITECTURES = [s for s in hf_rnn.ARCHITECTURES if issubclass(getattr(hf_rnn, f"{s}Config"), RecurrentBlockConfig)]
 SETTINGS = dict(hidden_size=256, num_hidden_layers=3, feed_forward_factor=0)
 LEARNING_RATE, BATCH, BLOCK = 4e-3, 8, 256
 

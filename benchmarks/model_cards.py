@@ -14,6 +14,7 @@ import state_tracking
 from driver import RESULTS
 from huggingface_hub import ModelCardData
 
+import hf_rnn
 from hf_rnn.tasks import Retrieval
 from hf_rnn_trainers.model_card.card import CODE_LICENCE, Evaluation, Training, render
 from hf_rnn_trainers.model_card.papers import ARCHITECTURES
@@ -97,13 +98,17 @@ def speed(stem: str) -> Evaluation:
 
 
 TABLES: dict[str, list[Callable[[str], Evaluation]]] = {
-    "GRU": [language, tracking],
-    "LSTM": [language, tracking],
     "MemoryRNN": [retrieval],
-    "MinGRU": [language, tracking],
-    "MinLSTM": [language, tracking],
     "XLSTM": [tracking, speed],
 }
+
+
+def tables(stem: str) -> list[Evaluation]:
+    """Of those without an entry what the others are compared by."""
+    others = [language, tracking] if stem in STATE_TRACKING else [language]
+    return [table(stem) for table in TABLES.get(stem, others)]
+
+
 QUESTION = {"MemoryRNN": "memory_retrieval", "XLSTM": "state_tracking"}  # others: language_model
 
 
@@ -180,7 +185,7 @@ def card(stem: str, model_type: str) -> str:
                 snippet(stem),
                 "",
                 training(stem),
-                [table(stem) for table in TABLES[stem]],
+                tables(stem),
                 f"{about['device']}, Python {about['python']}",
                 about["versions"],
                 LIMITS,
@@ -192,10 +197,9 @@ def card(stem: str, model_type: str) -> str:
 
 
 def main() -> None:
-    for stem in TABLES:
-        model_type = "hf_rnn_memory" if stem == "MemoryRNN" else f"hf_rnn_{stem.lower()}"
-        path = CARDS / f"{model_type.removeprefix('hf_rnn_')}.md"
-        path.write_text(card(stem, model_type))
+    for stem, name in hf_rnn.ARCHITECTURES.items():
+        path = CARDS / f"{name}.md"
+        path.write_text(card(stem, f"hf_rnn_{name}"))
         print(f"wrote {path}")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import hf_rnn
 from hf_rnn.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,6 +134,7 @@ def test_navigation_has_every_page():
 
     listed = files(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     assert sorted(listed) == sorted(str(path.relative_to(ROOT / "docs")) for path in PAGES)
+    assert {path.stem for path in PAGES if path.parent.name == "architectures"} == set(hf_rnn.ARCHITECTURES.values())
 
 
 def test_tests_that_the_docs_name_exist():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_rnn_kernels.layout import SequenceLayout
-from hf_rnn_kernels.transforms import tracked
+from hf_rnn_kernels.transforms import tracked, transforming
 
 States = Sequence[Tensor]
 
@@ -35,7 +35,8 @@ def advance(
     """
     training = tracked(*inputs, *states)
     in_place = layout.in_place and not training
-    single = time == 1 and layout.offsets is None and not training
+    # Under vmap a state that all elements share cannot be written over by each.
+    single = time == 1 and layout.offsets is None and not training and not transforming()
     if single and states and not torch.compiler.is_exporting():
         buffers = states if in_place else [s.to(dtype, copy=True) for s in states]
         return one_token(buffers), buffers

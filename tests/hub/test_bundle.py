@@ -14,7 +14,7 @@ from hf_rnn.cli.main import main
 from hf_rnn.hub.bundle import bundle
 from hf_rnn.remote_code.bundle import bundle_source
 
-CASES = {
+CASES: dict[str, dict] = {name: {} for name in ARCHITECTURES} | {
     "gru": {"num_heads": 2},
     "lstm": {"tie_word_embeddings": True},
     "mingru": {"expansion_factor": 1.5},

@@ -70,6 +70,7 @@ def test_initialisation_is_whole(architecture, settings, tmp_path):
         assert torch.isfinite(parameter).all() and parameter.abs().max() < 3, name
     mixer = model.model.layers[0].mixer
     bias, gates = mixer.in_proj.bias, mixer.in_proj.bias.view(-1, 32)
+    # The gate that keeps, of the projection's; minGRU's z forgets
     place, value = {"gru": (1, 2.0), "lstm": (1, 2.0), "mingru": (0, -2.0), "minlstm": (0, 2.0)}[architecture]
     assert set(gates[place].tolist()) == {value} and int((gates != 0).sum()) == 32
     for matrix in getattr(mixer, "recurrent_weight", torch.empty(0)).view(-1, 32, 32):

@@ -4,19 +4,13 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, relative_error
 
+import hf_rnn_kernels
 from hf_rnn.layers import CausalConv
-from hf_rnn_kernels import (
-    Perturbed,
-    SequenceLayout,
-    gru_scan,
-    lstm_scan,
-    perturbed_embedding,
-    perturbed_linear,
-    slstm_scan,
-)
+from hf_rnn_kernels import Perturbed, SequenceLayout, lstm_scan, perturbed_embedding, perturbed_linear
 from hf_rnn_kernels.perturbed.op import _linear
+from hf_rnn_kernels.recurrent_scan.reference import CELLS
 
-SCANS = {"lstm": (lstm_scan, 4, 2), "gru": (gru_scan, 3, 1), "slstm": (slstm_scan, 4, 4)}
+SCANS = {cell: (getattr(hf_rnn_kernels, f"{cell}_scan"), known.gates, known.states) for cell, known in CELLS.items()}
 
 
 def factors(members, *shape, rank=1, dtype=torch.float64):

@@ -12,12 +12,13 @@ from flashrnn import flashrnn
 from hypothesis import given, settings
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+import hf_rnn_kernels
 from hf_rnn.exchange.gate_order import from_flashrnn, to_gate_major, to_head_major
 from hf_rnn_kernels import SequenceLayout, gru_scan, lstm_scan, min_gru_scan, slstm_scan
 from hf_rnn_kernels.recurrent_scan import cpu, op, reference
 from hf_rnn_kernels.recurrent_scan.weight_gradients import weight_gradients
 
-SCANS = {"gru": gru_scan, "lstm": lstm_scan, "slstm": slstm_scan}
+SCANS = {cell: getattr(hf_rnn_kernels, f"{cell}_scan") for cell in sorted(reference.CELLS)}
 CELLS = list(SCANS)
 
 
@@ -240,7 +241,7 @@ def test_padding_and_packing_change_no_bit(cell):
     assert torch.equal(packed[0, 9:], h[1])
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["gru", "lstm", "slstm"])
 def test_against_flashrnn(cell):
     torch.manual_seed(0)
     gates = reference.CELLS[cell].gates
@@ -294,11 +295,11 @@ def test_weight_gradients_after_the_loop(cell, packed):
     gates = reference.CELLS[cell].gates
     x, weight, _, *initial = [t.double() for t in leaves]
     d, h = torch.randn_like(x), torch.randn(*x.shape[:2], 3 * size, dtype=torch.float64)
-    own = torch.randn(*x.shape[:2], 3 * size, dtype=torch.float64) if cell == "gru" else x[..., :0]
+    count = reference.STEPS_BACK[cell].own
+    own = torch.randn(*x.shape[:2], 3 * count * size, dtype=torch.float64)
     grad_weight, grad_bias = weight_gradients(d, own, weight, h, initial, cu_seqlens)
     d = d.unflatten(2, (3, gates, size)).clone()
-    if cell == "gru":
-        d[..., 2, :] = own.unflatten(2, (3, size))
+    d[..., gates - count :, :] = own.unflatten(2, (3, count, size))
     bounds = cu_seqlens.tolist() if packed else [0, 9]
     before = torch.zeros_like(h)
     for row in range(x.shape[0]):
@@ -326,7 +327,7 @@ def test_what_is_not_differentiated(cell):
     """Frozen weights, a loss on the last states alone, and one on h alone."""
     x, weight, bias, *initial = make(cell, 2, 7, 2, 3)
     scan = SCANS[cell]
-    for pick in (lambda h, last: h.sum(), lambda h, last: (last if cell == "gru" else last[0]).sum()):
+    for pick in (lambda h, last: h.sum(), lambda h, last: (last[0] if isinstance(last, tuple) else last).sum()):
         leaf = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(pick(*scan(leaf, weight, bias, *initial)), leaf)
         whole = [t.clone().requires_grad_() for t in (x, weight, bias, *initial)]
@@ -374,7 +375,9 @@ def test_one_step_is_the_scan(cell):
     step = SCANS[cell](*leaves)
     h, _, last = cpu.scan(cell, *leaves[:3], leaves[3:])
     torch.testing.assert_close(step[0], h, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(step[1][None] if cell == "gru" else torch.stack(step[1]), last, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        torch.stack(step[1]) if isinstance(step[1], tuple) else step[1][None], last, rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
@@ -463,7 +466,7 @@ def test_one_initial_state_without_the_other():
 @pytest.mark.parametrize("scan", [*SCANS.values(), min_gru_scan])
 def test_what_padding_holds_does_not_matter(scan, dtype, time):
     """NaN there reaches neither outputs nor gradients."""
-    cell = {lstm_scan: "lstm", slstm_scan: "slstm"}.get(scan, "gru")
+    cell = "gru" if scan is min_gru_scan else scan.__name__.removesuffix("_scan")
     x, weight, _, *initial = make(cell, 2, time, 1, 3, dtype=dtype)
     x[0, 0] = float("nan")
     mask = torch.ones(2, time, dtype=torch.bool)
@@ -472,7 +475,7 @@ def test_what_padding_holds_does_not_matter(scan, dtype, time):
         [x[..., :3].clone(), x[..., 3:6].clone(), initial[0]] if scan is min_gru_scan else [x, weight, None, *initial]
     )
     leaves = [t.requires_grad_() for t in inputs if t is not None]
-    h, _ = scan(*inputs, mask)
+    h, _ = scan(*inputs, SequenceLayout(mask))
     assert h.isfinite().all()
     for grad in torch.autograd.grad(h.sum(), leaves):
         assert grad.isfinite().all()

@@ -19,9 +19,8 @@ from torch import Tensor
 from hf_rnn_kernels.arrays import empty, flat
 from hf_rnn_kernels.matrix_product import LANES, pack, product
 from hf_rnn_kernels.perturbed.cpu import add, dot
-from hf_rnn_kernels.recurrent_scan import cpu_cells
-from hf_rnn_kernels.recurrent_scan.cpu_cells import GRU, KINDS, LSTM, SLOTS
-from hf_rnn_kernels.recurrent_scan.reference import CELLS
+from hf_rnn_kernels.recurrent_scan.cpu_cells import KINDS, SLOTS, step, step_back
+from hf_rnn_kernels.recurrent_scan.reference import CELLS, STEPS_BACK
 from hf_rnn_kernels.threads import run
 from hf_rnn_kernels.vector_math import F32, U, parallel, prefetch, row
 
@@ -30,6 +29,7 @@ class _Sizes(NamedTuple):
     """All uint64; P is `size`, the number of states S is 1 + `kept`."""
 
     gates: np.uint64
+    own: np.uint64  # of them, the last: with another gradient in R h + b than in x
     kept: np.uint64
     size: np.uint64
     heads: np.uint64
@@ -78,7 +78,7 @@ def _forward(kind, sizes, inputs, outputs, perturbation):
     """`outputs`: h, the other states at every token, and the last ones; `perturbation`: rank K (0 for none), rows per
     member, and the members' factors and biases, (M, H, K, gates * P), (M, H, K, P) and (M, H, gates * P)."""
     # Unpacked before the parallel loop, to which numba hands the members of a group one by one.
-    gates, kept, size, heads, groups, chunks = sizes
+    gates, _, kept, size, heads, groups, chunks = sizes
     x, weight, bias, mask, order, offsets, first = inputs
     h, others, last = outputs
     rank, rows_per_member, left, right, biases = perturbation
@@ -137,15 +137,7 @@ def _forward(kind, sizes, inputs, outputs, perturbation):
                                 add(gates * size, scratch, r * width, u, left, j * gates * size)
                         # Of padding R h is computed, too: sorting it out would cost the product its whole rows.
                         if mask.size == 0 or mask[token]:
-                            if kind == LSTM:
-                                cpu_cells.lstm_gates(size, x, x0, scratch, r * width)
-                                cpu_cells.lstm_step(size, scratch, r * width, state, rest, s)
-                            elif kind == GRU:
-                                cpu_cells.gru_gates(size, x, x0, scratch, r * width)
-                                cpu_cells.gru_step(size, scratch, r * width, state, s)
-                            else:
-                                cpu_cells.slstm_gates(size, x, x0, scratch, r * width)
-                                cpu_cells.slstm_step(size, scratch, r * width, state, rest, s, apart)
+                            step(kind, size, x, x0, scratch, r * width, state, rest, s, apart)
                         # Stores past the caches made the forward pass 64 instead of 56 ms.
                         _copy(size, state, s, h, at)
                         if others.size > 0:
@@ -172,7 +164,7 @@ def _backward(kind, sizes, inputs, transposed, saved, grad, grads, gradients):
     (chunks, H, gates * P, padded P) and the bias (chunks, H, gates * P), which are added to after a block of steps,
     while their gate gradients and states are in cache.
     """
-    gates, kept, size, heads, groups, chunks = sizes
+    gates, own, kept, size, heads, groups, chunks = sizes
     x, weight, bias, mask, order, offsets, first = inputs
     h, others = saved
     grad_x, grad_weight, grad_bias = gradients
@@ -241,28 +233,15 @@ def _backward(kind, sizes, inputs, transposed, saved, grad, grads, gradients):
                                 dh[s + d] += grad[at + d]
                             # Zeros go through the two products that follow and change nothing.
                             _fill(U(SLOTS) * size, scratch, s0, F32(0))
-                        elif kind == LSTM:
-                            cpu_cells.lstm_gates(size, x, x0, scratch, s0)
-                            cpu_cells.lstm_step_back(
-                                size, scratch, s0, (rest, b0), (others, after), (grad, at), dh, d_rest, s
-                            )
-                        elif kind == GRU:
-                            cpu_cells.gru_gates(size, x, x0, scratch, s0)
-                            cpu_cells.gru_step_back(
-                                size, scratch, s0, (before, (filled + r) * padded), (grad, at), dh, s
-                            )
                         else:
-                            cpu_cells.slstm_gates(size, x, x0, scratch, s0)
-                            cpu_cells.slstm_step_back(
-                                size, scratch, s0, (rest, b0, far), (others, after, channels), (grad, at),
-                                dh, d_rest, s, apart,
+                            step_back(
+                                kind, size, x, x0, scratch, s0, (before, (filled + r) * padded), (rest, b0, far),
+                                (others, after, channels), (grad, at), dh, d_rest, s, apart,
                             )  # fmt: skip
-                        # Scratch also has the gradient of R_n h + b_n, which x has no part in.
-                        if kind == GRU:
-                            _copy(U(2) * size, scratch, s0, grad_x, x0)
-                            _copy(size, scratch, s0 + U(3) * size, grad_x, x0 + U(2) * size)
-                        else:
-                            _copy(gates * size, scratch, s0, grad_x, x0)
+                        # Behind all that R h + b gets scratch has what x gets in the place of the last of it.
+                        _copy((gates - own) * size, scratch, s0, grad_x, x0)
+                        if own > _U0:
+                            _copy(own * size, scratch, s0 + gates * size, grad_x, x0 + (gates - own) * size)
                     product(
                         (scratch, filled * width, width, _U1),
                         (transposed, head * back_panels * _LANES * gates * size, _LANES * gates * size, _LANES),
@@ -314,7 +293,8 @@ def _arguments(
     groups = math.gcd(heads, torch.get_num_threads())
     chunks = min(sequences, torch.get_num_threads() // groups)
     bias = torch.zeros(heads, 1, weight.shape[1]) if bias is None else bias.detach().float().view(heads, 1, -1)
-    sizes = _Sizes(*map(U, (CELLS[cell].gates, CELLS[cell].states - 1, size, heads, groups, chunks)))
+    known = CELLS[cell]
+    sizes = _Sizes(*map(U, (known.gates, STEPS_BACK[cell].own, known.states - 1, size, heads, groups, chunks)))
     inputs = _Inputs(
         x=flat(x),
         weight=flat(pack(weight.detach().float().transpose(1, 2))),

@@ -192,3 +192,36 @@ def slstm_step_back(size, s, s0, states_before, states_after, grad_of_h, dh, res
         s[s0 + d] = other if fresh else one
     for d in range(size):
         s[f + d] = rest[dm + d] * s[drop + d]
+
+
+@inline
+def step(kind, size, x, x0, s, s0, h, rest, at, apart):
+    """One step: h, and the other states, `apart` in `rest`, from before it to after it."""
+    if kind == LSTM:
+        lstm_gates(size, x, x0, s, s0)
+        lstm_step(size, s, s0, h, rest, at)
+    elif kind == GRU:
+        gru_gates(size, x, x0, s, s0)
+        gru_step(size, s, s0, h, at)
+    elif kind == SLSTM:
+        slstm_gates(size, x, x0, s, s0)
+        slstm_step(size, s, s0, h, rest, at, apart)
+
+
+@inline
+def step_back(
+    kind, size, x, x0, s, s0, h_before, others_before, others_after, grad_of_h, dh, d_rest, at, apart
+):  # fmt: skip
+    """One step back: R h + b in scratch to its gradients, gate by gate, and behind them those of x that are not the
+    same; dh and `d_rest` from after the step to before it, but for what comes through R h. The other states come as an
+    array, where they begin in it, and how far apart they lie."""
+    (before, b0, b_apart), (after, a0, a_apart) = others_before, others_after
+    if kind == LSTM:
+        lstm_gates(size, x, x0, s, s0)
+        lstm_step_back(size, s, s0, (before, b0), (after, a0), grad_of_h, dh, d_rest, at)
+    elif kind == GRU:
+        gru_gates(size, x, x0, s, s0)
+        gru_step_back(size, s, s0, h_before, grad_of_h, dh, at)
+    elif kind == SLSTM:
+        slstm_gates(size, x, x0, s, s0)
+        slstm_step_back(size, s, s0, (before, b0, b_apart), (after, a0, a_apart), grad_of_h, dh, d_rest, at, apart)

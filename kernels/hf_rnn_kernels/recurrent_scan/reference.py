@@ -105,7 +105,15 @@ class Cell(NamedTuple):
 
 
 CELLS = {"lstm": Cell(4, 2, lstm_step), "gru": Cell(3, 1, gru_step), "slstm": Cell(4, 4, slstm_step)}
-STEPS_BACK = {"lstm": lstm_step_back, "gru": gru_step_back, "slstm": slstm_step_back}
+
+
+class StepBack(NamedTuple):
+    step: Callable
+    own: int = 0  # how many gates, the last ones, have another gradient in R h + b than in x
+
+
+# Apart from CELLS: a bundle has the steps alone.
+STEPS_BACK = {"lstm": StepBack(lstm_step_back), "gru": StepBack(gru_step_back, 1), "slstm": StepBack(slstm_step_back)}
 
 
 def _recurrent(
@@ -235,7 +243,7 @@ def scan_backward(
         after = tuple(s[:, t] for s in every)
         recurrent = _recurrent(before[0], weight, bias, CELLS[cell].gates)
         grads = (carry[0] + grad[:, t], *carry[1:])
-        dx, d_recurrent, passed = STEPS_BACK[cell](x[:, t], recurrent, before, after, grads)
+        dx, d_recurrent, passed = STEPS_BACK[cell].step(x[:, t], recurrent, before, after, grads)
         if real is not None:
             dx, d_recurrent = (d.where(real[:, t, ..., None], 0.0) for d in (dx, d_recurrent))
             passed = tuple(a.where(real[:, t], b) for a, b in zip(passed, grads, strict=True))

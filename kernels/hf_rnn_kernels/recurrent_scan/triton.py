@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_rnn_kernels.gated_scan.triton import _rows
-from hf_rnn_kernels.recurrent_scan.reference import CELLS
-from hf_rnn_kernels.recurrent_scan.triton_cells import _add, _float, _step, _step_back, _where
+from hf_rnn_kernels.recurrent_scan.reference import CELLS, STEPS_BACK
+from hf_rnn_kernels.recurrent_scan.triton_cells import CARRIED, _add, _float, _step, _step_back, _where
 from hf_rnn_kernels.recurrent_scan.triton_tiles import (
     _add_low_rank,
     _bias,
@@ -47,8 +47,6 @@ from hf_rnn_kernels.recurrent_scan.triton_tiles import (
 from hf_rnn_kernels.recurrent_scan.weight_gradients import weight_gradients
 
 BN = 16
-OWN = {"lstm": 0, "gru": 1, "slstm": 0}  # how many gates, the last ones, have another gradient in R h + b than in x
-MORE = {"lstm": 0, "gru": 0, "slstm": 1}  # what the cell carries forward beside its states, zero at first
 ROOM = 160 * 1024  # bytes on chip for a program, where the device has no number for it
 UNITS, DEPTH = 32, 64  # tiles of R where it is streamed
 # `_recompute` has as many programs, several for each multiprocessor, if that leaves each so many steps.
@@ -339,7 +337,7 @@ class _Launch:
         self.constants = {"CELL": cell, "GATES": self.cell.gates, "BN": BN}
         zeros = torch.zeros(self.sequences, self.heads * size, device=x.device)
         states = [state.float() for state in states] or [zeros] * self.cell.states
-        self.states = torch.stack([*states, *[zeros] * MORE[cell]])
+        self.states = torch.stack([*states, *[zeros] * CARRIED.get(cell, 0)])
         # A copy, since `last` shares its memory with the states.
         self.first = self.states[0].to(x.dtype, copy=True)
 
@@ -394,13 +392,14 @@ def scan_backward(
         h, (grad, grad_stride) = h.contiguous(), _rows(grad)
         grads = grad_last.to(torch.float32, copy=True).contiguous()
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        own = torch.empty(*x.shape[:2], OWN[cell] * h.shape[2], dtype=x.dtype, device=x.device)
+        gates = STEPS_BACK[cell].own
+        own = torch.empty(*x.shape[:2], gates * h.shape[2], dtype=x.dtype, device=x.device)
         # At least STEPS steps for each: loading R is to be worth it.
         chunks = max(1, min(PROGRAMS // launch.tasks, x.shape[1] // STEPS))
         launch.run(_recompute, _recompute_streamed, h, chunks, grad_x, chunks=chunks)
         launch.run(
             _backward, _backward_streamed, launch.states, h, others.contiguous(), grad, grad_stride,
-            grads, grad_x, own, STATES=launch.cell.states, OWN=OWN[cell],
+            grads, grad_x, own, STATES=launch.cell.states, OWN=gates,
         )  # fmt: skip
         grad_weight, grad_bias = weight_gradients(grad_x, own, weight, h, states, cu_seqlens)
     return grad_x, grad_weight, grad_bias, grads

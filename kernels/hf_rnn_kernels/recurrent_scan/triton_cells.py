@@ -5,6 +5,8 @@ import triton.language as tl
 
 from hf_rnn_kernels.gated_scan.triton import _sigmoids
 
+CARRIED = {"slstm": 1}  # tiles that a cell's forward step has behind its states, zero at first
+
 
 @triton.jit
 def _float(tiles, COUNT: tl.constexpr):
@@ -175,7 +177,7 @@ def _step(x, recurrent, states, CELL: tl.constexpr):
         new = _lstm_step(x, recurrent, states)
     elif CELL == "gru":
         new = _gru_step(x, recurrent, states)
-    else:
+    elif CELL == "slstm":
         new = _slstm_step(x, recurrent, states)
     return new
 
@@ -187,6 +189,6 @@ def _step_back(x, recurrent, before, grads, CELL: tl.constexpr):
         new = _lstm_step_back(x, recurrent, before, grads)
     elif CELL == "gru":
         new = _gru_step_back(x, recurrent, before, grads)
-    else:
+    elif CELL == "slstm":
         new = _slstm_step_back(x, recurrent, before, grads)
     return new
