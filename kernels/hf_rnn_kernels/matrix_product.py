@@ -28,26 +28,23 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def _tile(rows: int, panels: int):
-    """out[r, p] = init[r, p] + sum_k a[r, k] b[p, k] for vectors of LANES. Matrices as `product` has them; the tile
-    begins at the offsets beside them instead of theirs."""
+    """out[r, p] = init[r, p] + sum_k a[r, k] b[p, k] for vectors of LANES. Arguments as those of `product`."""
 
     @intrinsic
-    def tile(typing_context, left, a_at, right, b_at, init, i_at, out, o_at, depth):
+    def tile(typing_context, a, a_places, b, b_places, init, init_places, out, out_places, depth):
         def generate(context, builder, signature, arguments):
             vector, lane = ir.VectorType(ir.FloatType(), LANES), ir.IntType(32)
-            *views, depth = arguments
-            data, starts, strides = [], views[1::2], []
-            for kind, view in zip(signature.args[::2], views[::2], strict=False):
-                array, _, *apart = cgutils.unpack_tuple(builder, view)
-                data.append(context.make_array(kind.types[0])(context, builder, array).data)
-                strides.append(apart)
-            a, b, first, result = range(4)
-            (a_row, a_step), (b_panel, b_step), (i_row,), (o_row,) = strides
+            *matrices, depth = arguments
+            arrays = zip(signature.args[::2], matrices[::2], strict=False)
+            data = [context.make_array(kind)(context, builder, array).data for kind, array in arrays]
+            places = [cgutils.unpack_tuple(builder, place) for place in matrices[1::2]]
+            (_, a_row, a_step), (_, b_panel, b_step), (_, i_row), (_, o_row) = places
+            left, right, first, result = range(4)
             size = depth.type
             lanes = ir.Constant(size, LANES)
 
             def at(matrix, *offsets, wide=False):
-                index = starts[matrix]
+                index = places[matrix][0]
                 for offset in offsets:
                     index = builder.add(index, offset)
                 pointer = builder.gep(data[matrix], [index])
@@ -70,9 +67,9 @@ def _tile(rows: int, panels: int):
                     builder.store(load(where), sums[r][p])
             with cgutils.for_range(builder, depth) as loop:
                 b_here, a_here = builder.mul(loop.index, b_step), builder.mul(loop.index, a_step)
-                bs = [load(at(b, times(b_panel, p), b_here, wide=True)) for p in range(panels)]
+                bs = [load(at(right, times(b_panel, p), b_here, wide=True)) for p in range(panels)]
                 for r in range(rows):
-                    scalar = builder.load(at(a, times(a_row, r), a_here))
+                    scalar = builder.load(at(left, times(a_row, r), a_here))
                     # One element in all lanes.
                     single = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, lane(0))
                     mask = ir.Constant(ir.VectorType(lane, LANES), [0] * LANES)
@@ -88,8 +85,8 @@ def _tile(rows: int, panels: int):
                     store.align = 4
             return context.get_dummy_value()
 
-        n = types.uint64
-        return types.void(left, n, right, n, init, n, out, n, n), generate
+        matrices = (a, a_places, b, b_places, init, init_places, out, out_places)
+        return types.void(*matrices, types.uint64), generate
 
     return tile
 
@@ -99,40 +96,38 @@ _one_panel, _one = _tile(_ROWS, 1), _tile(1, 1)
 
 
 @row
-def product(left, right, init, out, rows, depth, panels):
+def product(a, a_places, b, b_places, init, init_places, out, out_places, rows, depth, panels):
     """out (rows, panels * LANES) = init + A B.
 
-    Each matrix is a flat array with what leads to its elements, in uint64 as the sizes are:
+    Each matrix is a flat array and, beside it, what leads to its elements, in uint64 as the sizes are:
 
-    - `left` (a, a0, a_row, a_step): A's element (r, k) is a[a0 + r * a_row + k * a_step].
-    - `right` (b, b0, b_panel, b_step): B's rows of LANES begin at b[b0 + p * b_panel + k * b_step].
-    - `init` (i, i0, i_row) and `out` (o, o0, o_row): rows lie i_row and o_row apart. Both may be the same; i_row = 0
-      gives every row the same init.
+    - (a0, a_row, a_step): A's element (r, k) is a[a0 + r * a_row + k * a_step].
+    - (b0, b_panel, b_step): B's rows of LANES begin at b[b0 + p * b_panel + k * b_step].
+    - (i0, i_row) and (o0, o_row): rows lie i_row and o_row apart. `init` and `out` may be the same; i_row = 0 gives
+      every row the same init.
     """
-    _, a0, a_row, _ = left
-    _, b0, b_panel, _ = right
-    _, i0, i_row = init
-    _, o0, o_row = out
+    # Arrays stay outside the tuples: a new tuple with an array in it would count references, at each call.
+    (a0, a_row, a_step), (b0, b_panel, b_step), (i0, i_row), (o0, o_row) = a_places, b_places, init_places, out_places
     p = U(0)
     # Panels outside: those of a tile stay in the first cache while all rows pass by.
     while p < panels:
         many = p + U(_PANELS) <= panels
-        shift, b = p * U(LANES), b0 + p * b_panel
+        shift, b_at = p * U(LANES), (b0 + p * b_panel, b_panel, b_step)
         r = U(0)
         while r < rows:
             four = r + U(_ROWS) <= rows
-            # Offsets beside the matrices: a new tuple for each tile would count references to its array.
-            a, i, o = a0 + r * a_row, i0 + r * i_row + shift, o0 + r * o_row + shift
+            a_at, o_at = (a0 + r * a_row, a_row, a_step), (o0 + r * o_row + shift, o_row)
+            i_at = (i0 + r * i_row + shift, i_row)
             # Four kernels of fixed sizes instead of one with loops, whose sums would not stay in registers.
             if many:
                 if four:
-                    _full(left, a, right, b, init, i, out, o, depth)
+                    _full(a, a_at, b, b_at, init, i_at, out, o_at, depth)
                 else:
-                    _one_row(left, a, right, b, init, i, out, o, depth)
+                    _one_row(a, a_at, b, b_at, init, i_at, out, o_at, depth)
             else:
                 if four:
-                    _one_panel(left, a, right, b, init, i, out, o, depth)
+                    _one_panel(a, a_at, b, b_at, init, i_at, out, o_at, depth)
                 else:
-                    _one(left, a, right, b, init, i, out, o, depth)
+                    _one(a, a_at, b, b_at, init, i_at, out, o_at, depth)
             r += U(_ROWS) if four else U(1)
         p += U(_PANELS) if many else U(1)

@@ -14,8 +14,7 @@ _SHARE = 512  # rows whose weight gradients are summed one after another: more t
 @row
 # As four `addcmul` on shifted views, forward and backward took 18.7 to 28.5 ms at (8, 512, 384) and depended on fresh
 # memory; as one pass 3.5 to 4.1.
-def _add_product(width, a_row, b_row, y_row):
-    (a, a0), (b, b0), (y, y0) = a_row, b_row, y_row
+def _add_product(width, a, a0, b, b0, y, y0):
     for d in range(width):
         y[y0 + d] += a[a0 + d] * b[b0 + d]
 
@@ -32,9 +31,9 @@ def _rows_forward(sizes, x_rows, before, weight, bias, y):
             y[at + d] = bias[d]
         for j in range(taps):
             if t + j < history:
-                _add_product(width, (weight, j * width), (before, (n * history + t + j) * width), (y, at))
+                _add_product(width, weight, j * width, before, (n * history + t + j) * width, y, at)
             else:
-                _add_product(width, (weight, j * width), (x, (U(i) + j - history) * apart), (y, at))
+                _add_product(width, weight, j * width, x, (U(i) + j - history) * apart, y, at)
 
 
 @parallel
@@ -53,21 +52,20 @@ def _rows_backward(sizes, x_rows, before, weight, grad, grad_x, grad_before, sum
                 grad_x[at + d] = F32(0)
             for j in range(taps):  # x_t is in y_{t + history - j} with weight j
                 if t + history - j < time:
-                    _add_product(width, (weight, j * width), (grad, (i + history - j) * width), (grad_x, at))
+                    _add_product(width, weight, j * width, grad, (i + history - j) * width, grad_x, at)
             for j in range(taps):
-                of_tap = (sums, to + j * width)
                 if t + j < history:
-                    _add_product(width, (grad, at), (before, (n * history + t + j) * width), of_tap)
+                    _add_product(width, grad, at, before, (n * history + t + j) * width, sums, to + j * width)
                 else:
-                    _add_product(width, (grad, at), (x, (i + j - history) * apart), of_tap)
+                    _add_product(width, grad, at, x, (i + j - history) * apart, sums, to + j * width)
             for d in range(width):
                 sums[to + taps * width + d] += grad[at + d]
             if t == U(0):  # what is before, with the first row
                 for s in range(history):
                     for j in range(s + U(1)):
                         if s - j < time:
-                            to_before = (grad_before, (n * history + s) * width)
-                            _add_product(width, (weight, j * width), (grad, (i + s - j) * width), to_before)
+                            place = (n * history + s) * width
+                            _add_product(width, weight, j * width, grad, (i + s - j) * width, grad_before, place)
 
 
 def _sizes(x: Tensor, weight: Tensor) -> tuple[U, U, U]:

@@ -69,13 +69,14 @@ def _step(h, lost, keep, drop, add, goal):
     return TWO * (slow if is_slow else keep * half + gain), ((slow - half) - step) if is_slow else F32(0)
 
 
-# One time step over `width` channels each. What a row reads and writes are pairs of a flat array and where the row
-# begins in it; `grads` has a beginning for each input.
+# One time step over `width` channels each, on flat arrays; what begins where in them comes beside: `at` for the inputs,
+# `to` for their gradients. Offsets are grouped and arrays not, but for the inputs once a task: each new tuple with an
+# array in it would count references, at every row.
 
 
 @row
-def _linear_row(width, a_row, b_row, h_row, out_row):
-    (a, a0), (b, b0), (h, h0), (out, out0) = a_row, b_row, h_row, out_row
+def _linear_row(width, inputs, at, h, h0, out, out0):
+    (a, b, _), (a0, b0, _) = inputs, at
     for d in range(width):
         value = a[a0 + d] * h[h0 + d] + b[b0 + d]
         h[h0 + d] = value
@@ -83,9 +84,8 @@ def _linear_row(width, a_row, b_row, h_row, out_row):
 
 
 @row
-def _linear_row_backward(width, a_row, before_row, carry_row, grad_row, grads_rows):
-    (a, a0), (before, before0), (carry, carry0), (grad, grad0) = a_row, before_row, carry_row, grad_row
-    grads, da0, db0, _ = grads_rows
+def _linear_row_backward(width, inputs, at, before, before0, carry, carry0, grad, grad0, grads, to):
+    (a, _, _), (a0, _, _), (da0, db0, _) = inputs, at, to
     for d in range(width):
         dh = carry[carry0 + d] + grad[grad0 + d]
         grads[db0 + d] = dh
@@ -94,8 +94,8 @@ def _linear_row_backward(width, a_row, before_row, carry_row, grad_row, grads_ro
 
 
 @row
-def _min_gru_row(width, gate_row, candidate_row, h_row, lost, out_row, positive):
-    (gate, gate0), (candidate, candidate0), (h, h0), (out, out0) = gate_row, candidate_row, h_row, out_row
+def _min_gru_row(width, inputs, at, h, h0, lost, out, out0, positive):
+    (gate, candidate, _), (gate0, candidate0, _) = inputs, at
     for d in range(width):
         keep, z = sigmoids(gate[gate0 + d])
         goal, _ = _candidate(candidate[candidate0 + d], positive)
@@ -105,9 +105,8 @@ def _min_gru_row(width, gate_row, candidate_row, h_row, lost, out_row, positive)
 
 
 @row
-def _min_gru_row_backward(width, gate_row, candidate_row, before_row, carry_row, grad_row, grads_rows, positive):
-    (gate, gate0), (candidate, candidate0), (before, before0) = gate_row, candidate_row, before_row
-    (carry, carry0), (grad, grad0), (grads, dg0, dc0, _) = carry_row, grad_row, grads_rows
+def _min_gru_row_backward(width, inputs, at, before, before0, carry, carry0, grad, grad0, grads, to, positive):
+    (gate, candidate, _), (gate0, candidate0, _), (dg0, dc0, _) = inputs, at, to
     for d in range(width):
         keep, z = sigmoids(gate[gate0 + d])
         goal, slope = _candidate(candidate[candidate0 + d], positive)
@@ -119,9 +118,8 @@ def _min_gru_row_backward(width, gate_row, candidate_row, before_row, carry_row,
 
 
 @row
-def _min_lstm_row(width, forget_row, input_row, candidate_row, h_row, lost, out_row, positive, normalize):
-    (forget, f0), (input_, i0), (candidate, c0) = forget_row, input_row, candidate_row
-    (h, h0), (out, out0) = h_row, out_row
+def _min_lstm_row(width, inputs, at, h, h0, lost, out, out0, positive, normalize):
+    (forget, input_, candidate), (f0, i0, c0) = inputs, at
     for d in range(width):
         keep, drop, add = _lstm_gates(forget[f0 + d], input_[i0 + d], normalize)
         goal, _ = _candidate(candidate[c0 + d], positive)
@@ -132,11 +130,9 @@ def _min_lstm_row(width, forget_row, input_row, candidate_row, h_row, lost, out_
 
 @row
 def _min_lstm_row_backward(
-    width, forget_row, input_row, candidate_row, before_row, carry_row, grad_row, grads_rows, positive, normalize
+    width, inputs, at, before, before0, carry, carry0, grad, grad0, grads, to, positive, normalize
 ):
-    (forget, f0), (input_, i0), (candidate, c0) = forget_row, input_row, candidate_row
-    (before, before0), (carry, carry0), (grad, grad0) = before_row, carry_row, grad_row
-    grads, df0, di0, dc0 = grads_rows
+    (forget, input_, candidate), (f0, i0, c0), (df0, di0, dc0) = inputs, at, to
     for d in range(width):
         f, i = forget[f0 + d], input_[i0 + d]
         keep, drop, add = _lstm_gates(f, i, normalize)
@@ -182,12 +178,12 @@ def _forward(cell, sizes, inputs, layout, h0, out, last):
         n = U(task) // strips
         low = (U(task) % strips) * strip
         width = min(strip, channels - low)
-        s = n * channels + low
+        s, arrays = n * channels + low, (x, y, z)
         lost = np.zeros(width, np.float32)
         for d in range(width):
             last[s + d] = h0[s + d]
         for t in range(offsets[n], offsets[n + U1]):
-            x_row, y_row, z_row = (x, t * x_apart + low), (y, t * y_apart + low), (z, t * z_apart + low)
+            at = (t * x_apart + low, t * y_apart + low, t * z_apart + low)
             o = t * channels + low
             # Padding: the state passes, and so does what rounding lost of it.
             if mask.size > 0 and not mask[t]:
@@ -195,11 +191,11 @@ def _forward(cell, sizes, inputs, layout, h0, out, last):
                     out[o + d] = last[s + d]
             # One branch a row, outside the loops over channels.
             elif kind == _LINEAR:
-                _linear_row(width, x_row, y_row, (last, s), (out, o))
+                _linear_row(width, arrays, at, last, s, out, o)
             elif kind == _MIN_GRU:
-                _min_gru_row(width, x_row, y_row, (last, s), lost, (out, o), positive)
+                _min_gru_row(width, arrays, at, last, s, lost, out, o, positive)
             else:
-                _min_lstm_row(width, x_row, y_row, z_row, (last, s), lost, (out, o), positive, normalize)
+                _min_lstm_row(width, arrays, at, last, s, lost, out, o, positive, normalize)
 
 
 @parallel
@@ -215,15 +211,15 @@ def _backward(cell, sizes, inputs, layout, h0, h, grad, grads, carry):
         n = U(task) // strips
         low = (U(task) % strips) * strip
         width = min(strip, channels - low)
-        s = n * channels + low
+        s, arrays = n * channels + low, (x, y, z)
         for back in range(offsets[n + U1] - offsets[n]):
             t = offsets[n + U1] - U1 - back
-            x_row, y_row, z_row = (x, t * x_apart + low), (y, t * y_apart + low), (z, t * z_apart + low)
+            at = (t * x_apart + low, t * y_apart + low, t * z_apart + low)
             o = t * channels + low
             # h_{t-1} is the row before in h, which is kept anyway.
-            before = (h, o - channels) if t > offsets[n] else (h0, s)
+            before, b = (h, o - channels) if t > offsets[n] else (h0, s)
             dx = t * count * channels + low
-            to = (grads, dx, dx + channels, dx + U(2) * channels)
+            to = (dx, dx + channels, dx + U(2) * channels)
             if mask.size > 0 and not mask[t]:
                 for d in range(width):
                     carry[s + d] += grad[o + d]
@@ -231,13 +227,11 @@ def _backward(cell, sizes, inputs, layout, h0, h, grad, grads, carry):
                     for d in range(width):
                         grads[dx + i * channels + d] = F32(0)
             elif kind == _LINEAR:
-                _linear_row_backward(width, x_row, before, (carry, s), (grad, o), to)
+                _linear_row_backward(width, arrays, at, before, b, carry, s, grad, o, grads, to)
             elif kind == _MIN_GRU:
-                _min_gru_row_backward(width, x_row, y_row, before, (carry, s), (grad, o), to, positive)
+                _min_gru_row_backward(width, arrays, at, before, b, carry, s, grad, o, grads, to, positive)
             else:
-                _min_lstm_row_backward(
-                    width, x_row, y_row, z_row, before, (carry, s), (grad, o), to, positive, normalize
-                )
+                _min_lstm_row_backward(width, arrays, at, before, b, carry, s, grad, o, grads, to, positive, normalize)
 
 
 def _rows(x: Tensor) -> tuple[np.ndarray, np.uint64]:

@@ -60,8 +60,8 @@ def _next_state(rows, keys, values, k, v, g, top, m, C_here, n_here, scratch, we
     scale_rows(rows, values, weights, v, scratch)
     for d in range(keys * values):
         C[c0 + d] *= keep
-    state = (C, c0, values)
-    product((k, _U0, _U1, keys), (scratch, _U0, _LANES, values), state, state, keys, rows, values // _LANES)
+    places = (c0, values)
+    product(k, (_U0, _U1, keys), scratch, (_U0, _LANES, values), C, places, C, places, keys, rows, values // _LANES)
     for d in range(keys):
         n[n0 + d] *= keep
     for r in range(rows):
@@ -91,8 +91,8 @@ def _states(sizes, chunks, mask, inputs, i_and_log_f, states, states_at):
             for d in range(keys):
                 n_at[at * keys + d] = n[n0 + d]
             m_at[at] = m[m0]
-            load(rows, K, keys, (k, token * k_apart + head * K, k_apart), mask, token, ONE, ks)
-            load(rows, V, values, (v, token * v_apart + head * V, v_apart), mask, token, ONE, vs)
+            load(rows, K, keys, k, (token * k_apart + head * K, k_apart), mask, token, ONE, ks)
+            load(rows, V, values, v, (token * v_apart + head * V, v_apart), mask, token, ONE, vs)
             gates(rows, i_and_log_f, token * heads + head, heads, m[m0], g, top, total)
             _next_state(rows, keys, values, ks, vs, g, top, m[m0], (C, c0), (n, n0), scratch, weights)
             m[m0] = total[rows - _U1] + top[rows - _U1]
@@ -127,14 +127,14 @@ def _outputs(sizes, chunks, mask, inputs, i_and_log_f, states_at, eps, h, norms)
         # A row that every row starts from: strides of zero.
         nothing = np.zeros(max(side, values), np.float32)
         g, top, total = np.empty(chunk_size), np.empty(chunk_size), np.empty(chunk_size)
-        load(rows, K, keys, (q, token * q_apart + head * K, q_apart), mask, token, scale, qs)
-        load(rows, K, keys, (k, token * k_apart + head * K, k_apart), mask, token, ONE, ks)
-        load(rows, V, values, (v, token * v_apart + head * V, v_apart), mask, token, ONE, vs)
+        load(rows, K, keys, q, (token * q_apart + head * K, q_apart), mask, token, scale, qs)
+        load(rows, K, keys, k, (token * k_apart + head * K, k_apart), mask, token, ONE, ks)
+        load(rows, V, values, v, (token * v_apart + head * V, v_apart), mask, token, ONE, vs)
         gates(rows, i_and_log_f, token * heads + head, heads, m_at[at], g, top, total)
         transpose(rows, keys, keys, ks, _U0, panels)
         triangle(rows, keys, side, qs, panels, nothing, w)
         product(
-            (qs, _U0, keys, _U1), (C_at, at * keys * values, _LANES, values), (nothing, _U0, _U0), (out, _U0, values),
+            qs, (_U0, keys, _U1), C_at, (at * keys * values, _LANES, values), nothing, (_U0, _U0), out, (_U0, values),
             rows, keys, values // _LANES,
         )  # fmt: skip
         for b in range(_U0, rows, ROWS):
@@ -145,8 +145,11 @@ def _outputs(sizes, chunks, mask, inputs, i_and_log_f, states_at, eps, h, norms)
                 from_start = weight(m_at[at] - top[r])
                 for d in range(values):
                     out[r * values + d] *= from_start
-            sums = (out, b * values, values)
-            product((w, b * side, side, _U1), (vs, _U0, _LANES, values), sums, sums, stop - b, stop, values // _LANES)
+            places = (b * values, values)
+            product(
+                w, (b * side, side, _U1), vs, (_U0, _LANES, values), out, places, out, places,
+                stop - b, stop, values // _LANES,
+            )  # fmt: skip
         for r in range(rows):
             normalizer = weight(m_at[at] - top[r]) * dot(keys, qs, r * keys, n_at, at * keys)
             normalizer += sum_of(r + _U1, w, r * side)

@@ -35,8 +35,8 @@ def adjoints(sizes, chunks, mask, q_rows, i_and_log_f, m_at, eps, outputs, last,
                 dC_at[at * keys * values + d] = dC[c0 + d]
             for d in range(keys):
                 dn_at[at * keys + d] = dn[n0 + d]
-            load(rows, K, keys, (q, token * q_apart + head * K, q_apart), mask, token, scale, qs)
-            load(rows, V, values, (grad, (token * heads + head) * V, heads * V), mask, token, ONE, numerators)
+            load(rows, K, keys, q, (token * q_apart + head * K, q_apart), mask, token, scale, qs)
+            load(rows, V, values, grad, ((token * heads + head) * V, heads * V), mask, token, ONE, numerators)
             gates(rows, i_and_log_f, token * heads + head, heads, m_at[at], g, top, total)
             keep = weight(m_at[at] - top[rows - _U1])
             for d in range(keys):
@@ -65,8 +65,11 @@ def adjoints(sizes, chunks, mask, q_rows, i_and_log_f, m_at, eps, outputs, last,
                     numerators[r * values + d] *= from_start * inverse
                 for d in range(keys):
                     dn[n0 + d] += from_start * d_normalizers[here] * qs[r * keys + d]
-            sums = (dC, c0, values)
-            product((qs, _U0, _U1, keys), (numerators, _U0, _LANES, values), sums, sums, keys, rows, values // _LANES)
+            places = (c0, values)
+            product(
+                qs, (_U0, _U1, keys), numerators, (_U0, _LANES, values), dC, places, dC, places,
+                keys, rows, values // _LANES,
+            )  # fmt: skip
 
 
 @row
@@ -111,10 +114,10 @@ def gradients(sizes, chunks, mask, inputs, i_and_log_f, states_at, grad, ends, p
         decay, shares = np.empty(chunk_size, np.float32), np.empty(chunk_size, np.float32)
         columns, crossing = np.zeros(chunk_size, np.float32), np.zeros(chunk_size)
         enter, leave = np.empty(chunk_size, np.float32), np.empty(chunk_size, np.float32)
-        load(rows, K, keys, (q, token * q_apart + head * K, q_apart), mask, token, scale, qs)
-        load(rows, K, keys, (k, token * k_apart + head * K, k_apart), mask, token, ONE, ks)
-        load(rows, V, values, (v, token * v_apart + head * V, v_apart), mask, token, ONE, vs)
-        load(rows, V, values, (grad, (token * heads + head) * V, heads * V), mask, token, ONE, numerators)
+        load(rows, K, keys, q, (token * q_apart + head * K, q_apart), mask, token, scale, qs)
+        load(rows, K, keys, k, (token * k_apart + head * K, k_apart), mask, token, ONE, ks)
+        load(rows, V, values, v, (token * v_apart + head * V, v_apart), mask, token, ONE, vs)
+        load(rows, V, values, grad, ((token * heads + head) * V, heads * V), mask, token, ONE, numerators)
         for r in range(rows):
             for d in range(values):
                 numerators[r * values + d] *= inverses[(token + r) * heads + head]
@@ -133,17 +136,17 @@ def gradients(sizes, chunks, mask, inputs, i_and_log_f, states_at, grad, ends, p
         # What the chunk's first state gives to its outputs, and its tokens to the last
         transpose(keys, values, values, C_at, c0, panels)
         product(
-            (numerators, _U0, values, _U1), (panels, _U0, values * _LANES, _LANES), (nothing, _U0, _U0),
-            (dqs, _U0, keys), rows, values, keys // _LANES,
+            numerators, (_U0, values, _U1), panels, (_U0, values * _LANES, _LANES), nothing, (_U0, _U0),
+            dqs, (_U0, keys), rows, values, keys // _LANES,
         )  # fmt: skip
         transpose(keys, values, values, dC_at, c0, panels)
         product(
-            (vs, _U0, values, _U1), (panels, _U0, values * _LANES, _LANES), (nothing, _U0, _U0),
-            (dks, _U0, keys), rows, values, keys // _LANES,
+            vs, (_U0, values, _U1), panels, (_U0, values * _LANES, _LANES), nothing, (_U0, _U0),
+            dks, (_U0, keys), rows, values, keys // _LANES,
         )  # fmt: skip
         product(
-            (ks, _U0, keys, _U1), (dC_at, c0, _LANES, values), (nothing, _U0, _U0),
-            (dvs, _U0, values), rows, keys, values // _LANES,
+            ks, (_U0, keys, _U1), dC_at, (c0, _LANES, values), nothing, (_U0, _U0),
+            dvs, (_U0, values), rows, keys, values // _LANES,
         )  # fmt: skip
         for r in range(rows):
             from_start, to_end = weight(m_at[at] - top[r]), weight(g[r] - top[rows - _U1])
@@ -177,17 +180,17 @@ def gradients(sizes, chunks, mask, inputs, i_and_log_f, states_at, grad, ends, p
             many = min(ROWS, rows - b)
             # W and the gradient of Q K^T are lower triangles: rows of q end at the diagonal block, rows of k and v
             # begin there.
-            to_q, to_k, to_v = (dqs, b * keys, keys), (dks, b * keys, keys), (dvs, b * values, values)
+            to_keys, to_values = (b * keys, keys), (b * values, values)
             product(
-                (dw, b * side, side, _U1), (ks, _U0, _LANES, keys), to_q, to_q,
+                dw, (b * side, side, _U1), ks, (_U0, _LANES, keys), dqs, to_keys, dqs, to_keys,
                 many, b + many, keys // _LANES,
             )  # fmt: skip
             product(
-                (dw, b * side + b, _U1, side), (qs, b * keys, _LANES, keys), to_k, to_k,
+                dw, (b * side + b, _U1, side), qs, (b * keys, _LANES, keys), dks, to_keys, dks, to_keys,
                 many, rows - b, keys // _LANES,
             )  # fmt: skip
             product(
-                (w, b * side + b, _U1, side), (numerators, b * values, _LANES, values), to_v, to_v,
+                w, (b * side + b, _U1, side), numerators, (b * values, _LANES, values), dvs, to_values, dvs, to_values,
                 many, rows - b, values // _LANES,
             )  # fmt: skip
         for r in range(rows):

@@ -57,10 +57,10 @@ def sum_of(size, a, a0):
 
 
 @row
-def load(rows, size, padded, from_, mask, token, scale, target):
-    """Rows of a head, times `scale`, into rows of `padded` floats; zeros after the end and for padding. `from_`: an
-    array, where the first row begins in it, and how far apart rows are."""
-    source, at, apart = from_
+def load(rows, size, padded, source, places, mask, token, scale, target):
+    """Rows of a head, times `scale`, into rows of `padded` floats; zeros after the end and for padding. `places`: where
+    the first row begins, and how far apart rows are."""
+    at, apart = places
     for r in range(rows):
         to, here = r * padded, at + r * apart
         if mask.size > 0 and not mask[token + r]:
@@ -112,9 +112,9 @@ def triangle(rows, keys, side, q, k_panels, nothing, w):
     # Half of the square is beyond the diagonal; in blocks of rows most of it is never computed.
     for b in range(_U0, rows, ROWS):
         product(
-            (q, b * keys, keys, _U1),
-            (k_panels, _U0, keys * _LANES, _LANES),
-            (nothing, _U0, _U0),
-            (w, b * side, side),
+            q, (b * keys, keys, _U1),
+            k_panels, (_U0, keys * _LANES, _LANES),
+            nothing, (_U0, _U0),
+            w, (b * side, side),
             min(ROWS, rows - b), keys, (b + ROWS) // _LANES,
         )  # fmt: skip

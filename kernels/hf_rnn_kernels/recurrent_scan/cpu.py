@@ -116,10 +116,10 @@ def _forward(kind, sizes, inputs, outputs, perturbation):
                     while length[running - _U1] <= t:
                         running -= _U1
                     product(
-                        (state, k * rows * size, size, _U1),
-                        (weight, head * panels * _LANES * size, _LANES * size, _LANES),
-                        (bias, head * panels * _LANES, _U0),
-                        (scratch, _U0, width),
+                        state, (k * rows * size, size, _U1),
+                        weight, (head * panels * _LANES * size, _LANES * size, _LANES),
+                        bias, (head * panels * _LANES, _U0),
+                        scratch, (_U0, width),
                         running, size, panels,
                     )  # fmt: skip
                     for r in range(running):
@@ -207,10 +207,10 @@ def _backward(kind, sizes, inputs, transposed, saved, grad, grads, gradients):
                         else:
                             _copy(size, first, n * channels + head * size, before, (filled + r) * padded)
                     product(
-                        (before, filled * padded, padded, _U1),
-                        (weight, head * panels * _LANES * size, _LANES * size, _LANES),
-                        (bias, head * panels * _LANES, _U0),
-                        (scratch, filled * width, width),
+                        before, (filled * padded, padded, _U1),
+                        weight, (head * panels * _LANES * size, _LANES * size, _LANES),
+                        bias, (head * panels * _LANES, _U0),
+                        scratch, (filled * width, width),
                         running, size, panels,
                     )  # fmt: skip
                     for r in range(running):
@@ -234,26 +234,27 @@ def _backward(kind, sizes, inputs, transposed, saved, grad, grads, gradients):
                             # Zeros go through the two products that follow and change nothing.
                             _fill(U(SLOTS) * size, scratch, s0, F32(0))
                         else:
+                            at_step = (x0, s0, (filled + r) * padded, at)
                             step_back(
-                                kind, size, x, x0, scratch, s0, (before, (filled + r) * padded), (rest, b0, far),
-                                (others, after, channels), (grad, at), dh, d_rest, s, apart,
+                                kind, size, x, scratch, before, rest, others, grad, dh, d_rest,
+                                at_step, (b0, far), (after, channels), (s, apart),
                             )  # fmt: skip
                         # Behind all that R h + b gets scratch has what x gets in the place of the last of it.
                         _copy((gates - own) * size, scratch, s0, grad_x, x0)
                         if own > _U0:
                             _copy(own * size, scratch, s0 + gates * size, grad_x, x0 + (gates - own) * size)
                     product(
-                        (scratch, filled * width, width, _U1),
-                        (transposed, head * back_panels * _LANES * gates * size, _LANES * gates * size, _LANES),
-                        (dh, k * rows * padded, padded),
-                        (dh, k * rows * padded, padded),
+                        scratch, (filled * width, width, _U1),
+                        transposed, (head * back_panels * _LANES * gates * size, _LANES * gates * size, _LANES),
+                        dh, (k * rows * padded, padded),
+                        dh, (k * rows * padded, padded),
                         running, gates * size, back_panels,
                     )  # fmt: skip
                     filled += running
                 # In the loop: 29 ms, where `torch.bmm` over all tokens afterwards took 53.
-                sum_here = (grad_weight, (chunk * heads + head) * gates * size * padded, padded)
+                places = ((chunk * heads + head) * gates * size * padded, padded)
                 product(
-                    (scratch, _U0, _U1, width), (before, _U0, _LANES, padded), sum_here, sum_here,
+                    scratch, (_U0, _U1, width), before, (_U0, _LANES, padded), grad_weight, places, grad_weight, places,
                     gates * size, filled, back_panels,
                 )  # fmt: skip
                 for r in range(filled):

@@ -41,10 +41,8 @@ def lstm_step(size, s, s0, h, c, at):
 
 
 @row
-def lstm_step_back(size, s, s0, state_before, state_after, grad_of_h, dh, dc, at):
-    """Gates in scratch to the gradients of their pre-activations; dh, dc from after the step to before it. States and
-    the gradient of h come as an array and where they begin in it."""
-    (before, b0), (after, a0), (grad, grad0) = state_before, state_after, grad_of_h
+def lstm_step_back(size, s, s0, before, b0, after, a0, grad, grad0, dh, dc, at):
+    """Gates in scratch to the gradients of their pre-activations; dh, dc from after the step to before it."""
     f, g, o, drop = s0 + size, s0 + U(2) * size, s0 + U(3) * size, s0 + U(4) * size
     for d in range(size):
         # Again from c, which is kept, instead of a second tensor.
@@ -85,9 +83,8 @@ def gru_step(size, s, s0, h, at):
 
 
 @row
-def gru_step_back(size, s, s0, state_before, grad_of_h, dh, at):
+def gru_step_back(size, s, s0, before, b0, grad, grad0, dh, at):
     """As `lstm_step_back`: to the gradients of r, z, R_n h + b_n and n."""
-    (before, b0), (grad, grad0) = state_before, grad_of_h
     z, hn, n, drop = s0 + size, s0 + U(2) * size, s0 + U(3) * size, s0 + U(4) * size
     for d in range(size):
         dh_t = dh[at + d] + grad[grad0 + d]
@@ -158,9 +155,10 @@ def slstm_step(size, s, s0, h, rest, at, apart):
 
 
 @row
-def slstm_step_back(size, s, s0, states_before, states_after, grad_of_h, dh, rest, at, apart):
-    """As `lstm_step_back`; c, n and m lie as far apart as their tuples say, their gradients, in `rest`, `apart`."""
-    (before, b0, b_apart), (after, a0, a_apart), (grad, grad0) = states_before, states_after, grad_of_h
+def slstm_step_back(size, s, s0, before, b_places, after, a_places, grad, grad0, dh, rest, places):
+    """As `lstm_step_back`; places are those of c and how far n and m lie apart: before and after the step, and of the
+    gradients, which are in `rest`."""
+    (b0, b_apart), (a0, a_apart), (at, apart) = b_places, a_places, places
     f, z, o, drop = s0 + size, s0 + U(2) * size, s0 + U(3) * size, s0 + U(4) * size
     dc, dn, dm = at, at + apart, at + U(2) * apart
     for d in range(size):
@@ -209,19 +207,18 @@ def step(kind, size, x, x0, s, s0, h, rest, at, apart):
 
 
 @inline
-def step_back(
-    kind, size, x, x0, s, s0, h_before, others_before, others_after, grad_of_h, dh, d_rest, at, apart
-):  # fmt: skip
+def step_back(kind, size, x, s, h_before, before, after, grad, dh, d_rest, offsets, b_places, a_places, places):
     """One step back: R h + b in scratch to its gradients, gate by gate, and behind them those of x that are not the
-    same; dh and `d_rest` from after the step to before it, but for what comes through R h. The other states come as an
-    array, where they begin in it, and how far apart they lie."""
-    (before, b0, b_apart), (after, a0, a_apart) = others_before, others_after
+    same; dh and `d_rest` from after the step to before it, but for what comes through R h. `offsets` are where x,
+    scratch, h before the step and the gradient of h begin; of the other states before and after the step, and of the
+    gradients of states, places are where they begin and how far apart they lie."""
+    x0, s0, h0, grad0 = offsets
     if kind == LSTM:
         lstm_gates(size, x, x0, s, s0)
-        lstm_step_back(size, s, s0, (before, b0), (after, a0), grad_of_h, dh, d_rest, at)
+        lstm_step_back(size, s, s0, before, b_places[0], after, a_places[0], grad, grad0, dh, d_rest, places[0])
     elif kind == GRU:
         gru_gates(size, x, x0, s, s0)
-        gru_step_back(size, s, s0, h_before, grad_of_h, dh, at)
+        gru_step_back(size, s, s0, h_before, h0, grad, grad0, dh, places[0])
     elif kind == SLSTM:
         slstm_gates(size, x, x0, s, s0)
-        slstm_step_back(size, s, s0, (before, b0, b_apart), (after, a0, a_apart), grad_of_h, dh, d_rest, at, apart)
+        slstm_step_back(size, s, s0, before, b_places, after, a_places, grad, grad0, dh, d_rest, places)
