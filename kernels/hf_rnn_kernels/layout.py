@@ -63,6 +63,17 @@ class SequenceLayout(NamedTuple):
 ROWS = SequenceLayout()  # each row one sequence, every token real
 
 
+def check_layout(layout: SequenceLayout) -> None:
+    """Raise TypeError for what is no layout, or for one with a mask that `SequenceLayout.of` did not make."""
+    if not isinstance(layout, SequenceLayout):
+        raise TypeError(
+            f"layout: expected a SequenceLayout, as SequenceLayout.of(B, T, mask, cu_seqlens) makes them, got a "
+            f"{type(layout).__name__}"
+        )
+    if layout.mask is not None and layout.mask.dtype != torch.bool:
+        raise TypeError(f"layout.mask: expected bool, got {layout.mask.dtype}; SequenceLayout.of takes any dtype")
+
+
 def check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
     """Raise ValueError or TypeError unless the offsets cut so many `tokens` into sequences.
 

@@ -313,8 +313,8 @@ def test_torchs_number_of_threads_stays():
 
 
 def test_wrong_offsets_under_compile_are_an_error():
-    scan = torch.compile(lambda a, c: linear_scan(a, a, None, c), backend="eager", fullgraph=True)
-    with pytest.raises(ValueError, match="rise from 0 to T = 8"):
+    scan = torch.compile(lambda a, c: linear_scan(a, a, None, SequenceLayout(None, c)), backend="eager", fullgraph=True)
+    with pytest.raises(ValueError, match="rise from 0 to 8"):
         scan(torch.ones(1, 8, 4), torch.tensor([0, 3, 100000]))
 
 
@@ -326,7 +326,7 @@ def test_masks_of_any_dtype_at_any_length():
         mask[0, 0] = 0
         for dtype in (torch.float32, torch.float64):
             outputs = [
-                min_gru_scan(x.to(dtype), x.to(dtype), torch.ones(2, 3, dtype=dtype), m)[1]
+                min_gru_scan(x.to(dtype), x.to(dtype), torch.ones(2, 3, dtype=dtype), layout_of(x, m))[1]
                 for m in (mask, mask.long(), mask.bool())
             ]
             assert all(torch.isfinite(y).all() and torch.equal(y, outputs[0]) for y in outputs)

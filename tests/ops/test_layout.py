@@ -163,6 +163,22 @@ def test_a_wrong_layout(arguments, error, message):
         SequenceLayout.of(*arguments)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda y: min_gru_scan(torch.ones(2, 3, 4), torch.ones(2, 3, 4), None, y),
+        lambda y: lstm_scan(torch.ones(2, 3, 24), W4, layout=y),
+        lambda y: mlstm_scan(*torch.ones(3, 2, 3, 1, 2), *torch.ones(2, 2, 3, 1), layout=y),
+        lambda y: causal_conv(torch.ones(2, 3, 4), None, torch.ones(4, 3), torch.ones(4), y),
+    ],
+)
+def test_what_is_no_layout(call):
+    with pytest.raises(TypeError, match=r"layout: expected a SequenceLayout.*got a Tensor"):
+        call(torch.ones(2, 3))
+    with pytest.raises(TypeError, match=r"layout.mask: expected bool"):
+        call(SequenceLayout(torch.ones(2, 3)))
+
+
 SLOW = """
 import sys, warnings
 sys.modules["numba"] = None

@@ -6,7 +6,7 @@ from torch import Tensor
 from hf_rnn_kernels import threads
 from hf_rnn_kernels.causal_conv import op, reference
 from hf_rnn_kernels.checks import check_inputs, check_tensors, refuse_forward_mode
-from hf_rnn_kernels.layout import ROWS, SequenceLayout
+from hf_rnn_kernels.layout import ROWS, SequenceLayout, check_layout
 from hf_rnn_kernels.perturbed import Perturbed
 from hf_rnn_kernels.transforms import tracked
 
@@ -31,6 +31,7 @@ def causal_conv(
     Raises:
         TypeError, ValueError: an argument of another shape, dtype or device than above, named in the message.
     """
+    check_layout(layout)
     check_inputs({"x": x}, layout.mask, layout.offsets)
     batch, _, channels = x.shape
     history = weight.shape[-1] - 1

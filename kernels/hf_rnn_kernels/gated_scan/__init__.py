@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_rnn_kernels.checks import check_inputs, check_tensors, refuse_forward_mode
 from hf_rnn_kernels.gated_scan import op, reference
-from hf_rnn_kernels.layout import ROWS, SequenceLayout
+from hf_rnn_kernels.layout import ROWS, SequenceLayout, check_layout
 from hf_rnn_kernels.stepping import advance
 
 
@@ -91,6 +91,7 @@ def min_lstm_scan(
 
 
 def _scan(gates: str, inputs: dict[str, Tensor], h0: Tensor | None, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    check_layout(layout)
     sequences = check_inputs(inputs, layout.mask, layout.offsets)
     first_name, first = next(iter(inputs.items()))
     check_tensors({"h0": (h0, (sequences, first.shape[2]))}, first, first_name)

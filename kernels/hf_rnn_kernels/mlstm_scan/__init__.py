@@ -6,7 +6,7 @@ Runs as numba code on a CPU, as Triton kernels on a GPU, and as plain torch anyw
 from torch import Tensor
 
 from hf_rnn_kernels.checks import refuse_forward_mode
-from hf_rnn_kernels.layout import ROWS, SequenceLayout
+from hf_rnn_kernels.layout import ROWS, SequenceLayout, check_layout
 from hf_rnn_kernels.mlstm_scan import op, reference
 from hf_rnn_kernels.mlstm_scan.reference import States
 from hf_rnn_kernels.stepping import advance
@@ -50,6 +50,7 @@ def mlstm_scan(
     Raises:
         TypeError, ValueError: an argument of another shape, dtype or device than above, named in the message.
     """
+    check_layout(layout)
     given = {name: s for name, s in (("C0", C0), ("n0", n0), ("m0", m0)) if s is not None}
     op.check_shapes(q, k, v, i, f, given, layout.mask, layout.offsets)
     refuse_forward_mode(q, k, v, i, f, *given.values())

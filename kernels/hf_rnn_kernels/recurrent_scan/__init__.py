@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from hf_rnn_kernels.checks import check_inputs, check_tensors, refuse_forward_mode
-from hf_rnn_kernels.layout import ROWS, SequenceLayout
+from hf_rnn_kernels.layout import ROWS, SequenceLayout, check_layout
 from hf_rnn_kernels.perturbed import Perturbed
 from hf_rnn_kernels.recurrent_scan import library, op, reference
 from hf_rnn_kernels.stepping import advance
@@ -144,6 +144,7 @@ def _scan(
     if weight.dim() != 3 or weight.shape[1] != gates * weight.shape[2]:
         raise ValueError(f"weight: expected shape (H, {gates} * P, P), got {tuple(weight.shape)}")
     heads, rows, size = weight.shape
+    check_layout(layout)
     sequences = check_inputs({"x": x}, layout.mask, layout.offsets)
     if input_weight is None and x.shape[2] != heads * rows:
         raise ValueError(f"x: expected {heads * rows} = H * {gates} * P channels for this weight, got {x.shape[2]}")
