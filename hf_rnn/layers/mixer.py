@@ -98,7 +98,8 @@ class RecurrentMixer(Mixer):
         if self.initial_state is None:
             return super().initial_states(batch_size)
         dtype = torch.promote_types(self.initial_state.dtype, torch.float32)
-        return tuple(s.to(dtype).expand(batch_size, -1) for s in self.initial_state)
+        # Not views of the parameter, for a forward pass writes to a state
+        return tuple(s.to(dtype).repeat(batch_size, 1) for s in self.initial_state)
 
     def read(self, state: tuple[Tensor, ...]) -> Tensor:
         return self.out_proj(state[0].to(next(self.parameters()).dtype))

@@ -34,7 +34,7 @@ class SequenceLayout(NamedTuple):
         """The layout of B = `batch` rows of T = `time` tokens.
 
         Args:
-            mask: (B, T), zero or False at padding.
+            mask: (B, T), zero or False at padding, one or True elsewhere.
             cu_seqlens: (N + 1) int32 or int64 offsets of packed sequences in the B * T tokens. Where their values are
                 known they are read here (on a GPU that waits for the device), and nowhere else.
 
@@ -43,6 +43,8 @@ class SequenceLayout(NamedTuple):
         """
         if mask is not None and mask.shape != (batch, time):
             raise ValueError(f"mask: expected shape (B, T) = {(batch, time)}, got {tuple(mask.shape)}")
+        if mask is not None and values_known(mask) and not bool((mask == mask.bool()).all()):
+            raise ValueError("mask: expected zeros at padding and ones elsewhere, got other values")
         if cu_seqlens is not None:
             check_offsets("cu_seqlens", cu_seqlens, batch * time)
         return cls(None if mask is None else mask.bool(), cu_seqlens)

@@ -40,7 +40,7 @@ def _name(x: Tensor) -> str:
 @functools.cache  # once a process
 def _slow(library: str, extra: str) -> str:
     warnings.warn(
-        f"{library} is missing or unusable: recurrences run as loops over time in plain torch, hundreds of times "
+        f"{library} is missing, or cannot be used in this process: recurrences run as loops over time in plain torch, hundreds of times "
         f"slower than compiled ones; install it: pip install 'hf-rnn[{extra}]'",
         RuntimeWarning,
         stacklevel=2,

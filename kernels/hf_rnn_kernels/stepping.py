@@ -38,11 +38,26 @@ def advance(
     # Under vmap a state that all elements share cannot be written over by each.
     single = time == 1 and layout.offsets is None and not training and not transforming()
     if single and states and not torch.compiler.is_exporting():
-        buffers = states if in_place else [s.to(dtype, copy=True) for s in states]
-        return one_token(buffers), buffers
+        buffers = [s if in_place and _fits(s, dtype) else _copy(s, dtype) for s in states]
+        h = one_token(buffers)
+        if not in_place:
+            return h, buffers
+        for state, buffer in zip(states, buffers, strict=True):
+            if buffer is not state:
+                state.copy_(buffer)
+        return h, states
     h, last = any_tokens(training)
     if not in_place or not states:
         return h, last
     for old, new in zip(states, last, strict=True):
         old.copy_(new)
     return h, states
+
+
+def _fits(state: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel can compute in these tensors themselves: it takes them for dense, in its own dtype."""
+    return state.dtype == dtype and state.is_contiguous()
+
+
+def _copy(state: Tensor, dtype: torch.dtype) -> Tensor:
+    return state.to(dtype, copy=True, memory_format=torch.contiguous_format)

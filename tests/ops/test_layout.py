@@ -143,6 +143,31 @@ def test_the_matrix_memory_has_no_copy(keys):
     assert sizes.largest < C.numel() // 2
 
 
+def test_states_that_no_kernel_can_take_are_written_all_the_same(case):
+    """Of another dtype, with gaps, and some of them missing, whose zeros are nobody's buffer."""
+    x, first = inputs(case, 2, 1), states(case, 2)
+    _, expected = listed(case.run(x, first, SequenceLayout()))
+    odd = [torch.stack([s, s], -1)[..., 0] if n % 2 else s.double() for n, s in enumerate(first)]
+    with torch.no_grad():
+        _, last = listed(case.run(x, odd, SequenceLayout(in_place=True)))
+    assert all(a is b and relative_error(a, c) < 1e-6 for a, b, c in zip(last, odd, expected, strict=True))
+    if len(first) > 1:
+        some = [first[0], *[None] * (len(first) - 1)]
+        _, expected = listed(case.run(x, some, SequenceLayout()))
+        with torch.no_grad():
+            _, last = listed(case.run(x, some, SequenceLayout(in_place=True)))
+        assert all(torch.equal(a, b) for a, b in zip(last, expected, strict=True)) and last[0] is not first[0]
+
+
+def test_what_padding_holds_reaches_no_state(case):
+    x, first = inputs(case, 2, 1), states(case, 2)
+    for y in x:
+        y[0] = torch.nan
+    with torch.no_grad():
+        _, last = listed(case.run(x, [s.clone() for s in first], SequenceLayout(torch.tensor([[False], [True]]))))
+    assert all(torch.equal(a[0], b[0]) and a.isfinite().all() for a, b in zip(last, first, strict=True))
+
+
 def test_moving_a_module_s_arguments_moves_the_layout():
     layout = send_to_device(SequenceLayout(torch.ones(2, 3) > 0, torch.tensor([0, 6])), "meta")
     assert type(layout) is SequenceLayout and layout.mask.is_meta and layout.offsets.is_meta and not layout.in_place
@@ -152,6 +177,7 @@ def test_moving_a_module_s_arguments_moves_the_layout():
     "arguments, error, message",
     [
         ((2, 3, torch.ones(3, 2)), ValueError, r"mask: expected shape \(B, T\) = \(2, 3\)"),
+        ((1, 3, torch.tensor([[0.0, -1e9, -1e9]])), ValueError, "mask: expected zeros at padding and ones"),
         ((2, 3, None, torch.tensor([0.0, 6.0])), TypeError, "cu_seqlens: expected int32"),
         ((2, 3, None, torch.tensor([[0, 6]])), ValueError, r"cu_seqlens: expected shape \(N \+ 1,\)"),
         ((2, 3, None, torch.tensor([0, 5])), ValueError, "cu_seqlens: expected offsets that rise from 0 to 6"),

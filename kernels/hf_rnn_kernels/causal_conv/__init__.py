@@ -6,7 +6,7 @@ from torch import Tensor
 from hf_rnn_kernels import threads
 from hf_rnn_kernels.causal_conv import op, reference
 from hf_rnn_kernels.checks import check_inputs, check_tensors, refuse_forward_mode
-from hf_rnn_kernels.layout import ROWS, SequenceLayout, check_layout
+from hf_rnn_kernels.layout import ROWS, SequenceLayout, check_layout, check_offsets
 from hf_rnn_kernels.perturbed import Perturbed
 from hf_rnn_kernels.transforms import tracked
 
@@ -37,6 +37,11 @@ def causal_conv(
     history = weight.shape[-1] - 1
     shapes = {"state": (state, (batch, history, channels)), "weight": (weight, (channels, history + 1))}
     check_tensors(shapes | {"bias": (bias, (channels,))}, x, "x")
+    if layout.offsets is not None:
+        if state is not None:
+            raise ValueError("state: expected None where sequences are packed, each of which starts from zeros")
+        if x.device.type == "cpu":  # again, for layouts made by hand or under torch.compile
+            check_offsets("layout.offsets", layout.offsets, batch * x.shape[1])
     before = x.new_zeros(batch, history, channels) if state is None else state.to(x.dtype)
     if layout.mask is None and layout.offsets is None:
         y, ends = convolve(x, before, weight, bias)

@@ -60,6 +60,7 @@ def mlstm_scan(
     elif given:
         zeros = reference.initial_states(q, v, layout.sequences(q.shape[0]))
         states = [zero if s is None else s for zero, s in zip(zeros, (C0, n0, m0), strict=True)]
+        layout = layout._replace(in_place=False)  # zeros of ours are nobody's buffer
 
     def one_token(states):
         real = None if layout.mask is None else layout.mask[:, 0]

@@ -64,8 +64,9 @@ def prepare_step(
     numerator C^T q is divided by (B, H). In few calls: they are what decoding costs on a CPU."""
     q, k, v, i, f = (x.to(n.dtype) for x in (q, k, v, i, f))
     kept = torch.nn.functional.logsigmoid(f) + m
-    if real is not None:  # at padding nothing is forgotten and nothing added
+    if real is not None:  # at padding nothing is forgotten and nothing added, whatever it holds
         i, kept = i.where(real[:, None], -torch.inf), kept.where(real[:, None], m)
+        q, k, v = (x.where(real[:, None, None], 0.0) for x in (q, k, v))
     top = torch.maximum(kept, i)
     forget, add = (kept - top).exp_()[..., None], (i - top).exp_()[..., None]
     k, q = add * k, q * q.shape[-1] ** -0.5

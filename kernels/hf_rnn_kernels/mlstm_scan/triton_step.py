@@ -22,7 +22,7 @@ def _step_gates(
     i_t = tl.load(i + row * i_row + head * i_head).to(tl.float32)
     log_f = _log_sigmoid(tl.load(f + row * f_row + head * f_head).to(tl.float32))
     m_before = tl.load(m + at)
-    kept = log_f + m_before
+    kept, live = log_f + m_before, True
     if real is not None:
         live = tl.load(real + row) != 0
         i_t, kept = tl.where(live, i_t, float("-inf")), tl.where(live, kept, m_before)
@@ -32,8 +32,8 @@ def _step_gates(
     a = tl.zeros([], tl.float32)
     for begin in range(0, K, BK):
         key = begin + tl.arange(0, BK)
-        q_t = tl.load(q + row * q_row + head * q_head + key, key < K, other=0.0).to(tl.float32)
-        k_t = tl.load(k + row * k_row + head * k_head + key, key < K, other=0.0).to(tl.float32)
+        q_t = tl.load(q + row * q_row + head * q_head + key, (key < K) & live, other=0.0).to(tl.float32)
+        k_t = tl.load(k + row * k_row + head * k_head + key, (key < K) & live, other=0.0).to(tl.float32)
         n_t = forget * tl.load(n + at * K + key, key < K, other=0.0) + add * k_t
         tl.store(n + at * K + key, n_t, key < K)
         a += tl.sum(q_t * n_t, 0)
@@ -54,21 +54,21 @@ def _step_memory(
     block, at = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     row, head = at // heads, at % heads
     forget, add, den = tl.load(shares + 3 * at), tl.load(shares + 3 * at + 1), tl.load(shares + 3 * at + 2)
+    live = True
+    if real is not None:
+        live = tl.load(real + row) != 0
     value = block * BV + tl.arange(0, BV)
-    v_t = tl.load(v + row * v_row + head * v_head + value, value < V, other=0.0).to(tl.float32) * add
+    v_t = tl.load(v + row * v_row + head * v_head + value, (value < V) & live, other=0.0).to(tl.float32) * add
     num = tl.zeros([BV], tl.float32)
     for begin in range(0, K, BK):
         key = begin + tl.arange(0, BK)
-        q_t = tl.load(q + row * q_row + head * q_head + key, key < K, other=0.0).to(tl.float32)
-        k_t = tl.load(k + row * k_row + head * k_head + key, key < K, other=0.0).to(tl.float32)
+        q_t = tl.load(q + row * q_row + head * q_head + key, (key < K) & live, other=0.0).to(tl.float32)
+        k_t = tl.load(k + row * k_row + head * k_head + key, (key < K) & live, other=0.0).to(tl.float32)
         tile = forget * _state_tile(C + at * (K * V), key, value, K, V) + k_t[:, None] * v_t[None, :]
         _store_state(C + at * (K * V), key, value, tile, K, V)
         num += tl.sum(q_t[:, None] * tile, 0)
     scale: tl.constexpr = K**-0.5
-    out = num * (scale / den)
-    if real is not None:
-        out = tl.where(tl.load(real + row) != 0, out, 0.0)
-    tl.store(h + at * V + value, out, value < V)
+    tl.store(h + at * V + value, num * (scale / den), value < V)
 
 
 def decode(

@@ -160,6 +160,8 @@ def _scan(
     if any(state is not None for state in initial.values()):
         zeros = x.new_zeros(sequences, heads * size, dtype=reference.state_dtype(x))
         states = [zeros if state is None else state for state in initial.values()]
+        if any(state is None for state in initial.values()):
+            layout = layout._replace(in_place=False)  # zeros of ours are nobody's buffer
     refuse_forward_mode(x, weight, bias, input_weight, input_bias, *states)
     plain, plain_bias, perturbation = _perturbation(weight, bias)
 
