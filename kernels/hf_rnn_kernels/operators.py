@@ -40,8 +40,8 @@ def _name(x: Tensor) -> str:
 @functools.cache  # once a process
 def _slow(library: str, extra: str) -> str:
     warnings.warn(
-        f"{library} is missing, or cannot be used in this process: recurrences run as loops over time in plain torch, hundreds of times "
-        f"slower than compiled ones; install it: pip install 'hf-rnn[{extra}]'",
+        f"{library} is missing, or cannot be used in this process: recurrences run as loops over time in plain torch, "
+        f"hundreds of times slower than compiled ones; pip install 'hf-rnn[{extra}]'",
         RuntimeWarning,
         stacklevel=2,
     )
