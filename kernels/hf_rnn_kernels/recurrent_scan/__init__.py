@@ -17,6 +17,7 @@ from hf_rnn_kernels.layout import ROWS, SequenceLayout, check_layout
 from hf_rnn_kernels.perturbed import Perturbed
 from hf_rnn_kernels.recurrent_scan import library, op, reference
 from hf_rnn_kernels.stepping import advance
+from hf_rnn_kernels.transforms import tracked
 
 
 def lstm_scan(
@@ -140,11 +141,23 @@ def _scan(
     input_weight: Tensor | None = None,
     input_bias: Tensor | None = None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
+    check_layout(layout)
+    states: list[Tensor] = [state for state in initial.values() if state is not None]
+    if (
+        layout.in_place
+        and x.dim() == 3
+        and x.shape[1] == 1
+        and input_weight is not None
+        and len(states) == len(initial)
+    ):
+        # A token costs its calls: torch's cell, if it takes this step, checks its arguments itself
+        weights = library.Weights(input_weight, input_bias, weight, bias)
+        if not tracked(x, *weights, *states) and (h := library.step(cell, x, weights, states, layout)) is not None:
+            return h, states
     gates = reference.CELLS[cell].gates
     if weight.dim() != 3 or weight.shape[1] != gates * weight.shape[2]:
         raise ValueError(f"weight: expected shape (H, {gates} * P, P), got {tuple(weight.shape)}")
     heads, rows, size = weight.shape
-    check_layout(layout)
     sequences = check_inputs({"x": x}, layout.mask, layout.offsets)
     if input_weight is None and x.shape[2] != heads * rows:
         raise ValueError(f"x: expected {heads * rows} = H * {gates} * P channels for this weight, got {x.shape[2]}")
@@ -156,8 +169,7 @@ def _scan(
         **{name: (state, (sequences, heads * size)) for name, state in initial.items()},
     }
     check_tensors(shapes, x, "x")
-    states: list[Tensor] = []
-    if any(state is not None for state in initial.values()):
+    if states:
         zeros = x.new_zeros(sequences, heads * size, dtype=reference.state_dtype(x))
         states = [zeros if state is None else state for state in initial.values()]
         if any(state is None for state in initial.values()):
@@ -165,24 +177,21 @@ def _scan(
     refuse_forward_mode(x, weight, bias, input_weight, input_bias, *states)
     plain, plain_bias, perturbation = _perturbation(weight, bias)
 
-    def by_library(states):
-        if input_weight is None:
-            return None
-        return library.run(cell, x, library.Weights(input_weight, input_bias, weight, bias), states, layout)
-
     def projected():
         return x if input_weight is None else linear(x, input_weight, input_bias)
 
     def one_token(states):
-        if (found := by_library(states)) is None:
-            return reference.decode(cell, projected(), plain, plain_bias, states, layout.mask, perturbation)
-        for old, new in zip(states, found[1], strict=True):
-            old.copy_(new)
-        return found[0]
+        if input_weight is not None:
+            weights = library.Weights(input_weight, input_bias, weight, bias)
+            if (h := library.step(cell, x, weights, states, layout)) is not None:
+                return h
+        return reference.decode(cell, projected(), plain, plain_bias, states, layout.mask, perturbation)
 
     def any_tokens(training):
-        if (found := by_library(states)) is not None:
-            return found
+        if input_weight is not None:
+            weights = library.Weights(input_weight, input_bias, weight, bias)
+            if (found := library.run(cell, x, weights, states, layout)) is not None:
+                return found
         y = layout.flat(projected())
         h, _, last = op.scan(
             cell, y, plain, plain_bias, states, layout.flat_mask(), layout.offsets, training, perturbation

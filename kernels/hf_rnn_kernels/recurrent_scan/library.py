@@ -1,5 +1,6 @@
 """torch's own LSTM and GRU, of oneDNN and cuDNN, and its cells for single tokens, where they are the fastest."""
 
+from collections.abc import Sequence
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -53,6 +54,15 @@ def run(
     return h, [s[0].to(state_dtype(s)) for s in last]
 
 
+def step(cell: str, x: Tensor, weights: Weights, states: Sequence[Tensor], layout: SequenceLayout) -> Tensor | None:
+    """One token of every row, x (B, 1, I), to h (B, 1, D), over the states; None as `run`."""
+    if cell not in _CELLS or not _plain(weights, layout) or (found := _step(cell, x, weights, states)) is None:
+        return None
+    for old, new in zip(states, found[1], strict=True):
+        old.copy_(new)
+    return found[0]
+
+
 def takes(x: Tensor, states: list[Tensor]) -> bool:
     """Whether torch's recurrences keep these states: they take them in their own dtype alone, and a float32 state in
     front of bfloat16 would be rounded."""
@@ -60,7 +70,7 @@ def takes(x: Tensor, states: list[Tensor]) -> bool:
     return all(s.dtype == dtype for s in states)
 
 
-def _step(cell: str, x: Tensor, weights: Weights, states: list[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
+def _step(cell: str, x: Tensor, weights: Weights, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
     """One token, for which torch's sequence functions would pack their weights anew."""
     if not states or _autocasts(x) or not x.dtype == states[0].dtype == weights.weight.dtype:
         return None
