@@ -152,7 +152,7 @@ def _scan(
     ):
         # A token costs its calls: torch's cell, if it takes this step, checks its arguments itself
         weights = library.Weights(input_weight, input_bias, weight, bias)
-        if not tracked(x, *weights, *states) and (h := library.step(cell, x, weights, states, layout)) is not None:
+        if not tracked(x, *weights, *states) and (h := library.cell_step(cell, x, weights, states, layout)) is not None:
             return h, states
     gates = reference.CELLS[cell].gates
     if weight.dim() != 3 or weight.shape[1] != gates * weight.shape[2]:
@@ -183,7 +183,7 @@ def _scan(
     def one_token(states):
         if input_weight is not None:
             weights = library.Weights(input_weight, input_bias, weight, bias)
-            if (h := library.step(cell, x, weights, states, layout)) is not None:
+            if (h := library.cell_step(cell, x, weights, states, layout)) is not None:
                 return h
         return reference.decode(cell, projected(), plain, plain_bias, states, layout.mask, perturbation)
 

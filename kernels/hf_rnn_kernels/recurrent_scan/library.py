@@ -54,7 +54,9 @@ def run(
     return h, [s[0].to(state_dtype(s)) for s in last]
 
 
-def step(cell: str, x: Tensor, weights: Weights, states: Sequence[Tensor], layout: SequenceLayout) -> Tensor | None:
+def cell_step(
+    cell: str, x: Tensor, weights: Weights, states: Sequence[Tensor], layout: SequenceLayout
+) -> Tensor | None:
     """One token of every row, x (B, 1, I), to h (B, 1, D), over the states; None as `run`."""
     if cell not in _CELLS or not _plain(weights, layout) or (found := _step(cell, x, weights, states)) is None:
         return None
