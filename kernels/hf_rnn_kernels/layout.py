@@ -12,8 +12,8 @@ from hf_rnn_kernels.checks import values_known
 class SequenceLayout(NamedTuple):
     """Which of the (B, T) tokens of a batch are real, and which sequences they make.
 
-    Checked once, by `of`, and handed through a model to every op. A named tuple, since what moves a module's arguments
-    to its device (accelerate, FSDP) moves the tensors in one.
+    Checked once, by `of` or by the model that makes one of its own arguments, and handed to every op. A named tuple,
+    since what moves a module's arguments to its device (accelerate, FSDP) moves the tensors in one.
 
     Attributes:
         mask: (B, T) bool, False at padding; None where all tokens are real.

@@ -24,10 +24,10 @@ def backend(package: str, x: Tensor) -> ModuleType:
     `cpu` (numba), `triton`, which "cuda" means, as PyTorch calls AMD's GPUs, too; `reference`, the equations in plain
     torch, in float64 and where neither is installed.
     """
-    return importlib.import_module(f"{package}.{_name(x)}")
+    return importlib.import_module(f"{package}.{backend_name(x)}")
 
 
-def _name(x: Tensor) -> str:
+def backend_name(x: Tensor) -> str:
     if x.dtype == torch.float64 or x.numel() == 0:
         return "reference"
     if x.device.type == "cpu":
@@ -81,7 +81,12 @@ class Operator:
 
 
 def operator(
-    name: str, fake: Callable, backward: Callable | None = None, save: Callable | None = None, device: str | None = None
+    name: str,
+    fake: Callable,
+    backward: Callable | None = None,
+    save: Callable | None = None,
+    device: str | None = None,
+    mutates: tuple[str, ...] = (),
 ) -> Callable[[Callable], Operator]:
     """Decorator that registers a function as `hf_rnn::name`: one operator for torch.compile, torch.export, autograd and
     torch.func, whatever backend then computes.
@@ -91,10 +96,11 @@ def operator(
         backward: a context and the gradients of the results to those of the arguments; None: no gradients.
         save: a context, the arguments as a tuple and the results, to what `backward` finds in the context.
         device: the only one that it runs on; None: any.
+        mutates: arguments that it writes to.
     """
 
     def register(function: Callable) -> Operator:
-        custom = torch.library.custom_op(f"hf_rnn::{name}", function, mutates_args=(), device_types=device)
+        custom = torch.library.custom_op(f"hf_rnn::{name}", function, mutates_args=mutates, device_types=device)
         custom.register_fake(fake)
         if backward is not None:
             custom.register_autograd(backward, setup_context=save)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from hf_rnn_kernels import SequenceLayout, mlstm_scan, mlstm_step
 
+CHECKED = ("test_schema", "test_faketensor")  # there are no gradients
 NAMES = ["h", "C", "n", "m", "dq", "dk", "dv", "di", "df", "dC0", "dn0", "dm0"]
 
 
@@ -238,6 +239,20 @@ def test_registration():
     torch.library.opcheck(torch.ops.hf_rnn.mlstm_scan, (*leaves[:5], leaves[5:], None, None, 1e-6, True))
     compiled = torch.compile(mlstm_scan, fullgraph=True)
     assert relative_error(compiled(*leaves)[0], mlstm_scan(*leaves)[0]) <= 1e-6
+
+
+def test_a_compiled_step_is_one_operator_that_writes_to_the_states():
+    leaves = make(2, 1, 3, 6, 10)
+    token, first = [x[:, 0] for x in leaves[:5]], leaves[5:]
+    real = torch.tensor([True, False])
+    states = [s.clone() for s in first]
+    torch.library.opcheck(torch.ops.hf_rnn.mlstm_step.default, (*token, *states, real, 1e-6), test_utils=CHECKED)
+    expected, states = [s.clone() for s in first], [s.clone() for s in first]
+    h = mlstm_step(*token, *expected, real)
+    compiled = torch.compile(mlstm_step, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*token, *states, real), h) and not h[1].any()
+    for a, b, before in zip(states, expected, first, strict=True):
+        assert torch.equal(a, b) and torch.equal(a[1], before[1]) and not torch.equal(a[0], before[0])
 
 
 @pytest.mark.parametrize(

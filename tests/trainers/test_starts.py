@@ -160,11 +160,3 @@ class TestArguments:
         for args in wrong:
             with pytest.raises(TypeError, match=f"args: expected a .*, got {type(args).__name__}"):
                 trainer_class(given.model, args, **options)
-
-    def test_saved_before_their_module_moved(self, tmp_path, monkeypatch):
-        args = hf_rnn.RecurrentTrainingArguments(str(tmp_path), max_skipped_steps=2)
-        with monkeypatch.context() as before:
-            before.setattr(type(args), "__module__", "hf_rnn_trainers.reliability.arguments")
-            torch.save(args, tmp_path / "training_args.bin")
-        assert b"reliability.arguments" in (tmp_path / "training_args.bin").read_bytes()
-        assert torch.load(tmp_path / "training_args.bin", weights_only=False) == args

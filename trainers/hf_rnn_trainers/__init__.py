@@ -1,17 +1,12 @@
 """Training methods for recurrent networks, as subclasses of transformers' Trainer."""
 
-import sys
-
-from hf_rnn_trainers.base import RecurrentTrainer, RecurrentTrainingArguments, arguments
+from hf_rnn_trainers.base import RecurrentTrainer, RecurrentTrainingArguments
 from hf_rnn_trainers.dmt import DMTConfig, DMTTrainer
 from hf_rnn_trainers.memory import MemoryProtocol, SMTTeacher, SMTTeacherConfig
 from hf_rnn_trainers.rate import RateCallback, RateConstrainedConfig, RateConstrainedTrainer
 from hf_rnn_trainers.reliability import CheckpointError, NonFiniteLossError, accept_checkpoint
 from hf_rnn_trainers.smt import SMTConfig, SMTTrainer
 from hf_rnn_trainers.zo import ZOConfig, ZOTrainer
-
-# Where RecurrentTrainingArguments were: a training_args.bin is a pickle, and names their module
-sys.modules["hf_rnn_trainers.reliability.arguments"] = arguments
 
 __all__ = [
     "CheckpointError",

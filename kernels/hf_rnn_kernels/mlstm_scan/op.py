@@ -135,30 +135,12 @@ def scan(
     return backend(__package__, q).scan(q, k, v, i, f, states, mask, cu_seqlens, eps, training)
 
 
-def _decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    C: Tensor,
-    n: Tensor,
-    m: Tensor,
-    real: Tensor | None,
-    eps: float,
-) -> Tensor:
-    return backend(__package__, C).decode(q, k, v, i, f, C, n, m, real, eps)
-
-
-_registered = torch.library.custom_op("hf_rnn::mlstm_step", _decode, mutates_args=("C", "n", "m"))
-
-
-@_registered.register_fake
-def _(q, k, v, i, f, C, n, m, real, eps):
+def _step_shapes(q, k, v, i, f, C, n, m, real, eps):
     return v.new_empty(v.shape, dtype=q.dtype)
 
 
-def decode(
+@operator("mlstm_step", fake=_step_shapes, mutates=("C", "n", "m"))
+def step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -170,6 +152,12 @@ def decode(
     real: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """See `mlstm_step`. The operator is for the compiler alone: a call through torch's dispatcher costs as much as a
-    step of a small model (docs/log.md, 2026-11-29)."""
-    return (_registered if torch.compiler.is_compiling() else _decode)(q, k, v, i, f, C, n, m, real, eps)
+    """See `mlstm_step`."""
+    return backend(__package__, C).decode(q, k, v, i, f, C, n, m, real, eps)
+
+
+def decode(*arguments) -> Tensor:
+    """`step`, as an operator for the compiler alone: a call through torch's dispatcher costs as much as several of a
+    small model's (docs/log.md, 2026-11-30)."""
+    *_, C, _, _, _, _ = arguments
+    return step(*arguments) if torch.compiler.is_compiling() else backend(__package__, C).decode(*arguments)

@@ -143,17 +143,15 @@ def _scan(
 ) -> tuple[Tensor, Sequence[Tensor]]:
     check_layout(layout)
     states: list[Tensor] = [state for state in initial.values() if state is not None]
-    if (
-        layout.in_place
-        and x.dim() == 3
-        and x.shape[1] == 1
-        and input_weight is not None
-        and len(states) == len(initial)
-    ):
-        # A token costs its calls: torch's cell, if it takes this step, checks its arguments itself
-        weights = library.Weights(input_weight, input_bias, weight, bias)
-        if not tracked(x, *weights, *states) and (h := library.cell_step(cell, x, weights, states, layout)) is not None:
-            return h, states
+    weights = None if input_weight is None else library.Weights(input_weight, input_bias, weight, bias)
+
+    def by_cell(states):
+        return None if weights is None else library.cell_step(cell, x, weights, states, layout)
+
+    # A token costs its calls: torch's cell, if it takes this step, checks its arguments itself
+    single = layout.in_place and len(states) == len(initial) and x.dim() == 3 and x.shape[1] == 1
+    if single and not tracked(x, *(weights or ()), *states) and (h := by_cell(states)) is not None:
+        return h, states
     gates = reference.CELLS[cell].gates
     if weight.dim() != 3 or weight.shape[1] != gates * weight.shape[2]:
         raise ValueError(f"weight: expected shape (H, {gates} * P, P), got {tuple(weight.shape)}")
@@ -181,17 +179,13 @@ def _scan(
         return x if input_weight is None else linear(x, input_weight, input_bias)
 
     def one_token(states):
-        if input_weight is not None:
-            weights = library.Weights(input_weight, input_bias, weight, bias)
-            if (h := library.cell_step(cell, x, weights, states, layout)) is not None:
-                return h
+        if (h := by_cell(states)) is not None:
+            return h
         return reference.decode(cell, projected(), plain, plain_bias, states, layout.mask, perturbation)
 
     def any_tokens(training):
-        if input_weight is not None:
-            weights = library.Weights(input_weight, input_bias, weight, bias)
-            if (found := library.run(cell, x, weights, states, layout)) is not None:
-                return found
+        if weights is not None and (found := library.run(cell, x, weights, states, layout)) is not None:
+            return found
         y = layout.flat(projected())
         h, _, last = op.scan(
             cell, y, plain, plain_bias, states, layout.flat_mask(), layout.offsets, training, perturbation
