@@ -175,7 +175,9 @@ def loading(millions: int = 100) -> dict:
     from hf_rnn import GRUConfig, GRUForCausalLM
 
     tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    model = GRUForCausalLM(GRUConfig(vocab_size=32000, hidden_size=1024, num_hidden_layers=3, **tokens))
+    model = GRUForCausalLM(
+        GRUConfig(vocab_size=32000, hidden_size=1024, num_hidden_layers=3, block_layout="paper", **tokens)
+    )
     found: dict[str, Any] = {"parameters": model.num_parameters()}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/plain")

@@ -95,6 +95,7 @@ def gated(seed: int, steps: int) -> dict:
     task = Retrieval(length=LENGTH, seed=seed)
     set_seed(seed)
     sizes = dict(hidden_size=64, num_hidden_layers=2, conv_kernel=0, feed_forward_factor=0)
+    sizes |= dict(block_layout="paper", initializer_range=0.02)
     tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     models = {
         "GRU": hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(vocab_size=task.vocab_size, **sizes, **tokens)),

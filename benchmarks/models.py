@@ -1,6 +1,6 @@
 """The language models that are compared, every one at the same number of parameters.
 
-Ours with their default blocks, four of them; Mamba and a Transformer (Llama's block) by transformers, Mamba with
+Ours in blocks of every layout, four of them; Mamba and a Transformer (Llama's block) by transformers, Mamba with
 mambapy's parallel scan where no CUDA kernel is there: its own loop over time takes ten times as long at 128 tokens.
 What is searched for is the width.
 """
@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCau
 import hf_rnn
 
 LAYERS = sized(cpu=4, gpu=4, dry=1)
+HYBRID = (["linear_attention", "linear_attention", "sliding_attention", "linear_attention"])[-LAYERS:]  # one in four
 
 
 def _ours(name: str, **settings) -> Callable[..., PreTrainedModel]:
@@ -52,6 +53,17 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     "Transformer (transformers)": _transformer,
 }
 
+# And blocks of other layouts than the default ones
+LAYOUTS = MODELS | {
+    **{
+        f"{name}, paper": _ours(name.replace("min", "Min"), block_layout="paper")
+        for name in ("LSTM", "GRU", "minGRU", "minLSTM")
+    },
+    "xLSTM, neurips": _ours("XLSTM", num_heads=4, block_layout="neurips"),
+    "sLSTM": _ours("XLSTM", num_heads=4, block_layout="gated", slstm_at="all"),
+    "minGRU and attention": _ours("MinGRU", layer_types=HYBRID),
+}
+
 
 @cache
 def width(name: str, parameters: int, vocab_size: int) -> int:
@@ -59,9 +71,10 @@ def width(name: str, parameters: int, vocab_size: int) -> int:
 
     def count(width: int) -> int:
         with torch.device("meta"):
-            return MODELS[name](width, **_tokens(vocab_size)).num_parameters()
+            return LAYOUTS[name](width, **_tokens(vocab_size)).num_parameters()
 
-    step = 8 if name in ("xLSTM", "Transformer (transformers)") else 2  # four heads, of even widths
+    heads = ("xLSTM", "sLSTM", "Transformer", "attention")
+    step = 8 if any(word in name for word in heads) else 2  # four heads, of even widths
     low, high = 2, 1024
     while high - low > 1:
         middle = (low + high) // 2
@@ -70,8 +83,8 @@ def width(name: str, parameters: int, vocab_size: int) -> int:
 
 
 def make(name: str, parameters: int, vocab_size: int) -> PreTrainedModel:
-    """A model of `MODELS` with random weights."""
-    return MODELS[name](width(name, parameters, vocab_size), **_tokens(vocab_size))
+    """A model of `LAYOUTS` with random weights."""
+    return LAYOUTS[name](width(name, parameters, vocab_size), **_tokens(vocab_size))
 
 
 def _tokens(vocab_size: int) -> dict:

@@ -34,6 +34,7 @@ LONGER = {"normal": 0.0, "small": 0.05, "middle": 0.15, "large": 0.5}  # more st
 EXPONENTS, ROUNDINGS = (-3, -4, -5, -6), (0.0, 0.1, 0.3)
 RATIOS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
 TOKENS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+PAPER = dict(block_layout="paper", initializer_range=0.02)  # as when this was measured
 
 
 def read_text(path: Path = TEXT) -> np.ndarray:
@@ -70,7 +71,7 @@ def fit(model: Any, data: Any, seed: int, steps: int, rate_shrink: float, **sett
 def train(seed: int, steps: int, ids: np.ndarray, rate_shrink: float, **settings: Any) -> tuple[Any, dict]:
     """A character model."""
     set_seed(seed)
-    sizes = dict(hidden_size=128, num_hidden_layers=1, feed_forward_factor=0.0, expansion_factor=1.0)
+    sizes = dict(hidden_size=128, num_hidden_layers=1, feed_forward_factor=0.0, expansion_factor=1.0, **PAPER)
     model = hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(vocab_size=int(ids.max()) + 1, **sizes, **TOKENS))
     return model, fit(model, blocks(ids[:TRAIN], ROW), seed, steps, rate_shrink, **settings)
 
@@ -170,6 +171,7 @@ def classes(seed: int) -> dict:
     for name, rate in RATES.items():
         set_seed(seed)
         sizes = dict(hidden_size=64, num_hidden_layers=1, feed_forward_factor=0.0, expansion_factor=1.0, num_labels=10)
+        sizes |= PAPER
         config = hf_rnn.GRUConfig(vocab_size=17, **sizes, **TOKENS | dict(pad_token_id=16))
         model = hf_rnn.GRUForSequenceClassification(config)
         logged = fit(model, data, seed, 500, rate)

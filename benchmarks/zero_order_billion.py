@@ -31,7 +31,9 @@ def main() -> None:
     tokens = dict(vocab_size=32, pad_token_id=None, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = LSTMForCausalLM(LSTMConfig(**settings, **tokens, num_hidden_layers=1, feed_forward_factor=0))
+        model = LSTMForCausalLM(
+            LSTMConfig(**settings, **tokens, num_hidden_layers=1, block_layout="paper", feed_forward_factor=0)
+        )
         ids = torch.randint(0, 32, (options.batch, options.tokens + 1))
     inputs = {"input_ids": ids, "labels": ids}
     with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,9 @@ CASES = ["inference", "ZO, one after another", "ZO, many at once", "ZO with Adam
 def case(name: str, time: int):
     """A function that does the work once, and the model."""
     torch.manual_seed(0)
-    model = LSTMForCausalLM(LSTMConfig(vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=2))
+    model = LSTMForCausalLM(
+        LSTMConfig(vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=2, block_layout="paper")
+    )
     model = model.to("cuda" if GPU else "cpu")
     ids = torch.randint(0, VOCABULARY, (BATCH, time), device=model.device)
     inputs: dict[str, Tensor] = {"input_ids": ids, "labels": ids}

@@ -113,6 +113,7 @@ def run(task: str, method: str, rate: float, seed: int, epsilon: float = EPSILON
     tokens = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
     vocabulary = 64 if "text" in task else 16
     sizes = dict(vocab_size=vocabulary, hidden_size=32, num_hidden_layers=1, feed_forward_factor=0)
+    sizes |= dict(block_layout="paper", initializer_range=0.02)
     model = LSTMForCausalLM(LSTMConfig(**sizes, **tokens))
     with tempfile.TemporaryDirectory() as folder:
         settings = dict(

@@ -1,6 +1,7 @@
 import gc
 import os
 from dataclasses import fields
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -13,6 +14,20 @@ from hf_rnn_kernels import SequenceLayout
 ARCHITECTURES = {
     stem.lower(): [getattr(hf_rnn, stem + suffix) for suffix in ("Config", "ForCausalLM", "ForSequenceClassification")]
     for stem in hf_rnn.ARCHITECTURES
+}
+
+
+def attention_in_every_second_layer(num_hidden_layers=3, **settings):
+    kinds = ["sliding_attention", "linear_attention"] * num_hidden_layers
+    settings = dict(layer_types=kinds[:num_hidden_layers], sliding_window=5, num_key_value_heads=2) | settings
+    return hf_rnn.MinLSTMConfig(num_hidden_layers=num_hidden_layers, **settings)
+
+
+# The architectures, and others of their layouts, which pass the same tests
+LAYOUTS = ARCHITECTURES | {
+    "gru-paper": [partial(hf_rnn.GRUConfig, block_layout="paper"), *ARCHITECTURES["gru"][1:]],
+    "minlstm-attention": [attention_in_every_second_layer, *ARCHITECTURES["minlstm"][1:]],
+    "xlstm-gated": [partial(hf_rnn.XLSTMConfig, block_layout="gated", slstm_at=[0]), *ARCHITECTURES["xlstm"][1:]],
 }
 
 
@@ -39,7 +54,7 @@ def for_those_that_have(*cases: tuple) -> list[tuple]:
     return [(name, *case) for case in cases for name in sorted(names) if case[0].keys() <= names[name]]
 
 
-@pytest.fixture(params=sorted(ARCHITECTURES))
+@pytest.fixture(params=sorted(LAYOUTS))
 def architecture(request) -> str:
     return request.param
 
@@ -49,7 +64,7 @@ def make_model(architecture):
     """Build a small language model with weights large enough that every part of it matters."""
 
     def make(**config):
-        config_class, model_class, _ = ARCHITECTURES[architecture]
+        config_class, model_class, _ = LAYOUTS[architecture]
         torch.manual_seed(0)
         settings = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, initializer_range=0.3)
         settings |= dict(pad_token_id=58, bos_token_id=59, eos_token_id=60)

@@ -62,6 +62,7 @@ class TorchExchangeModel(RecurrentModel):
             use_bias=rnn.bias,
             hidden_dropout=rnn.dropout,
             learned_initial_state=False,
+            block_layout="paper",
             residual=False,
             conv_kernel=0,
             feed_forward_factor=0,

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from hf_rnn.skeleton.configuration_recurrent import RecurrentBlockConfig
+from hf_rnn.layers.causal_conv import CausalConv
+from hf_rnn.skeleton.configuration_block import RecurrentBlockConfig
 from hf_rnn_kernels.layout import SequenceLayout
 
 
@@ -33,8 +34,9 @@ class Mixer(nn.Module, ABC):
         options = dict(dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
         return tuple(torch.zeros(batch_size, *shape, **options) for shape in self.state_shapes)  # type: ignore
 
-    def read(self, state: tuple[Tensor, ...]) -> Tensor:
-        """The output that `forward` gave with this state, (B, T, ...) each: (B, T, D). For `MemoryMixin`."""
+    def read(self, state: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        """The output that `forward` gave with this state, (B, T, ...) each, for the token x (B, T, D): (B, T, D). For
+        `MemoryMixin`."""
         raise self._no_memories()
 
     def to_states(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -50,8 +52,8 @@ class Mixer(nn.Module, ABC):
 
 
 class RecurrentMixer(Mixer):
-    """What the recurrences in minGRU's blocks share: the projection to pre-activations, a learned initial state, the
-    output projection.
+    """What recurrences over a vector share: the projection to pre-activations, a learned initial state, the output
+    projection; in the gated layout a convolution before and a gate after.
 
     An architecture gives `num_projections`, `recurrence` and, where they differ, `num_states` and `initial_bias`.
 
@@ -66,13 +68,17 @@ class RecurrentMixer(Mixer):
     def __init__(self, config: RecurrentBlockConfig):
         super().__init__()
         self.config = config
-        inner = config.inner_size
+        size, inner, bias = config.hidden_size, config.inner_size, config.use_bias
         self.state_shapes = [(inner,)] * self.num_states
-        self.in_proj = nn.Linear(config.hidden_size, self.num_projections * inner, bias=config.use_bias)
+        self.conv, self.gate_proj = None, None
+        if config.is_gated:
+            self.gate_proj = nn.Linear(size, inner, bias=bias)
+            if config.conv_kernel:
+                self.conv = CausalConv(size, config.conv_kernel)
+                self.state_shapes.append(self.conv.state_shape)
+        self.in_proj = nn.Linear(size, self.num_projections * inner, bias=bias)
         self.initial_state = nn.Parameter(torch.empty(self.num_states, inner)) if config.learned_initial_state else None
-        self.out_proj = (
-            nn.Linear(inner, config.hidden_size, bias=config.use_bias) if config.output_projection else nn.Identity()
-        )
+        self.out_proj = nn.Linear(inner, size, bias=bias) if config.output_projection else nn.Identity()
 
     @abstractmethod
     def recurrence(
@@ -95,20 +101,29 @@ class RecurrentMixer(Mixer):
             init.zeros_(self.initial_state)
 
     def initial_states(self, batch_size: int) -> tuple[Tensor, ...]:
+        states = super().initial_states(batch_size)
         if self.initial_state is None:
-            return super().initial_states(batch_size)
-        dtype = torch.promote_types(self.initial_state.dtype, torch.float32)
+            return states
+        learned, others = self.initial_state.to(states[0].dtype), states[self.num_states :]
         # Not views of the parameter, for a forward pass writes to a state
-        return tuple(s.to(dtype).repeat(batch_size, 1) for s in self.initial_state)
+        return *(s.repeat(batch_size, 1) for s in learned), *others
 
-    def read(self, state: tuple[Tensor, ...]) -> Tensor:
-        return self.out_proj(state[0].to(next(self.parameters()).dtype))
+    def read(self, state: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        return self._output(state[0].to(next(self.parameters()).dtype), x)
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        inputs, conv_states = x, ()
+        if self.conv is not None:
+            inputs, conv_state = self.conv(x, None if state is None else state[-1], layout)
+            conv_states = (conv_state,)
         if state is None and self.initial_state is not None:
             sequences = layout.sequences(x.shape[0])
             state = tuple(s.reshape(-1, s.shape[-1]).expand(sequences, -1) for s in self.initial_state.unbind(-2))
-        h, last = self.recurrence(x, state or (None,) * self.num_states, layout)
-        return self.out_proj(h), last
+        before = (None,) * self.num_states if state is None else state[: self.num_states]
+        h, last = self.recurrence(inputs, before, layout)
+        return self._output(h, x), (*last, *conv_states)
+
+    def _output(self, h: Tensor, x: Tensor) -> Tensor:
+        return self.out_proj(h if self.gate_proj is None else h * nn.functional.silu(self.gate_proj(x)))

@@ -1,7 +1,7 @@
 """The skeleton every architecture shares: embedding -> blocks -> norm -> head.
 
-A block is pre-norm residual: x += conv(x), x += recurrence(norm(x)), x += feed_forward(norm(x)), the first and the
-last where the configuration has them. An architecture gives what mixes tokens (a `Mixer`) and its config.
+A block is pre-norm residual: x += conv(x), x += mixer(norm(x)), x += feed_forward(norm(x)), the first and the last
+where the configuration has them. An architecture gives what mixes tokens (a `Mixer`) and its config.
 """
 
 from pathlib import Path
@@ -16,9 +16,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_rnn.layers import CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm
+from hf_rnn.layers import CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm, SlidingAttention
 from hf_rnn.remote_code.loader import write_remote_code
 from hf_rnn.skeleton.cache import RecurrentCache
+from hf_rnn.skeleton.configuration_hybrid import ATTENTION
 from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
 from hf_rnn.skeleton.generation import RecurrentGenerationMixin
 from hf_rnn.skeleton.inputs import check_ids, check_known, packed_offsets, padding_mask, state_of
@@ -61,10 +62,13 @@ class RecurrentBlock(GradientCheckpointingLayer):
             x = x + self._drop(y)
             state = None if state is None else state[:-1]
             new_state = (conv_state,)
-        y, mixer_state = self.mixer(x if self.mixer_norm is None else self.mixer_norm(x), state, layout)
+        y, mixer_state = self.mixer(self._normalized(x), state, layout)
         if cache is not None:
             cache.update((*mixer_state, *new_state), self.layer_idx)
         return self._after_mixer(x, y)
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        return x if self.mixer_norm is None else self.mixer_norm(x)
 
     def _after_mixer(self, x: Tensor, y: Tensor) -> Tensor:
         x = self._drop(y) if self.mixer_norm is None else x + self._drop(y)
@@ -75,7 +79,7 @@ class RecurrentBlock(GradientCheckpointingLayer):
 
     def read(self, x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
         """What `forward` gave for the token x (B, T, D), of the states (B, T, ...) after it."""
-        return self._after_mixer(x, self.mixer.read(state))
+        return self._after_mixer(x, self.mixer.read(state, self._normalized(x)))
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
@@ -106,10 +110,17 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        std = self.config.initializer_range
         if isinstance(module, Mixer):
             module.init_weights()
+        elif isinstance(module, nn.Linear) and std is None:
+            init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, CausalConv):
-            init.normal_(module.weight, std=self.config.initializer_range)
+            if std is None:  # torch's convolutions
+                bound = module.kernel_size**-0.5
+                init.uniform_(module.weight, -bound, bound)
+            else:
+                init.normal_(module.weight, std=std)
             init.zeros_(module.bias)
 
     @classmethod
@@ -204,14 +215,15 @@ class RecurrentModel(RecurrentPreTrainedModel):
         return RMSNorm(config.hidden_size, eps=config.norm_eps) if config.residual else None
 
     def make_block(self, config: Any, layer_idx: int) -> RecurrentBlock:
-        """The blocks of minGRU's paper."""
+        """The blocks of `RecurrentBlockConfig`."""
         size, inner = config.hidden_size, int(config.hidden_size * config.feed_forward_factor)
         dropped = config.residual or layer_idx < config.num_hidden_layers - 1
+        attention = config.layer_types[layer_idx] == ATTENTION
         return RecurrentBlock(
             layer_idx,
-            self.mixer_class(config),
+            SlidingAttention(config) if attention else self.mixer_class(config),
             self.make_norm(config),
-            CausalConv(size, config.conv_kernel) if config.conv_kernel else None,
+            CausalConv(size, config.conv_kernel) if config.conv_kernel and not config.is_gated else None,
             self.make_norm(config) if inner else None,
             FeedForward(size, inner) if inner else None,
             config.hidden_dropout if dropped else 0.0,

@@ -1,5 +1,6 @@
 """Tasks that say what a memory can do: synthetic ones without end, and images as sequences of pixels."""
 
+from hf_rnn.tasks.listops import ListOps
 from hf_rnn.tasks.metrics import accuracy, compute_metrics, preprocess_logits_for_metrics
 from hf_rnn.tasks.pixels import digits, image_sequences, to_image
 from hf_rnn.tasks.synthetic import (
@@ -15,6 +16,7 @@ from hf_rnn.tasks.synthetic import (
 
 __all__ = [
     "KeysValues",
+    "ListOps",
     "ModularArithmetic",
     "Parity",
     "Retrieval",

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from conftest import LAYOUTS
 from transformers import pipeline
 
 from hf_rnn import byte_tokenizer
@@ -12,7 +12,7 @@ TEXTS = ["Hello", "A much longer text than the one before", "x"]
 
 def test_text_classification(architecture, tmp_path):
     torch.manual_seed(0)
-    config_class, _, classifier_class = ARCHITECTURES[architecture]
+    config_class, _, classifier_class = LAYOUTS[architecture]
     config = config_class(hidden_size=16, num_hidden_layers=1, initializer_range=0.3, num_labels=3)
     classifier_class(config).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, LAYOUTS
 from transformers import (
     GenerationMixin,
     TextClassificationPipeline,
@@ -71,7 +71,7 @@ def test_every_name_that_transformers_passes_is_taken_or_belongs_to_other_models
 
 
 def test_unknown_arguments_are_refused_by_name(architecture, ids):
-    config_class, *model_classes = ARCHITECTURES[architecture]
+    config_class, *model_classes = LAYOUTS[architecture]
     for model_class in (*model_classes, model_classes[0].model_class):
         model = model_class(config_class(vocab_size=61, hidden_size=16, num_hidden_layers=1))
         for name in ("past_key_value", "atention_mask", "is_causal", "encoder_outputs"):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, for_those_that_have
+from conftest import ARCHITECTURES, LAYOUTS, for_those_that_have
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -49,7 +49,7 @@ PACKED = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]])
 
 def test_a_mask_that_numbers_sequences_is_refused(architecture, make_model):
     """Read as ones they would see each other: by the language model, its classifier, and where the past is in front."""
-    config, _, classifier = ARCHITECTURES[architecture]
+    config, _, classifier = LAYOUTS[architecture]
     ids = torch.arange(8)[None]
     models = make_model(), classifier(config(vocab_size=61, hidden_size=16)).eval()
     for model in models:
@@ -85,6 +85,9 @@ def test_a_cache_of_another_model_or_batch(make_model, model, ids):
         model(ids[:1], past_key_values=state, cu_seq_lens_q=torch.tensor([0, 17]))
 
 
+ATTENTION = ["sliding_attention"] * 3
+
+
 @pytest.mark.parametrize(
     "architecture, settings, message",
     for_those_that_have(
@@ -97,16 +100,26 @@ def test_a_cache_of_another_model_or_batch(make_model, model, ids):
         (dict(expansion_factor=0.001), "expansion_factor"),
         (dict(norm_eps=-1.0), "norm_eps"),
         (dict(forget_bias=float("nan")), "forget_bias"),
+        (dict(block_layout="griffin"), "block_layout: expected '"),
+        (dict(block_layout="gated", residual=False, conv_kernel=0), "block_layout: 'gated' adds to a residual stream"),
+        (dict(layer_types=["linear_attention"] * 2), "layer_types: expected one for each of the 3 layers .*got 2"),
+        (dict(layer_types=["full_attention"] * 3), "layer_types: expected 'linear_attention' or 'sliding_attention'"),
+        (dict(layer_types=ATTENTION, num_attention_heads=7), "num_attention_heads: .*384, got 7"),
+        (dict(layer_types=ATTENTION, num_attention_heads=384), "num_attention_heads: expected heads of an even number"),
+        (dict(layer_types=ATTENTION, num_key_value_heads=3), "num_key_value_heads: expected a divisor of the 4 heads"),
+        (dict(layer_types=ATTENTION, sliding_window=0), "sliding_window: expected at least 1 token"),
+        (dict(layer_types=ATTENTION, rope_theta=0.5), "rope_theta: expected"),
+        (dict(layer_types=ATTENTION, residual=False, conv_kernel=0), "layer_types: attention adds to a residual"),
     ),
 )
 def test_config(architecture, settings, message):
     with pytest.raises(Exception, match=message):
-        ARCHITECTURES[architecture][0](**settings)
+        LAYOUTS[architecture][0](**settings)
 
 
 def test_a_misspelt_setting(architecture):
     with pytest.raises(Exception, match="did you mean 'hidden_size'"):
-        ARCHITECTURES[architecture][0](hiden_size=4)
+        LAYOUTS[architecture][0](hiden_size=4)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "header", "missing tensor"])
@@ -151,7 +164,7 @@ def special_tokens(config):
 
 def test_special_tokens_are_the_byte_vocabularys_alone(architecture, tmp_path, capfd):
     """And what is told stays, None included, through a saved config."""
-    make = ARCHITECTURES[architecture][0]
+    make = LAYOUTS[architecture][0]
     assert special_tokens(make()) == (256, 257, 258)
     assert special_tokens(make(vocab_size=300)) == special_tokens(make(vocab_size=64)) == (None, None, None)
     assert "within the vocabulary" not in capfd.readouterr().err, "transformers would warn of each"
@@ -169,7 +182,7 @@ def test_special_tokens_are_the_byte_vocabularys_alone(architecture, tmp_path, c
 @pytest.mark.parametrize("architecture", ["gru"], indirect=True)
 def test_ordinary_tokens_of_another_vocabulary(architecture):
     """Token 256 of 300 is none of padding, and 258 ends nothing."""
-    config, causal, classifier = ARCHITECTURES[architecture]
+    config, causal, classifier = LAYOUTS[architecture]
     config = config(vocab_size=300, hidden_size=16, num_hidden_layers=1)
     ids = torch.tensor([[3, 256], [4, 5]])
     model = classifier(config).eval()
@@ -275,7 +288,7 @@ def test_labels_of_another_shape(model, ids):
 
 
 def test_classifier_rows(architecture, ids):
-    config_class, _, classifier_class = ARCHITECTURES[architecture]
+    config_class, _, classifier_class = LAYOUTS[architecture]
     model = classifier_class(config_class(vocab_size=61, hidden_size=16, pad_token_id=58)).eval()
     with pytest.raises(ValueError, match="row of padding only"):
         model(torch.full_like(ids, 58))

@@ -16,7 +16,10 @@ MODELS = {
     "LSTM": ("LSTM", dict(conv_kernel=0, num_hidden_layers=2)),
     "bare LSTM": ("LSTM", dict(num_hidden_layers=2, **BARE)),
     "GRU": ("GRU", dict(conv_kernel=0, expansion_factor=2)),
+    "paper GRU": ("GRU", dict(block_layout="paper", conv_kernel=0)),
+    "LSTM behind convolutions": ("LSTM", dict(expansion_factor=1, num_hidden_layers=2)),
     "sLSTM": ("XLSTM", dict(block_layout="neurips", slstm_at="all", num_hidden_layers=2)),
+    "gated sLSTM": ("XLSTM", dict(block_layout="gated", slstm_at="all", inner_size=16)),
 }
 
 
@@ -70,7 +73,7 @@ def test_every_memory_can_be_held(name):
             torch.testing.assert_close(states[0].square().mean(-1), torch.ones_like(states[0][..., 0]))
         else:
             assert states[0].abs().max() < 1
-        if kind == "SLSTM":
+        if "SLSTM" in kind:
             _, c, n, _, _ = states
             assert (n >= 1).all() and (c.abs() <= n).all()
     assert model.update_memory(memory, torch.zeros(64, dtype=torch.long)).isfinite().all()
@@ -99,7 +102,9 @@ def test_places_tell_memory_tokens_apart():
         ("MinLSTM", {}, "nothing to gain"),
         ("XLSTM", {}, "MLSTM: nothing to gain"),
         ("XLSTM", dict(block_layout="neurips", slstm_at=[0], num_hidden_layers=2), "nothing to gain"),
-        ("LSTM", {}, "conv_kernel: expected 0"),
+        ("LSTM", dict(block_layout="paper"), "conv_kernel: expected 0"),
+        ("LSTM", {}, "states of one width .*conv_kernel=0 or expansion_factor=1"),
+        ("GRU", dict(conv_kernel=0, layer_types=["sliding_attention"] * 3), "layer_types: .*recurrent layers alone"),
     ],
 )
 def test_who_cannot_be_trained_by_memories(stem, settings, message):

@@ -17,15 +17,22 @@ from hf_rnn import RecurrentCache
 PROPERTY = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 VARIANTS = {
     "default": {},
-    "paper's selective copying": dict(conv_kernel=0, feed_forward_factor=0, expansion_factor=6, hidden_dropout=0.1),
+    "paper": dict(block_layout="paper", feed_forward_factor=2),
+    "paper's selective copying": dict(
+        block_layout="paper", conv_kernel=0, feed_forward_factor=0, expansion_factor=6, hidden_dropout=0.1
+    ),
+    "no convolution": dict(conv_kernel=0, expansion_factor=1, output_projection=False, feed_forward_factor=1.5),
+    "attention": dict(layer_types=["linear_attention", "sliding_attention"], sliding_window=5, num_key_value_heads=2),
+    "attention, all it sees": dict(layer_types=["sliding_attention"] * 2, sliding_window=40, num_attention_heads=2),
     "bare": dict(conv_kernel=0, feed_forward_factor=0, output_projection=False, use_bias=False, residual=False),
     "heads": dict(num_heads=4, expansion_factor=2),
-    "linear candidate": dict(use_g=False),
+    "positive candidate": dict(use_g=True),
     "no learned state": dict(learned_initial_state=False),
-    "neurips": dict(block_layout="neurips"),
+    "neurips": dict(block_layout="neurips", slstm_at=[]),
     "mlp": dict(updater="mlp"),
     "gru": dict(updater="gru", num_memory_tokens=3),
     "mixture": dict(block_layout="neurips", slstm_at=[0], use_bias=True),
+    "gated sLSTM": dict(block_layout="gated", slstm_at=[1], use_bias=True),
 }
 
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import ARCHITECTURES, for_those_that_have, relative_error
+from conftest import ARCHITECTURES, LAYOUTS, for_those_that_have, relative_error
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -37,7 +37,7 @@ def test_auto_classes(architecture, model):
     assert type(AutoConfig.for_model(config.model_type)) is type(config)
     assert type(AutoModel.from_config(config)) is type(model.model)
     assert type(AutoModelForCausalLM.from_config(config)) is type(model)
-    assert type(AutoModelForSequenceClassification.from_config(config)) is ARCHITECTURES[architecture][2]
+    assert type(AutoModelForSequenceClassification.from_config(config)) is LAYOUTS[architecture][2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,8 +64,8 @@ def test_backbone_and_head_share_checkpoints(architecture, model, ids, tmp_path)
 @pytest.mark.parametrize("architecture, settings", for_those_that_have((dict(forget_bias=2.0),)))
 def test_initialisation_is_whole(architecture, settings, tmp_path):
     """Every parameter is initialised, also those that a checkpoint lacks. xLSTM's: test_xlstm.py."""
-    config = ARCHITECTURES[architecture][0](hidden_size=32, num_hidden_layers=1, **settings)
-    model = ARCHITECTURES[architecture][1](config)
+    config = LAYOUTS[architecture][0](hidden_size=32, num_hidden_layers=1, **settings)
+    model = LAYOUTS[architecture][1](config)
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter).all() and parameter.abs().max() < 3, name
     mixer = model.model.layers[0].mixer
@@ -85,19 +85,20 @@ def test_initialisation_is_whole(architecture, settings, tmp_path):
     "architecture, settings", for_those_that_have((dict(forget_bias=2.0, learned_initial_state=False),))
 )
 def test_initial_biases_without_a_learned_state(architecture, settings):
-    config = ARCHITECTURES[architecture][0](hidden_size=32, num_hidden_layers=1, **settings)
-    mixer = ARCHITECTURES[architecture][1](config).model.layers[0].mixer
+    config = LAYOUTS[architecture][0](hidden_size=32, num_hidden_layers=1, **settings)
+    mixer = LAYOUTS[architecture][1](config).model.layers[0].mixer
     assert int((mixer.in_proj.bias.abs() == 2.0).sum()) == 32
 
 
 @pytest.mark.parametrize("architecture", ["mingru", "minlstm"])
 def test_the_papers_network(architecture):
     """Selective copying: 3 layers, width 64, expansion 6, RMS norms, dropout 0.1, no convolution, no feed-forward."""
-    config_class, model_class, _ = ARCHITECTURES[architecture]
+    config_class, model_class, _ = LAYOUTS[architecture]
     config = config_class(
         vocab_size=16,
         hidden_size=64,
         num_hidden_layers=3,
+        block_layout="paper",
         expansion_factor=6,
         hidden_dropout=0.1,
         conv_kernel=0,
@@ -363,7 +364,7 @@ def test_pipeline(make_model, tmp_path):
 
 
 def test_classifier(architecture, ids, tmp_path):
-    config_class, _, classifier_class = ARCHITECTURES[architecture]
+    config_class, _, classifier_class = LAYOUTS[architecture]
     torch.manual_seed(0)
     model = classifier_class(config_class(vocab_size=61, hidden_size=16, num_labels=4, pad_token_id=58)).eval()
     expected = model(ids).logits

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from conftest import LAYOUTS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 
@@ -72,7 +72,7 @@ def test_rows_without_gradients(model, ids):
 
 def test_fake_tensors(architecture, ids):
     """A training step, a prompt with padding and a token after it, without memory."""
-    config_class, model_class, classifier_class = ARCHITECTURES[architecture]
+    config_class, model_class, classifier_class = LAYOUTS[architecture]
     config = config_class(vocab_size=61, hidden_size=16, num_labels=3, **MORE.get(architecture, {}))
     with FakeTensorMode():
         model = model_class(config)
@@ -106,7 +106,7 @@ def test_elements_of_vmap_are_scans_of_their_own():
 
 def test_meta_device(architecture):
     """A prompt and a token after it, counted without memory."""
-    config_class, model_class, _ = ARCHITECTURES[architecture]
+    config_class, model_class, _ = LAYOUTS[architecture]
     with torch.device("meta"):
         model = model_class(config_class(vocab_size=61, hidden_size=16)).eval()
         prompt = model(torch.zeros(2, 9, dtype=torch.long), use_cache=True)

@@ -210,13 +210,17 @@ def test_weights_of_something_else():
         XLSTMForCausalLM.from_xlstm(state)
 
 
+KINDS = ["linear_attention", "sliding_attention", "linear_attention"]
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
         (dict(block_layout="8b"), "block_layout: expected"),
-        (dict(slstm_at=[0]), "slstm_at: only with"),
+        (dict(slstm_at=[0]), "slstm_at: not with"),
         (dict(block_layout="neurips", slstm_at=[3]), "slstm_at: expected indices from 0 to 2"),
         (dict(block_layout="neurips", slstm_at="some"), "slstm_at: expected indices"),
+        (dict(block_layout="gated", slstm_at=[1], layer_types=KINDS), "slstm_at: layer 1 is attention"),
         (dict(num_heads=0), "num_heads: expected at least 1"),
         (dict(qk_size=0), "qk_size: expected a multiple"),
         (dict(qk_size=30), "qk_size: expected a multiple of the 4 heads"),

@@ -1,6 +1,6 @@
 from huggingface_hub.dataclasses import strict
 
-from hf_rnn.skeleton.configuration_recurrent import RecurrentBlockConfig
+from hf_rnn.skeleton.configuration_block import RecurrentBlockConfig
 
 
 @strict

@@ -49,7 +49,7 @@ class Memory(Mixer):
         new = self.updater(memory.to(x.dtype), x)
         return F.rms_norm(new.to(memory.dtype), new.shape[-1:])
 
-    def read(self, state: tuple[Tensor, ...]) -> Tensor:
+    def read(self, state: tuple[Tensor, ...], x: Tensor | None = None) -> Tensor:
         """y_t: (N, ..., K, D) to (N, ..., D)."""
         x = self.out_proj(state[0].flatten(-2).to(self.norm.weight.dtype))
         return x + self.ff(self.norm(x))

@@ -1,6 +1,6 @@
 from huggingface_hub.dataclasses import strict
 
-from hf_rnn.skeleton.configuration_recurrent import RecurrentBlockConfig
+from hf_rnn.skeleton.configuration_block import RecurrentBlockConfig
 
 
 @strict
@@ -9,11 +9,17 @@ class MinGRUConfig(RecurrentBlockConfig):
 
     Args:
         forget_bias: initial value of minus the update gate's bias: larger keeps the state longer. 0 is the paper's.
-        use_g: candidate states pass through g, which keeps them positive (paper, appendix B.3).
+        use_g: candidate states pass through g, which keeps them positive (paper, appendix B.3); None: in the paper's
+            layout alone, since without it the gated one learns more.
         others: see `RecurrentBlockConfig`.
     """
 
     model_type = "hf_rnn_mingru"
 
     forget_bias: int | float = 0.0
-    use_g: bool = True
+    use_g: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.use_g is None:
+            self.use_g = not self.is_gated

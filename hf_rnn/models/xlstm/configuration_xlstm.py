@@ -4,35 +4,37 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 
 from hf_rnn.models.xlstm.transformers_config import from_transformers_config
-from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
+from hf_rnn.skeleton.configuration_hybrid import ATTENTION, HybridConfig
 
 
 @strict
-class XLSTMConfig(RecurrentConfig):
-    """Configuration of the xLSTM (arXiv 2405.04517), in one of its two published designs.
+class XLSTMConfig(HybridConfig):
+    """Configuration of the xLSTM (arXiv 2405.04517), in one of its two published designs, or with gated sLSTM blocks.
 
     "7b", of xLSTM-7B (arXiv 2503.13427): mLSTM blocks without convolution, each followed by a SwiGLU, RMS norms, soft
     caps on gates and logits. "neurips", of the first paper: the mLSTM between an up- and a down-projection, the sLSTM
-    followed by a gated GELU, both behind convolutions, layer norms. Sizes that are None follow from hidden_size.
+    followed by a gated GELU, both behind convolutions, layer norms. "gated" is "neurips" with the sLSTM as the mLSTM:
+    wide, between two projections, its output gated, no feed-forward. Sizes that are None follow from hidden_size.
 
     Args:
-        block_layout: "7b" or "neurips".
-        slstm_at: the blocks that are sLSTM, by index from 0, or "all"; the others are mLSTM. Only with "neurips".
-            xLSTM[7:1] has one in eight.
+        block_layout: "7b", "neurips" or "gated".
+        slstm_at: the blocks that are sLSTM, by index from 0, or "all"; the other recurrent ones are mLSTM. Not with
+            "7b". xLSTM[7:1] has one in eight.
         num_heads: heads of both cells.
         qk_size: queries' (and keys') channels, all heads together. "7b" only; None: half of hidden_size.
         v_size: values' channels, all heads together. "7b" only; None: hidden_size.
-        inner_size: channels of the mLSTM. "neurips" only; None: 2 * hidden_size, rounded up to a multiple of 64.
-        qkv_block_size: q, k and v are projected in blocks of so many channels. "neurips" only.
-        conv_kernel: width of the causal convolutions; at least 2. "neurips" only.
-        intermediate_size: channels of the feed-forward; None: 2.667 ("7b") or 1.3 ("neurips") times hidden_size,
-            rounded up to a multiple of 64.
+        inner_size: channels of the mLSTM, and of a gated sLSTM. Not with "7b"; None: 2 * hidden_size, rounded up to a
+            multiple of 64.
+        qkv_block_size: q, k and v are projected in blocks of so many channels. Not with "7b".
+        conv_kernel: width of the causal convolutions; at least 2. Not with "7b".
+        intermediate_size: channels of the feed-forward; None: 2.667 ("7b") or 1.3 times hidden_size, rounded up to a
+            multiple of 64.
         gate_soft_cap: gates of the mLSTM are c tanh(x / c); None for none. "7b" only.
         logit_soft_cap: the same for logits. "7b" only.
-        norm_eps: epsilon of the norms; None: 1e-6 ("7b") or 1e-5 ("neurips").
+        norm_eps: epsilon of the norms; None: 1e-6 ("7b") or 1e-5.
         initializer_range: standard deviation of the initial weights; None: sqrt(2 / (5 hidden_size)), the papers'.
             Projections back to the residual stream start with 2 / (num_hidden_layers sqrt(hidden_size)) in any case.
-        others: see `RecurrentConfig`.
+        others: see `HybridConfig`.
     """
 
     model_type = "hf_rnn_xlstm"
@@ -67,7 +69,9 @@ class XLSTMConfig(RecurrentConfig):
     @property
     def slstm_blocks(self) -> list[int]:
         """Indices of the sLSTM blocks."""
-        return list(range(self.num_hidden_layers)) if isinstance(self.slstm_at, str) else list(self.slstm_at)
+        if not isinstance(self.slstm_at, str):
+            return list(self.slstm_at)
+        return [index for index, kind in enumerate(self.layer_types or []) if kind != ATTENTION]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -87,14 +91,19 @@ class XLSTMConfig(RecurrentConfig):
         but gathered where it has biases, which transformers' "packed_colwise" (5.23) cuts as one."""
         into, back = ("in_proj", "out_proj") if self.is_7b else ("up_proj", "down_proj")
         plan = {f"layers.*.mixer.{into}": "colwise_gather_output", f"layers.*.mixer.{back}": "rowwise_split_input"}
-        if len(self.slstm_blocks) == self.num_hidden_layers:
+        if len(self.slstm_blocks) == self.num_hidden_layers and self.block_layout == "neurips":
             plan = {}
-        if self.is_7b or self.slstm_blocks:
+        if self.has_feed_forward:
             up, down = (
                 ("colwise_gather_output", "rowwise_split_input") if self.use_bias else ("packed_colwise", "rowwise")
             )
             plan |= {"layers.*.ff.up_proj": up, "layers.*.ff.down_proj": down}
-        return plan
+        return plan | self.attention_plan()
+
+    @property
+    def has_feed_forward(self) -> bool:
+        """Whether any block has one: those of "7b", of sLSTM in "neurips", of attention."""
+        return self.is_7b or self.has_attention or (self.block_layout == "neurips" and bool(self.slstm_blocks))
 
     @property
     def epsilon(self) -> float:
@@ -112,15 +121,17 @@ class XLSTMConfig(RecurrentConfig):
         return 2 / self.num_hidden_layers / self.hidden_size**0.5
 
     def validate_architecture(self):
-        if self.block_layout not in ("7b", "neurips"):
-            raise ValueError(f"block_layout: expected '7b' or 'neurips', got {self.block_layout!r}")
+        if self.block_layout not in ("7b", "neurips", "gated"):
+            raise ValueError(f"block_layout: expected '7b', 'neurips' or 'gated', got {self.block_layout!r}")
         super().validate_architecture()
         if isinstance(self.slstm_at, str) and self.slstm_at != "all":
             raise ValueError(f"slstm_at: expected indices of blocks or 'all', got {self.slstm_at!r}")
         if self.slstm_blocks and self.is_7b:
-            raise ValueError("slstm_at: only with block_layout='neurips'; '7b' has mLSTM blocks alone")
+            raise ValueError("slstm_at: not with block_layout='7b', which has mLSTM blocks alone")
         if wrong := [n for n in self.slstm_blocks if not 0 <= n < self.num_hidden_layers]:
             raise ValueError(f"slstm_at: expected indices from 0 to {self.num_hidden_layers - 1}, got {wrong[0]}")
+        if taken := [n for n in self.slstm_blocks if self.layer_types[n] == ATTENTION]:
+            raise ValueError(f"slstm_at: layer {taken[0]} is attention by layer_types")
         if self.num_heads < 1:
             raise ValueError(f"num_heads: expected at least 1, got {self.num_heads}")
         used, unused = (
@@ -139,7 +150,7 @@ class XLSTMConfig(RecurrentConfig):
                 if cap is not None and not 0 < cap < float("inf"):
                     raise ValueError(f"{name}: expected a finite number above 0, or None, got {cap}")
         else:
-            if self.slstm_blocks and self.hidden_size % self.num_heads:
+            if self.block_layout == "neurips" and self.slstm_blocks and self.hidden_size % self.num_heads:
                 raise ValueError(f"num_heads: expected a divisor of hidden_size, {self.hidden_size}, for sLSTM blocks")
             if self.qkv_block_size < 1 or self.sizes["inner_size"] % self.qkv_block_size:
                 raise ValueError(

@@ -1,17 +1,16 @@
 """xLSTM: exponential gates, in an LSTM with a matrix as memory (mLSTM) and in one that sees its state (sLSTM)."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
-from hf_rnn.layers import CausalConv, GatedFeedForward, Mixer, RMSNorm
+from hf_rnn.layers import CausalConv, GatedFeedForward, Mixer, RMSNorm, SlidingAttention
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
 from hf_rnn.models.xlstm.conversion_xlstm import check_complete, from_package, transformers_weights
 from hf_rnn.models.xlstm.mlstm import MLSTM, UpProjectedMLSTM
-from hf_rnn.models.xlstm.slstm import SLSTM
+from hf_rnn.models.xlstm.slstm import SLSTM, GatedSLSTM
+from hf_rnn.skeleton.configuration_hybrid import ATTENTION
 from hf_rnn.skeleton.modeling_recurrent import (
     RecurrentBlock,
     RecurrentForCausalLM,
@@ -41,6 +40,8 @@ class XLSTMPreTrainedModel(RecurrentPreTrainedModel):
             super()._init_weights(module)
         if isinstance(module, GatedFeedForward):
             init.normal_(module.down_proj.weight, std=self.config.initial_output_std)
+        elif isinstance(module, SlidingAttention):
+            init.normal_(module.o_proj.weight, std=self.config.initial_output_std)
 
 
 class XLSTMModel(XLSTMPreTrainedModel, RecurrentModel):
@@ -52,22 +53,21 @@ class XLSTMModel(XLSTMPreTrainedModel, RecurrentModel):
         return nn.LayerNorm(config.hidden_size, eps=config.epsilon, bias=False)
 
     def make_block(self, config: XLSTMConfig, layer_idx: int) -> RecurrentBlock:
-        mixer: Mixer
-        activation: Callable[[Tensor], Tensor] | None
+        mixer = self.make_mixer(config, layer_idx)
+        ff_norm, ff = None, None
+        if not isinstance(mixer, UpProjectedMLSTM | GatedSLSTM):
+            activation = nn.functional.silu if config.is_7b else nn.functional.gelu
+            ff_norm, size = self.make_norm(config), config.sizes["intermediate_size"]
+            ff = GatedFeedForward(config.hidden_size, size, activation, config.use_bias)
+        return RecurrentBlock(layer_idx, mixer, self.make_norm(config), None, ff_norm, ff, config.hidden_dropout)
+
+    def make_mixer(self, config: XLSTMConfig, layer_idx: int) -> Mixer:
+        """What mixes tokens in this layer."""
+        if config.layer_types[layer_idx] == ATTENTION:  # type: ignore[index]
+            return SlidingAttention(config)
         if layer_idx in config.slstm_blocks:
-            mixer, activation = SLSTM(config, layer_idx), nn.functional.gelu
-        elif config.is_7b:
-            mixer, activation = MLSTM(config), nn.functional.silu
-        else:
-            mixer, activation = UpProjectedMLSTM(config), None
-        norm, ff_norm, ff = self.make_norm(config), None, None
-        if activation is not None:
-            size = config.sizes["intermediate_size"]
-            ff_norm, ff = (
-                self.make_norm(config),
-                GatedFeedForward(config.hidden_size, size, activation, config.use_bias),
-            )
-        return RecurrentBlock(layer_idx, mixer, norm, None, ff_norm, ff, config.hidden_dropout)
+            return GatedSLSTM(config, layer_idx) if config.block_layout == "gated" else SLSTM(config, layer_idx)
+        return MLSTM(config) if config.is_7b else UpProjectedMLSTM(config)
 
 
 class XLSTMForCausalLM(XLSTMPreTrainedModel, RecurrentForCausalLM):

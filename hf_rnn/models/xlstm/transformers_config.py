@@ -57,7 +57,9 @@ def to_transformers_config(config: Any) -> "xLSTMConfig":
         ValueError: a model it cannot be.
     """
     if not config.is_7b:
-        raise ValueError("block_layout: transformers' xlstm has the '7b' blocks alone, got 'neurips'")
+        raise ValueError(f"block_layout: transformers' xlstm has the '7b' blocks alone, got {config.block_layout!r}")
+    if config.has_attention:
+        raise ValueError("layer_types: transformers' xlstm has recurrent layers alone, got attention")
     if config.use_bias:
         raise ValueError("use_bias: in transformers' xlstm the norms then have biases, too, which ours have not")
     if config.gate_soft_cap is None or config.logit_soft_cap is None:

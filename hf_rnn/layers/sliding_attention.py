@@ -1,0 +1,119 @@
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_rnn.layers.mixer import Mixer
+from hf_rnn.skeleton.configuration_hybrid import HybridConfig
+from hf_rnn_kernels.layout import SequenceLayout
+
+_NONE = -1  # the sequence of what no token may see
+
+
+class SlidingAttention(Mixer):
+    """Causal attention over the last w real tokens, the token itself included, with rotary positions (arXiv
+    2104.09864), a key and a value for each group of queries (arXiv 2305.13245).
+
+    The state is constant: keys before rotation and values of the last w tokens, (B, w, G, P) each, oldest first, and 1
+    where there is one, (B, w). Positions count real tokens from the oldest that a block of w queries sees, so that they
+    never grow and padding is none.
+    """
+
+    def __init__(self, config: HybridConfig):
+        super().__init__()
+        self.window, self.heads = config.sliding_window, config.num_attention_heads
+        self.groups, self.size = config.num_key_value_heads or self.heads, config.hidden_size // self.heads
+        self.theta = float(config.rope_theta)
+        width, bias = config.hidden_size, config.use_bias
+        self.q_proj = nn.Linear(width, self.heads * self.size, bias=bias)
+        self.k_proj = nn.Linear(width, self.groups * self.size, bias=bias)
+        self.v_proj = nn.Linear(width, self.groups * self.size, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.size, width, bias=bias)
+        self.state_shapes = [(self.window, self.groups, self.size)] * 2 + [(self.window,)]
+
+    def to_states(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        raise ValueError(
+            "layer_types: attention has no one state to train by memories; expected recurrent layers alone"
+        )
+
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        shape, x, mask = x.shape, layout.flat(x), layout.flat_mask()
+        batch, time = x.shape[:2]
+        q, k, v = (project(x).unflatten(-1, (-1, self.size)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        keys, values, filled = self.initial_states(batch) if state is None else state
+        # The sequence that each token is part of; of what is in the state 0
+        sequence = torch.zeros(batch, time, dtype=torch.long, device=x.device)
+        if layout.offsets is not None:
+            tokens = torch.arange(time, dtype=layout.offsets.dtype, device=x.device)
+            sequence = torch.searchsorted(layout.offsets[1:].contiguous(), tokens, right=True)[None]
+        before = torch.where(filled > 0, 0, _NONE)
+        if mask is not None:
+            sequence = sequence.masked_fill(~mask, _NONE)
+        k, v = (torch.cat([old.to(new.dtype), new], 1) for old, new in ((keys, k), (values, v)))
+        sequences = torch.cat([before, sequence], 1)
+        order = None
+        if mask is not None:  # padding first, then the state, then the real tokens: distances are those of real tokens
+            order = mask.long().argsort(dim=1, stable=True)
+            real = torch.cat([mask.new_ones(batch, self.window), mask], 1).long().argsort(dim=1, stable=True)
+            q, sequence = _rows(q, order), sequence.gather(1, order)
+            k, v, sequences = _rows(k, real), _rows(v, real), sequences.gather(1, real)
+        y = self._attend(q, k, v, sequence, sequences)
+        if order is not None:
+            y = _rows(y, order.argsort(1))
+        last = tuple(x[:, -self.window :].to(keys.dtype) for x in (k, v)) + (
+            (sequences[:, -self.window :] != _NONE).to(keys.dtype),
+        )
+        return self.o_proj(y.flatten(-2)).view(shape), self._written(state, last, layout)
+
+    def _written(self, state, last, layout: SequenceLayout) -> tuple[Tensor, ...]:
+        if layout.offsets is not None:
+            return ()
+        if state is None or not layout.in_place or any(x.requires_grad for x in last):
+            return last
+        for old, new in zip(state, last, strict=True):
+            old.copy_(new)
+        return state
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor) -> Tensor:
+        """q (B, T, H, P), k and v (B, w + T, G, P), whose key w + t is token t's, and the sequences that they are of to
+        (B, T, H, P): blocks of w queries, each with the 2 w keys that it may see."""
+        batch, time = q.shape[:2]
+        block = min(self.window, time)
+        rest = -time % block
+        if rest:
+            q, k, v = (F.pad(x, (0, 0, 0, 0, 0, rest)) for x in (q, k, v))
+            of_q, of_k = F.pad(of_q, (0, rest), value=_NONE), F.pad(of_k, (0, rest), value=_NONE)
+        span = self.window + block
+        q, of_q = q.unflatten(1, (-1, block)).flatten(0, 1), of_q.unflatten(1, (-1, block)).flatten(0, 1)
+        k, v = (x.unfold(1, span, block).movedim(-1, 2).flatten(0, 1) for x in (k, v))
+        of_k = of_k.unfold(1, span, block).flatten(0, 1)
+        place = torch.arange(span, device=q.device)
+        cosine, sine = rotations(place, self.size, self.theta, q.dtype)
+        q = rotate(q, cosine[self.window :], sine[self.window :])
+        k = rotate(k, cosine, sine)
+        ahead = place[None] - place[self.window :, None]
+        seen = (ahead > -self.window) & (ahead <= 0) & (of_q[:, :, None] == of_k[:, None]) & (of_q >= 0)[:, :, None]
+        seen = seen | (ahead == 0)  # of no keys the mean is NaN, at padding
+        y = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen[:, None], enable_gqa=self.heads != self.groups
+        )
+        return y.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)[:, :time]
+
+
+def rotations(place: Tensor, size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, (T, 1, size / 2), of place / theta^(2 i / size)."""
+    exponents = torch.arange(0, size, 2, device=place.device, dtype=torch.float64) / size
+    angles = place[:, None, None] / theta**exponents
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """x (N, T, H, P), whose channels i and i + P / 2 are a pair, turned by the angle of its place."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, T, ...) at index (B, T) of each row."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
