@@ -147,7 +147,7 @@ def training(stem: str) -> Training:
         steps = max(run["steps"] for task in rows.values() for row in task.values() for run in row["runs"])
         return Training(
             "By backpropagation through time on new strings of the task in every batch.",
-            {"batch": state_tracking.BATCH, "learning rate": state_tracking.LEARNING_RATE, "steps, at most": steps},
+            {"batch": state_tracking.BATCH, "learning rate": "the better of 0.003 and 0.01", "steps, at most": steps},
             ("werbos1990bptt",),
         )
     row = results("language_model")["results"][stem]

@@ -1,11 +1,12 @@
-"""What do the architectures learn in the same number of steps, and in the same time? Held-out loss of text by bytes.
+"""What do architectures and layouts learn in the same number of steps, and in the same time? Held-out loss of bytes.
 
     python benchmarks/quality.py --data tinyshakespeare.txt
 
-Seven architectures at equal parameters (benchmarks/models.py) on 90% of the text, compared on the last 5%, 3 seeds. A
-batch is 8 windows of 128 bytes. Cosine schedule over the budget, of steps or of seconds of training; the learning rate
-is each architecture's best of three after 250 steps, by the 5% in between. On a CPU every run has one
-thread, and as many run at once as there are cores. Without --data: the documentation inside CPython.
+Every layout of benchmarks/models.py at equal parameters on 90% of the text, compared on the last 5%, 3 seeds; some at
+other sizes, one seed. A batch is 8 windows of 128 bytes. Cosine schedule over the budget, of steps or of seconds of
+training; the learning rate is each one's best of three after 250 steps, by the 5% in between, at other sizes times the
+square root of the ratio of widths. On a CPU every run has one thread, and as many run at once as there are cores.
+Without --data: the documentation inside CPython.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pydoc_data.topics import topics
 
 import torch
 from driver import RESULTS, save
-from models import MODELS, make
+from models import LAYOUTS, make, width
 from resumable import finish, run_all
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,6 +29,11 @@ PARAMETERS, BATCH, TIME = 350_000, 8, 128
 RATES, TRIAL, SEEDS = (1e-3, 3e-3, 1e-2), 250, (0, 1, 2)  # learning rates, and steps to choose one by
 WARMUP, LEAST = 0.05, 0.1  # of the budget; of the learning rate, at the end
 POINTS, VALIDATION = 10, 64  # of a curve; windows for each
+SIZES = {
+    100_000: ("minGRU", "minGRU, paper", "GRU", "Transformer (transformers)"),
+    1_000_000: ("minGRU", "minGRU, paper", "GRU", "Transformer (transformers)"),
+    5_000_000: ("minGRU", "minGRU, paper", "Transformer (transformers)"),
+}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -60,11 +66,13 @@ def rate(progress: float) -> float:
     return warm * (LEAST + (1 - LEAST) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def train(name: str, seed: int, learning_rate: float, budget: float, unit: str, data: str | None) -> dict:
+def train(
+    name: str, seed: int, learning_rate: float, budget: float, unit: str, parameters: int, data: str | None
+) -> dict:
     """One run of `budget` steps or seconds; evaluations do not count."""
     training, validation, test = split(read(data))
     set_seed(seed)
-    model = make(name, PARAMETERS, 256).to(DEVICE).train()
+    model = make(name, parameters, 256).to(DEVICE).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     # Kernels are compiled before the clock runs
     model(input_ids=training[None, :TIME].to(DEVICE), use_cache=False).logits.sum().backward()
@@ -95,27 +103,39 @@ def train(name: str, seed: int, learning_rate: float, budget: float, unit: str, 
     }
 
 
+def rate_at(name: str, parameters: int, learning_rate: float) -> float:
+    """The learning rate at another size than `PARAMETERS`, where it was chosen."""
+    return learning_rate * (width(name, PARAMETERS, 256) / width(name, parameters, 256)) ** 0.5
+
+
 def picture(results: dict) -> None:
-    """Held-out loss over steps and over seconds, mean and range of the seeds."""
+    """Held-out loss over steps and over seconds, mean and range of the seeds, and over parameters."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (unit, title) in zip(
-        figure.subplots(1, 2, sharey=True), (("steps", "the same steps"), ("seconds", "the same time")), strict=True
-    ):
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    *plots, scaling = figure.subplots(1, 3)
+    colours: dict[str, str] = {}
+    for axes, (unit, key) in zip(plots, (("steps", "step"), ("seconds", "seconds")), strict=True):
         for name, row in results["models"].items():
             curves = [run["curve"] for run in row[unit]]
-            x = [
-                statistics.mean(p["step" if unit == "steps" else "seconds"] for p in ps)
-                for ps in zip(*curves, strict=True)
-            ]
+            x = [statistics.mean(p[key] for p in ps) for ps in zip(*curves, strict=True)]
             losses = [[p["loss"] for p in ps] for ps in zip(*curves, strict=True)]
-            line = axes.plot(x, [statistics.mean(ys) for ys in losses], label=name)[0]
-            axes.fill_between(x, [min(y) for y in losses], [max(y) for y in losses], alpha=0.15, color=line.get_color())
-        axes.set(title=title, xlabel=unit)
+            style = "--" if "transformers" in name else ":" if ", " in name else "-"
+            line = axes.plot(x, [statistics.mean(ys) for ys in losses], style, color=colours.get(name), label=name)[0]
+            colours[name] = line.get_color()
+            axes.fill_between(x, [min(y) for y in losses], [max(y) for y in losses], alpha=0.1, color=colours[name])
+        axes.set(title=f"the same {unit}", xlabel=unit, ylim=(1.5, 3.0))
+    for name in {name for rows in results["sizes"].values() for name in rows}:
+        rows = [found[name] for found in results["sizes"].values() if name in found]
+        rows = sorted([*rows, results["models"][name]["steps"][0]], key=lambda row: row["parameters"])
+        style = "--" if "transformers" in name else ":" if ", " in name else "-"
+        x, y = [row["parameters"] for row in rows], [row["test"] for row in rows]
+        scaling.plot(x, y, style, marker=".", color=colours[name])
+    scaling.set(title=f"{results['steps']} steps", xlabel="parameters", xscale="log")
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
-    figure.axes[0].set(ylabel="held-out loss, nats a byte", ylim=(None, 3.0))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    figure.axes[0].set(ylabel="held-out loss, nats a byte")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(RESULTS / f"quality_{'gpu' if torch.cuda.is_available() else 'cpu'}.png", dpi=100)
 
 
@@ -132,20 +152,29 @@ def main() -> None:
 
     trials = measure(
         {
-            (name, "learning rate", lr): (name, SEEDS[-1] + 1, lr, TRIAL, "steps")
-            for name in reversed(MODELS)  # the slow ones first
+            (name, "learning rate", lr): (name, SEEDS[-1] + 1, lr, TRIAL, "steps", PARAMETERS)
+            for name in sorted(LAYOUTS, key=lambda name: "Mamba" not in name)  # the slow one first
             for lr in RATES
         }
     )
     best: dict[str, float] = {
-        name: min(RATES, key=lambda lr: trials[name, "learning rate", lr]["validation"]) for name in MODELS
+        name: min(RATES, key=lambda lr: trials[name, "learning rate", lr]["validation"]) for name in LAYOUTS
     }
+    budgets = {"seconds": options.seconds, "steps": options.steps}
     runs = measure(
         {
-            (name, unit, seed): (name, seed, best[name], budget, unit)
-            for name in sorted(MODELS, key=lambda name: "Mamba" not in name)
-            for unit, budget in (("steps", options.steps), ("seconds", options.seconds))
+            (name, unit, seed): (name, seed, best[name], budget, unit, PARAMETERS)
+            for unit, budget in budgets.items()
+            for name in sorted(LAYOUTS, key=lambda name: "Mamba" not in name)
             for seed in SEEDS
+        }
+    )
+    sizes = measure(
+        {
+            (name, f"{size:,} parameters"): (name, SEEDS[0], rate_at(name, size, best[name]), budget, "steps", size)
+            for size, names in reversed(SIZES.items())
+            for name in names
+            for budget in [options.steps]
         }
     )
     text = read(options.data)
@@ -168,7 +197,10 @@ def main() -> None:
                 },
                 **{unit: [runs[name, unit, seed] for seed in SEEDS] for unit in ("steps", "seconds")},
             }
-            for name in MODELS
+            for name in LAYOUTS
+        },
+        "sizes": {
+            str(size): {name: sizes[name, f"{size:,} parameters"] for name in names} for size, names in SIZES.items()
         },
     }
     save("quality", results)

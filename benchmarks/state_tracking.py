@@ -3,21 +3,23 @@
     python benchmarks/state_tracking.py
 
 xLSTM (arXiv 2405.04517) of two "neurips" blocks: sLSTM alone, mLSTM alone, one of each in either order; LSTM, GRU,
-minGRU and minLSTM of two layers, with as many channels as come closest to the parameters of one of each; a Transformer
-and, with one seed, Mamba from transformers, as large. Three tasks:
+minGRU and minLSTM of two gated blocks, minGRU also in the paper's and followed by attention over the last 64 tokens,
+with as many channels as come closest to the parameters of one of each; a Transformer and, with one seed, Mamba from
+transformers, as large. Three tasks:
 
 parity: is the number of ones so far odd? A regular language, one bit of state (Delétang et al., arXiv 2207.02098).
     Trained at every position of 2 to 40 bits; the score is of the last position, chance 1/2.
 recall: multi-query associative recall (Arora et al., arXiv 2312.04927). Pairs of a key and a value, keys distinct, then
     every key again in another order, each to be answered with its value. Trained with 2 to 16 pairs, scored at the
     queries; who guesses is right in 1 of 64, or of the values it saw, in 1 of as many as there are pairs. Longer here
-    is more pairs: more to hold at once.
+    is more pairs: more to hold at once, up to 4 times, when every key is one.
 selective copying: four of eight symbols among blanks, to be said in order at the end (arXiv 2312.00752), trained up to
     32 tokens. Chance is 1/8; the commonest symbol of a row is right about 0.4 of the time.
 
 New data in every batch, of a random size; the largest grows from 4 to full over the first half of the steps. The same
-data, steps, learning rate and schedule for all; after 50 batches in a row without an error in the second half a run
-stops. One thread a run, as many at once as there are cores; an interrupted measurement goes on run by run.
+data, steps and schedule for all; the learning rate is each one's best for the task after half of the steps, with
+another seed and other strings. After 50 batches in a row without an error in the second half a run stops. One thread a
+run, as many at once as there are cores; an interrupted measurement goes on run by run.
 """
 
 import argparse
@@ -39,8 +41,12 @@ from hf_rnn.tasks import SelectiveCopying
 KEYS, VALUES = 64, 64
 SIZES = {"parity": 40, "recall": 16, "selective copying": 32}  # the largest of training
 SMALLEST = {"parity": 2, "recall": 2, "selective copying": 8}
-FACTORS = [0.25, 0.5, 1, 2, 3, 4]  # times that in the tests
-BATCH, LEARNING_RATE, WARMUP, PATIENCE = 64, 1e-2, 50, 50
+FACTORS = {  # times that in the tests
+    "parity": [0.25, 0.5, 1, 2, 4, 8, 16],
+    "recall": [0.25, 0.5, 1, 2, 3, 4],
+    "selective copying": [0.25, 0.5, 1, 2, 4, 8, 16],
+}
+BATCH, RATES, WARMUP, PATIENCE = 64, (3e-3, 1e-2), 50, 50
 
 
 def parity(batch: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -77,15 +83,18 @@ def xlstm(slstm_at: list[int] | str, **common) -> PreTrainedModel:
     return hf_rnn.XLSTMForCausalLM(config)
 
 
-def reference(name: str, **common) -> PreTrainedModel:
+def reference(name: str, settings: dict | None = None, **common) -> PreTrainedModel:
     """One of our others as large as `xlstm([0])`, by its channels."""
 
     def build(channels: int) -> PreTrainedModel:
-        factor = channels / common["hidden_size"]
-        config = getattr(hf_rnn, f"{name}Config")(**common, expansion_factor=factor, feed_forward_factor=0)
+        sizes = dict(expansion_factor=channels / common["hidden_size"], feed_forward_factor=0)
+        config = getattr(hf_rnn, f"{name}Config")(**common | sizes | (settings or {}))
         return getattr(hf_rnn, f"{name}ForCausalLM")(config)
 
-    return _as_large(build, range(16, 257, 2), common)
+    return _as_large(build, range(16, 257, 8), common)
+
+
+HYBRID = dict(layer_types=["linear_attention", "sliding_attention"], sliding_window=64)
 
 
 def mamba(**common) -> PreTrainedModel:
@@ -120,15 +129,17 @@ CONTESTANTS: dict[str, Callable[..., PreTrainedModel]] = {
     "minGRU, minGRU": partial(reference, "MinGRU"),
     "GRU, GRU": partial(reference, "GRU"),
     "minLSTM, minLSTM": partial(reference, "MinLSTM"),
+    "minGRU, minGRU, the paper's": partial(reference, "MinGRU", dict(block_layout="paper")),
+    "minGRU, attention": partial(reference, "MinGRU", HYBRID),
     "Transformer (transformers)": transformer,
     "Mamba (transformers)": mamba,
 }
 
 
-def train(model: PreTrainedModel, task: str, steps: int, seed: int) -> int:
+def train(model: PreTrainedModel, task: str, steps: int, seed: int, learning_rate: float) -> int:
     """Returns the steps it took."""
     generator, right, size, smallest = torch.Generator().manual_seed(seed), 0, SIZES[task], SMALLEST[task]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / WARMUP, 1 - n / steps))
     for step in range(steps):
         largest = max(smallest, min(size, 4 + (size - 4) * 2 * step // steps))
@@ -149,9 +160,9 @@ def train(model: PreTrainedModel, task: str, steps: int, seed: int) -> int:
 
 
 @torch.no_grad()
-def test(model: PreTrainedModel, task: str, size: int) -> dict[str, float]:
+def test(model: PreTrainedModel, task: str, size: int, seed: int) -> dict[str, float]:
     """Accuracy over 512 strings of this size: at the last position, and at all that have labels."""
-    generator = torch.Generator().manual_seed(10**6 + size)  # no seed of training
+    generator = torch.Generator().manual_seed(seed + size)  # no seed of training
     tokens, labels = TASKS[task](512, size, generator)
     correct = (model(input_ids=tokens, use_cache=False).logits.argmax(-1) == labels).double()
     return {"last": float(correct[:, -1].mean()), "all": float(correct[labels != -100].mean())}
@@ -171,35 +182,42 @@ def picture(results: dict) -> None:
         return
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     for axes, (task, rows) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
-        sizes = [int(SIZES[task] * factor) for factor in FACTORS]
+        sizes = [int(SIZES[task] * factor) for factor in FACTORS[task]]
         for name, row in rows.items():
-            values = [score(row, task, factor) for factor in FACTORS]
+            values = [score(row, task, factor) for factor in FACTORS[task]]
             axes.plot(sizes, [statistics.mean(v) for v in values], marker=".", label=name)
             axes.fill_between(sizes, [min(v) for v in values], [max(v) for v in values], alpha=0.15)
         axes.axvline(SIZES[task], color="gray", linestyle=":")
-        axes.set(title=task, ylim=(-0.02, 1.03), ylabel="accuracy")
+        axes.set(title=task, xscale="log", ylim=(-0.02, 1.03), ylabel="accuracy")
         axes.set_xlabel({"parity": "bits", "recall": "pairs"}.get(task, "tokens"))
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(RESULTS / "state_tracking.png", dpi=80)
 
 
-def run(task: str, name: str, steps: int, seed: int) -> dict:
-    """Train one and test it at every size."""
+def run(task: str, name: str, steps: int, seed: int, learning_rate: float, strings: int = 10**6) -> dict:
+    """Train one and test it at every size, on strings of this seed."""
     set_seed(seed)
     tokens = dict(vocab_size=VOCABULARIES[task], pad_token_id=None, bos_token_id=None, eos_token_id=None)
     model = CONTESTANTS[name](hidden_size=64, num_hidden_layers=2, **tokens).train()
     start = time.perf_counter()
-    done = train(model, task, steps, seed)
+    done = train(model, task, steps, seed, learning_rate)
     seconds = time.perf_counter() - start
     model.eval()
     return {
         "seed": seed,
+        "learning_rate": learning_rate,
         "steps": done,
         "seconds": seconds,
-        "accuracy": {str(factor): test(model, task, int(SIZES[task] * factor)) for factor in FACTORS},
+        "accuracy": {str(factor): test(model, task, int(SIZES[task] * factor), strings) for factor in FACTORS[task]},
         "parameters": model.num_parameters(),
     }
+
+
+def measure(jobs: dict[tuple, tuple]) -> dict[tuple, dict]:
+    return dict(
+        zip(jobs, run_all("state_tracking", run, {", ".join(k): v for k, v in jobs.items()}).values(), strict=True)
+    )
 
 
 def main() -> None:
@@ -207,25 +225,41 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    jobs = {
-        (task, name, seed): (task, name, options.steps, seed)
-        for seed in range(options.seeds)
-        for task in TASKS
-        for name in CONTESTANTS
-        if seed == 0 or "Mamba" not in name
-    }
-    named = {f"{task}, {name}, seed {seed}": arguments for (task, name, seed), arguments in jobs.items()}
-    runs = dict(zip(jobs, run_all("state_tracking", run, named).values(), strict=True))
+    trials = measure(
+        {
+            (task, name, f"learning rate {rate}"): (task, name, options.steps // 2, options.seeds, rate, 2 * 10**6)
+            for task in TASKS
+            for name in CONTESTANTS
+            for rate in RATES
+        }
+    )
+
+    def best(task: str, name: str) -> float:
+        def found(rate: float) -> float:
+            return score({"runs": [trials[task, name, f"learning rate {rate}"]]}, task, 1)[0]
+
+        return max(RATES, key=found)
+
+    runs = measure(
+        {
+            (task, name, f"seed {seed}"): (task, name, options.steps, seed, best(task, name))
+            for seed in range(options.seeds)
+            for task in TASKS
+            for name in CONTESTANTS
+            if seed == 0 or "Mamba" not in name
+        }
+    )
     results: dict[str, dict] = {}
     for (task, name, _), result in runs.items():
         row = results.setdefault(task, {}).setdefault(name, {"runs": [], "parameters": result["parameters"]})
         row["runs"].append({key: value for key, value in result.items() if key != "parameters"})
     for task, rows in results.items():
-        print(f"\n{task}, accuracy at 1, 2 and 4 times the size of training: mean (worst) of {options.seeds} seeds\n")
-        print("| cells | parameters | " + " | ".join(str(SIZES[task] * n) for n in (1, 2, 4)) + " | steps |")
-        print("| --- | --- | --- | --- | --- | --- |")
+        factors = [factor for factor in FACTORS[task] if factor in (1, 4, 16)]
+        print(f"\n{task}, accuracy at multiples of the size of training: mean (worst) of {options.seeds} seeds\n")
+        print("| cells | parameters | " + " | ".join(str(SIZES[task] * n) for n in factors) + " | steps |")
+        print("| --- " * (len(factors) + 3) + "|")
         for name, row in rows.items():
-            values = [score(row, task, factor) for factor in (1, 2, 4)]
+            values = [score(row, task, factor) for factor in factors]
             cells = " | ".join(f"{statistics.mean(v):.2f} ({min(v):.2f})" for v in values)
             steps = ", ".join(str(run["steps"]) for run in row["runs"])
             print(f"| {name} | {row['parameters']:,} | {cells} | {steps} |")

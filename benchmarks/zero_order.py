@@ -95,11 +95,8 @@ def picture(results: dict) -> None:
 def losses(name: str, batch: int, time: int) -> dict[str, dict]:
     config, model_class = MODELS[name]
     torch.manual_seed(0)
-    model = (
-        model_class(config(hidden_size=WIDTH, num_hidden_layers=2, feed_forward_factor=0, block_layout="paper"))
-        .eval()
-        .to(DEVICE)
-    )
+    sizes = dict(hidden_size=WIDTH, num_hidden_layers=2, feed_forward_factor=0, block_layout="paper")
+    model = model_class(config(**sizes)).eval().to(DEVICE)
     directions = DIRECTIONS if batch * time <= 2048 else 8
     ids = torch.randint(0, 256, (batch, time + 1), device=DEVICE)
     runs = contestants(model, {"input_ids": ids, "labels": ids}, directions)

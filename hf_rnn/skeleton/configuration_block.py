@@ -102,9 +102,6 @@ class RecurrentBlockConfig(HybridConfig):
         self._check_width("expansion_factor", self.hidden_size * self.expansion_factor)
         self._check_width("feed_forward_factor", self.hidden_size * self.feed_forward_factor, least=0)
         self._check_width("conv_kernel", self.conv_kernel, least=0)
-        heads = getattr(self, "num_heads", 1)
-        if heads < 1 or self.inner_size % heads:
-            raise ValueError(f"num_heads: expected a divisor of the {self.inner_size} channels, got {heads}")
         if not self.output_projection and self.inner_size != self.hidden_size:
             raise ValueError(
                 f"output_projection: needed at expansion_factor {self.expansion_factor}, only 1 can do without"
@@ -117,3 +114,26 @@ class RecurrentBlockConfig(HybridConfig):
             raise ValueError("block_layout: 'gated' adds to a residual stream; without residuals expected 'paper'")
         if self.has_attention:
             raise ValueError("layer_types: attention adds to a residual stream; without residuals expected none")
+
+
+@strict
+class MultiHeadConfig(RecurrentBlockConfig):
+    """Configuration of recurrences whose gates see the state, each head its own part of it.
+
+    Args:
+        num_heads: the recurrent matrix is block-diagonal over so many heads; 1 is the classical dense one. None: up to
+            8 that divide the channels ("gated", whose recurrence is wide) or 1.
+        others: see `RecurrentBlockConfig`.
+    """
+
+    num_heads: int | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.num_heads is None:
+            self.num_heads = math.gcd(8, self.inner_size) if self.is_gated else 1
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        if self.num_heads < 1 or self.inner_size % self.num_heads:  # type: ignore[operator]
+            raise ValueError(f"num_heads: expected a divisor of the {self.inner_size} channels, got {self.num_heads}")

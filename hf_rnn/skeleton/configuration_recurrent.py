@@ -6,7 +6,6 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 

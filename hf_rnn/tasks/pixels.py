@@ -1,4 +1,4 @@
-"""Images as sequences of grey levels, row by row, for generative modelling.
+"""Images as sequences of grey levels, row by row, to generate or to classify.
 
 A sequence begins with a token of its own, number `levels`, and holds side * side pixels: input_ids and labels are
 (1 + side * side).
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def digits(split: str = "train", levels: int = 8, seed: int = 0) -> "Dataset":
+def digits(split: str = "train", levels: int = 8, seed: int = 0, classify: bool = False) -> "Dataset":
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, which come with it: a `datasets.Dataset`.
 
     Args:
         split: "train", or "test": every fifth of the images in an order drawn by `seed`.
         levels: grey levels, 2 to 17.
+        classify: labels are the digits, 0 to 9, and not the pixels.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -31,10 +32,11 @@ def digits(split: str = "train", levels: int = 8, seed: int = 0) -> "Dataset":
     if split not in ("train", "test"):
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     _check_levels(levels, 17)
-    images = load_digits().images / 16
+    data = load_digits()
+    images = data.images / 16
     order = np.random.default_rng(seed).permutation(len(images))
     chosen = order[::5] if split == "test" else np.delete(order, np.s_[::5])
-    return _sequences(images[chosen], levels)
+    return _sequences(images[chosen], levels, data.target[chosen] if classify else None)
 
 
 def image_sequences(
@@ -81,13 +83,13 @@ def _check_levels(levels: int, most: int) -> None:
         raise ValueError(f"levels: expected 2 to {most}, got {levels}")
 
 
-def _sequences(images: np.ndarray, levels: int) -> "Dataset":
-    """(N, side, side) in [0, 1]."""
+def _sequences(images: np.ndarray, levels: int, labels: np.ndarray | None = None) -> "Dataset":
+    """(N, side, side) in [0, 1], with labels (N,) or the pixels themselves."""
     from datasets import Dataset
 
     pixels = np.minimum((images * levels).astype(np.int64), levels - 1).reshape(len(images), -1)
     rows = np.concatenate([np.full((len(images), 1), levels), pixels], 1)
-    return Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
+    return Dataset.from_dict({"input_ids": rows, "labels": rows if labels is None else labels}).with_format("torch")
 
 
 def to_image(input_ids: Tensor | np.ndarray, levels: int) -> np.ndarray:
