@@ -28,8 +28,8 @@ class RecurrentBlockConfig(HybridConfig):
             (docs/architectures/layouts.md), or "paper" where there are no residuals.
         expansion_factor: the recurrence has int(hidden_size * expansion_factor) channels; None: 2 ("gated") or 1.
         conv_kernel: width of the causal convolution before each recurrence, 0 for none.
-        feed_forward_factor: the feed-forward has int(hidden_size * feed_forward_factor) channels, 0 for none; None: 0
-            ("gated") or 4.
+        feed_forward_factor: the feed-forward has int(hidden_size * feed_forward_factor) channels, 0 for none; None: 4
+            ("paper" with residuals) or 0.
         output_projection: a linear layer from the recurrence back to the residual stream; may be False only at
             expansion 1.
         residual: blocks add to a residual stream, each branch behind a norm. False stacks the bare recurrences, as
@@ -55,7 +55,7 @@ class RecurrentBlockConfig(HybridConfig):
         if self.expansion_factor is None:
             self.expansion_factor = 2.0 if self.is_gated else 1.0
         if self.feed_forward_factor is None:
-            self.feed_forward_factor = 0.0 if self.is_gated else 4.0
+            self.feed_forward_factor = 4.0 if self.residual and not self.is_gated else 0.0
         super().__post_init__(**kwargs)
 
     @classmethod

@@ -145,7 +145,7 @@ CONFIGS = {
     "id2label": [5, [1]],
     "num_labels": ["x", -3],
     "quantization_config": [5, {"quant_method": "hf_rnn_coded", "tensors": 5}],
-    "layer_types": [["linear_attention"], ["x"], 5],
+    "layer_types": [["linear_attention"] * 7, ["x"], 5],
     "block_layout": ["x", 5],
     "sliding_window": ["x"],
     "num_key_value_heads": [0.5],
