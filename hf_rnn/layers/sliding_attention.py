@@ -39,49 +39,40 @@ class SlidingAttention(Mixer):
         self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         shape, x, mask = x.shape, layout.flat(x), layout.flat_mask()
-        batch, time = x.shape[:2]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        empty = (x.new_zeros(x.shape[0], *size, dtype=dtype) for size in self.state_shapes)
+        keys, values, filled = empty if state is None else state
         q, k, v = (project(x).unflatten(-1, (-1, self.size)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        keys, values, filled = self.initial_states(batch) if state is None else state
-        # The sequence that each token is part of; of what is in the state 0
-        sequence = torch.zeros(batch, time, dtype=torch.long, device=x.device)
-        if layout.offsets is not None:
-            tokens = torch.arange(time, dtype=layout.offsets.dtype, device=x.device)
-            sequence = torch.searchsorted(layout.offsets[1:].contiguous(), tokens, right=True)[None]
-        before = torch.where(filled > 0, 0, _NONE)
-        if mask is not None:
-            sequence = sequence.masked_fill(~mask, _NONE)
-        k, v = (torch.cat([old.to(new.dtype), new], 1) for old, new in ((keys, k), (values, v)))
-        sequences = torch.cat([before, sequence], 1)
-        order = None
-        if mask is not None:  # padding first, then the state, then the real tokens: distances are those of real tokens
+        of_q = sequences(x, mask, layout.offsets)
+        k, v = torch.cat([keys.to(k.dtype), k], 1), torch.cat([values.to(v.dtype), v], 1)
+        of_k = torch.cat([torch.where(filled > 0, 0, _NONE), of_q], 1)
+        if mask is None:
+            y = self._attend(q, k, v, of_q, of_k)
+        else:  # padding in front, then the state, then the real tokens: distances are those of real tokens
             order = mask.long().argsort(dim=1, stable=True)
-            real = torch.cat([mask.new_ones(batch, self.window), mask], 1).long().argsort(dim=1, stable=True)
-            q, sequence = _rows(q, order), sequence.gather(1, order)
-            k, v, sequences = _rows(k, real), _rows(v, real), sequences.gather(1, real)
-        y = self._attend(q, k, v, sequence, sequences)
-        if order is not None:
-            y = _rows(y, order.argsort(1))
-        last = tuple(x[:, -self.window :].to(keys.dtype) for x in (k, v)) + (
-            (sequences[:, -self.window :] != _NONE).to(keys.dtype),
-        )
-        return self.o_proj(y.flatten(-2)).view(shape), self._written(state, last, layout)
-
-    def _written(self, state, last, layout: SequenceLayout) -> tuple[Tensor, ...]:
+            kept = torch.cat([mask.new_ones(len(mask), self.window), mask], 1).long().argsort(dim=1, stable=True)
+            k, v, of_k = (rows(y, kept) for y in (k, v, of_k))
+            y = rows(self._attend(rows(q, order), k, v, rows(of_q, order), of_k), order.argsort(1))
+        y = self.o_proj(y.flatten(-2)).view(shape)
         if layout.offsets is not None:
-            return ()
-        if state is None or not layout.in_place or any(x.requires_grad for x in last):
-            return last
+            return y, ()
+        last = [z[:, -self.window :].to(keys.dtype) for z in (k, v, of_k != _NONE)]
+        if state is None or not layout.in_place or any(z.requires_grad for z in last):
+            return y, tuple(last)
         for old, new in zip(state, last, strict=True):
             old.copy_(new)
-        return state
+        return y, state
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor) -> Tensor:
         """q (B, T, H, P), k and v (B, w + T, G, P), whose key w + t is token t's, and the sequences that they are of to
         (B, T, H, P): blocks of w queries, each with the 2 w keys that it may see."""
         batch, time = q.shape[:2]
-        block = min(self.window, time)
+        if time == 0:
+            return q
+        # A program for any number of tokens has blocks of one size
+        block = self.window if time > 1 and torch.compiler.is_exporting() else min(self.window, time)
         rest = -time % block
-        if rest:
+        if time > 1:
             q, k, v = (F.pad(x, (0, 0, 0, 0, 0, rest)) for x in (q, k, v))
             of_q, of_k = F.pad(of_q, (0, rest), value=_NONE), F.pad(of_k, (0, rest), value=_NONE)
         span = self.window + block
@@ -101,6 +92,16 @@ class SlidingAttention(Mixer):
         return y.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)[:, :time]
 
 
+def sequences(x: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Tensor:
+    """The sequence that each token of x (B, T, D) is part of, from 0, and `_NONE` where `mask` says padding: (B, T)."""
+    batch, time = x.shape[:2]
+    found = torch.zeros(batch, time, dtype=torch.long, device=x.device)
+    if offsets is not None:
+        tokens = torch.arange(time, dtype=offsets.dtype, device=x.device)
+        found = torch.searchsorted(offsets[1:].contiguous(), tokens, right=True)[None]
+    return found if mask is None else found.masked_fill(~mask, _NONE)
+
+
 def rotations(place: Tensor, size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine, (T, 1, size / 2), of place / theta^(2 i / size)."""
     exponents = torch.arange(0, size, 2, device=place.device, dtype=torch.float64) / size
@@ -114,6 +115,6 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
+def rows(x: Tensor, index: Tensor) -> Tensor:
     """x (B, T, ...) at index (B, T) of each row."""
     return x[torch.arange(len(x), device=x.device)[:, None], index]

@@ -56,8 +56,8 @@ def test_blocks_are_what_is_not_split(model):
 @pytest.mark.parametrize(
     "cases",
     [
-        ["lstm", "mingru", "minlstm-tied", "xlstm"],
-        ["gru-bare", "xlstm-bias", "xlstm-neurips", "memory"],
+        ["lstm", "lstm-paper", "mingru", "minlstm-tied", "xlstm"],
+        ["gru-bare", "gru-attention", "xlstm-bias", "xlstm-gated", "xlstm-neurips", "memory"],
     ],
     ids=["usual", "others"],
 )

@@ -13,11 +13,14 @@ SIZES = dict(vocab_size=17, hidden_size=16, num_hidden_layers=2)
 TOKENS = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
 CASES = {  # class and settings; sizes that two processes cannot share evenly among them
     "lstm": ("LSTM", dict(num_heads=2)),
+    "lstm-paper": ("LSTM", dict(block_layout="paper", num_heads=2)),
+    "gru-attention": ("GRU", dict(layer_types=["linear_attention", "sliding_attention"], num_key_value_heads=2)),
     "gru-bare": ("GRU", dict(residual=False, conv_kernel=0, feed_forward_factor=0, output_projection=False)),
     "mingru": ("MinGRU", dict(expansion_factor=1.3125)),
     "minlstm-tied": ("MinLSTM", dict(tie_word_embeddings=True)),
     "xlstm": ("XLSTM", dict(num_heads=2, intermediate_size=22)),
     "xlstm-bias": ("XLSTM", dict(num_heads=2, use_bias=True)),
+    "xlstm-gated": ("XLSTM", dict(num_heads=2, block_layout="gated", slstm_at=[0])),
     "xlstm-neurips": ("XLSTM", dict(num_heads=2, block_layout="neurips", slstm_at=[0])),
     "memory": ("MemoryRNN", dict(num_memory_tokens=2, num_heads=2)),
 }
