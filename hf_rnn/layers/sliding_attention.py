@@ -56,7 +56,7 @@ class SlidingAttention(Mixer):
         y = self.o_proj(y.flatten(-2)).view(shape)
         if layout.offsets is not None:
             return y, ()
-        last = [z[:, -self.window :].to(keys.dtype) for z in (k, v, of_k != _NONE)]
+        last = [z[:, -self.window :].to(keys.dtype, copy=True) for z in (k, v, of_k != _NONE)]
         if state is None or not layout.in_place or any(z.requires_grad for z in last):
             return y, tuple(last)
         for old, new in zip(state, last, strict=True):
@@ -65,31 +65,32 @@ class SlidingAttention(Mixer):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor) -> Tensor:
         """q (B, T, H, P), k and v (B, w + T, G, P), whose key w + t is token t's, and the sequences that they are of to
-        (B, T, H, P): blocks of w queries, each with the 2 w keys that it may see."""
+        (B, T, H, P). More than w tokens go in blocks of w, each with the 2 w keys that it may see."""
         batch, time = q.shape[:2]
-        if time == 0:
-            return q
-        # A program for any number of tokens has blocks of one size
-        block = self.window if time > 1 and torch.compiler.is_exporting() else min(self.window, time)
-        rest = -time % block
-        if time > 1:
-            q, k, v = (F.pad(x, (0, 0, 0, 0, 0, rest)) for x in (q, k, v))
-            of_q, of_k = F.pad(of_q, (0, rest), value=_NONE), F.pad(of_k, (0, rest), value=_NONE)
-        span = self.window + block
-        q, of_q = q.unflatten(1, (-1, block)).flatten(0, 1), of_q.unflatten(1, (-1, block)).flatten(0, 1)
-        k, v = (x.unfold(1, span, block).movedim(-1, 2).flatten(0, 1) for x in (k, v))
-        of_k = of_k.unfold(1, span, block).flatten(0, 1)
-        place = torch.arange(span, device=q.device)
+        # A program for any number of tokens has them in one
+        if torch.compiler.is_exporting() or time <= self.window:
+            return self._attend_block(q, k, v, of_q, of_k) if time else q
+        block, rest = self.window, -time % self.window
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, rest)) for x in (q, k, v))
+        of_q, of_k = F.pad(of_q, (0, rest), value=_NONE), F.pad(of_k, (0, rest), value=_NONE)
+        q, of_q = (x.unflatten(1, (-1, block)).flatten(0, 1) for x in (q, of_q))
+        k, v = (x.unfold(1, 2 * block, block).movedim(-1, 2).flatten(0, 1) for x in (k, v))
+        of_k = of_k.unfold(1, 2 * block, block).flatten(0, 1)
+        y = self._attend_block(q, k, v, of_q, of_k)
+        return y.unflatten(0, (batch, -1)).flatten(1, 2)[:, :time]
+
+    def _attend_block(self, q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor) -> Tensor:
+        """The same for all tokens at once."""
+        place = torch.arange(k.shape[1], device=q.device)
         cosine, sine = rotations(place, self.size, self.theta, q.dtype)
         q = rotate(q, cosine[self.window :], sine[self.window :])
         k = rotate(k, cosine, sine)
         ahead = place[None] - place[self.window :, None]
         seen = (ahead > -self.window) & (ahead <= 0) & (of_q[:, :, None] == of_k[:, None]) & (of_q >= 0)[:, :, None]
         seen = seen | (ahead == 0)  # of no keys the mean is NaN, at padding
-        y = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen[:, None], enable_gqa=self.heads != self.groups
-        )
-        return y.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)[:, :time]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=self.heads != self.groups)
+        return y.transpose(1, 2)
 
 
 def sequences(x: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Tensor:
