@@ -246,8 +246,8 @@ def state_tracking(results: Results) -> str:
         key = "last" if task == "parity" else "all"
 
         def cell(row: Results, factor: str, key: str = key) -> str:
-            values = [run["accuracy"][factor][key] for run in row["runs"]]
-            return f"{statistics.mean(values):.2f} ({min(values):.2f})"
+            values = [run["accuracy"][factor][key] for run in row["runs"] if factor in run["accuracy"]]
+            return f"{statistics.mean(values):.2f} ({min(values):.2f})" if values else "-"
 
         lines = [
             [name, f"{row['parameters']:,}", f"{row['runs'][0]['learning_rate']:g}", *(cell(row, f) for f in factors)]

@@ -2,9 +2,9 @@
 
     python benchmarks/state_tracking.py
 
-xLSTM (arXiv 2405.04517) of two "neurips" blocks: sLSTM alone, mLSTM alone, one of each in either order; LSTM, GRU,
-minGRU and minLSTM of two gated blocks, minGRU also in the paper's and followed by attention over the last 64 tokens,
-with as many channels as come closest to the parameters of one of each; a Transformer and, with one seed, Mamba from
+xLSTM (arXiv 2405.04517) of two "neurips" blocks: sLSTM alone, mLSTM alone, the one before the other; LSTM, GRU and
+minGRU of two gated blocks, minGRU also in the paper's and followed by attention over the last 64 tokens, with as many
+channels as come closest to the parameters of one of each; a Transformer and, with one seed, Mamba from
 transformers, as large. Three tasks:
 
 parity: is the number of ones so far odd? A regular language, one bit of state (Delétang et al., arXiv 2207.02098).
@@ -18,7 +18,7 @@ selective copying: four of eight symbols among blanks, to be said in order at th
 
 New data in every batch, of a random size; the largest grows from 4 to full over the first half of the steps. The same
 data, steps and schedule for all; the learning rate is each one's best for the task after half of the steps, with
-another seed and other strings. After 50 batches in a row without an error in the second half a run stops. One thread a
+another seed and other strings; Mamba's, which takes minutes a run, is 0.01. After 50 batches in a row without an error in the second half a run stops. One thread a
 run, as many at once as there are cores; an interrupted measurement goes on run by run.
 """
 
@@ -124,11 +124,9 @@ CONTESTANTS: dict[str, Callable[..., PreTrainedModel]] = {
     "sLSTM, sLSTM": partial(xlstm, "all"),
     "mLSTM, mLSTM": partial(xlstm, []),
     "sLSTM, mLSTM": partial(xlstm, [0]),
-    "mLSTM, sLSTM": partial(xlstm, [1]),
     "LSTM, LSTM": partial(reference, "LSTM"),
     "minGRU, minGRU": partial(reference, "MinGRU"),
     "GRU, GRU": partial(reference, "GRU"),
-    "minLSTM, minLSTM": partial(reference, "MinLSTM"),
     "minGRU, minGRU, the paper's": partial(reference, "MinGRU", dict(block_layout="paper")),
     "minGRU, attention": partial(reference, "MinGRU", HYBRID),
     "Transformer (transformers)": transformer,
@@ -231,10 +229,14 @@ def main() -> None:
             for task in TASKS
             for name in CONTESTANTS
             for rate in RATES
+            if "Mamba" not in name
         }
     )
 
     def best(task: str, name: str) -> float:
+        if "Mamba" in name:
+            return RATES[-1]
+
         def found(rate: float) -> float:
             return score({"runs": [trials[task, name, f"learning rate {rate}"]]}, task, 1)[0]
 
