@@ -192,7 +192,7 @@ def quality(results: Results) -> str:
         return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
     header = [
-        "", "parameters", "learning rate", f"loss after {results['steps']} steps", "seconds",
+        "", "parameters", "learning rate", f"loss after {results['steps']} steps",
         f"loss after {results['seconds']:.0f} s", "steps",
     ]  # fmt: skip
     rows = [
@@ -201,7 +201,6 @@ def quality(results: Results) -> str:
             f"{row['parameters']:,}",
             f"{row['learning_rate']:g}",
             cell(row["steps"], "test"),
-            f"{statistics.mean(run['seconds'] for run in row['steps']):.0f}",
             cell(row["seconds"], "test"),
             f"{statistics.mean(run['steps'] for run in row['seconds']):,.0f}",
         ]

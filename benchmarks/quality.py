@@ -5,8 +5,8 @@
 Every layout of benchmarks/models.py at equal parameters on 90% of the text, compared on the last 5%, 3 seeds; some at
 other sizes, one seed. A batch is 8 windows of 128 bytes. Cosine schedule over the budget, of steps or of seconds of
 training; the learning rate is each one's best of three after 250 steps, by the 5% in between, at other sizes times the
-ratio of widths, as widths of 64 to 256 want it (docs/log.md). On a CPU every run has one thread, and as many run at once
-as there are cores.
+ratio of widths, as widths of 64 to 256 want it (docs/log.md). On a CPU every run has one thread, and as many run at
+once as there are cores.
 Without --data: the documentation inside CPython.
 """
 

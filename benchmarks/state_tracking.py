@@ -18,8 +18,9 @@ selective copying: four of eight symbols among blanks, to be said in order at th
 
 New data in every batch, of a random size; the largest grows from 4 to full over the first half of the steps. The same
 data, steps and schedule for all; the learning rate is each one's best for the task after half of the steps, with
-another seed and other strings; Mamba's, which takes minutes a run, is 0.01. After 50 batches in a row without an error in the second half a run stops. One thread a
-run, as many at once as there are cores; an interrupted measurement goes on run by run.
+another seed and other strings; Mamba's, which takes minutes a run, is 0.01. After 50 batches in a row without an error
+in the second half a run stops. One thread a run, as many at once as there are cores; an interrupted measurement goes on
+run by run.
 """
 
 import argparse
@@ -168,7 +169,8 @@ def test(model: PreTrainedModel, task: str, size: int, seed: int) -> dict[str, f
 
 def score(row: dict, task: str, factor: float) -> list[float]:
     """What counts, of every seed."""
-    return [run["accuracy"][str(factor)]["last" if task == "parity" else "all"] for run in row["runs"]]
+    key = "last" if task == "parity" else "all"
+    return [run["accuracy"][str(factor)][key] for run in row["runs"] if str(factor) in run["accuracy"]]
 
 
 def picture(results: dict) -> None:
@@ -180,9 +182,10 @@ def picture(results: dict) -> None:
         return
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     for axes, (task, rows) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
-        sizes = [int(SIZES[task] * factor) for factor in FACTORS[task]]
         for name, row in rows.items():
-            values = [score(row, task, factor) for factor in FACTORS[task]]
+            factors = [factor for factor in FACTORS[task] if score(row, task, factor)]
+            sizes = [int(SIZES[task] * factor) for factor in factors]
+            values = [score(row, task, factor) for factor in factors]
             axes.plot(sizes, [statistics.mean(v) for v in values], marker=".", label=name)
             axes.fill_between(sizes, [min(v) for v in values], [max(v) for v in values], alpha=0.15)
         axes.axvline(SIZES[task], color="gray", linestyle=":")
@@ -262,7 +265,7 @@ def main() -> None:
         print("| --- " * (len(factors) + 3) + "|")
         for name, row in rows.items():
             values = [score(row, task, factor) for factor in factors]
-            cells = " | ".join(f"{statistics.mean(v):.2f} ({min(v):.2f})" for v in values)
+            cells = " | ".join(f"{statistics.mean(v):.2f} ({min(v):.2f})" if v else "-" for v in values)
             steps = ", ".join(str(run["steps"]) for run in row["runs"])
             print(f"| {name} | {row['parameters']:,} | {cells} | {steps} |")
     picture(results)
