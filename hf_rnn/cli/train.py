@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     HfArgumentParser,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -34,6 +35,7 @@ from hf_rnn import (
 from hf_rnn.cli.data import blocks, read_documents, tokenize
 from hf_rnn.cli.plot import plot_losses
 from hf_rnn.cli.settings import read_settings
+from hf_rnn.skeleton.configuration_hybrid import HybridConfig
 from hf_rnn.tasks.evaluation import bits_per_byte
 from hf_rnn.tokenization.reading import read_tokenizer
 
@@ -119,7 +121,9 @@ class RunDefaults:
 class TrainArguments(RunDefaults, RecurrentTrainingArguments):
     """TrainingArguments, with defaults for training a small recurrent model from scratch."""
 
-    learning_rate: float = 3e-3
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "default: 1.28 / hidden_size, at most 0.02; of a memory RNN 3e-3"}
+    )
     weight_decay: float = 0.1
     adam_beta2: float = 0.98
     lr_scheduler_type: str = "cosine"
@@ -163,6 +167,12 @@ TRAINERS: dict[str, tuple[Any, Any]] = {
     "dmt": (DMTTrainer, DMTTrainArguments),
     "rate": (RateConstrainedTrainer, RateTrainArguments),
 }
+
+
+def default_learning_rate(config: PreTrainedConfig) -> float:
+    """Near the best of AdamW with a cosine schedule, where weights start with 1 / sqrt(inputs): it falls with the width
+    as muP says (arXiv 2203.03466), 0.02, 0.01 and 0.003 at widths of 64, 128 and 256 (docs/log.md, 2026-11-30)."""
+    return min(0.02, 1.28 / config.hidden_size) if isinstance(config, HybridConfig) else 3e-3
 
 
 def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -213,6 +223,8 @@ def train(
     folder = Path(str(arguments.output_dir))
     stream, ends = tokenize(documents, tokenizer)
     cut = len(stream) - int(len(stream) * data.held_out)
+    if arguments.learning_rate is None:
+        arguments.learning_rate = default_learning_rate(model.config)
     held_out = torch.from_numpy(stream[cut:])
     trainer_class = next((t for t, a in reversed(TRAINERS.values()) if isinstance(arguments, a)), RecurrentTrainer)
     trainer = trainer_class(

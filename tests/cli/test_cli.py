@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from hf_rnn import ARCHITECTURES, GRUConfig, GRUForCausalLM, byte_tokenizer
 from hf_rnn.cli.baselines import lzma_bits_per_byte, ngram_bits_per_byte
 from hf_rnn.cli.data import tokenize
 from hf_rnn.cli.main import main
+from hf_rnn.cli.train import default_learning_rate
 from hf_rnn.tasks.evaluation import bits_per_byte, stream_loss
 
 TEXT = "the cat sat on the mat. the dog sat on the log. " * 120
@@ -51,6 +53,18 @@ def test_train_leaves_a_whole_checkpoint(checkpoint):
     snippet = card.text.split("```python")[1].split("```")[0].replace('"out"', repr(str(checkpoint)))
     result = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=200)
     assert result.stdout.startswith("The "), result.stderr
+
+
+def test_a_learning_rate_by_the_width(tmp_path):
+    """Where none is told, and saved as if it had been."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ["train", "--data", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    small = ["--config", "hidden_size=160,num_hidden_layers=1", "--block_size", "32", "--max_steps", "1"]
+    assert main([*arguments, *small]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(r"learning_rate\W+0\.008\b", card)
+    widths = [default_learning_rate(GRUConfig(hidden_size=width)) for width in (16, 64, 256)]
+    assert widths == [0.02, 0.02, 0.005]
 
 
 def test_smt_then_dmt(tmp_path, capsys):
