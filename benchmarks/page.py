@@ -24,6 +24,7 @@ TITLES = {
     "recurrent": "LSTM and GRU beside torch's, and with heads",
     "layers": "Norms and convolutions",
     "training_step": "Training steps at equal parameters",
+    "layouts": "The gated layout beside the paper's",
     "xlstm": "xLSTM beside transformers' own class",
     "decoding": "Decoding",
     "decoding_7b": "Decoding at seven billion parameters",

@@ -26,11 +26,12 @@ from minGRU_pytorch.minGRU import minGRU  # noqa: E402
 from minGRU_pytorch.minLSTM import minLSTM  # noqa: E402
 
 # What the peers' layers have: no biases in minGRU-pytorch, no output projection, states that begin with zeros
+_PAPER = dict(block_layout="paper", output_projection=False, learned_initial_state=False)
 FRAMES = {
-    "minGRU": dict(use_bias=False, output_projection=False, learned_initial_state=False),
-    "minLSTM": dict(use_bias=False, output_projection=False, learned_initial_state=False),
-    "LSTM": dict(output_projection=False, learned_initial_state=False),
-    "GRU": dict(output_projection=False, learned_initial_state=False),
+    "minGRU": _PAPER | dict(use_bias=False),
+    "minLSTM": _PAPER | dict(use_bias=False),
+    "LSTM": _PAPER,
+    "GRU": _PAPER,
 }
 PEERS = {
     "minGRU": "minGRU-pytorch",
@@ -85,7 +86,8 @@ def pair(name: str, parameters: int, vocab_size: int) -> tuple[PreTrainedModel, 
     """Ours, and the same by `PEERS[name]`."""
     torch.manual_seed(0)
     tokens = dict(vocab_size=vocab_size, pad_token_id=None, bos_token_id=None, eos_token_id=None)
-    size = dict(hidden_size=width(name, parameters, vocab_size), num_hidden_layers=LAYERS)
+    layout = f"{name}, paper" if name in FRAMES else name
+    size = dict(hidden_size=width(layout, parameters, vocab_size), num_hidden_layers=LAYERS)
     if name == "xLSTM":
         size["hidden_size"] = max(128, size["hidden_size"] // 128 * 128)  # theirs fails at others
         return xlstm_pair(hf_rnn.XLSTMConfig(num_heads=4, **size, **tokens))

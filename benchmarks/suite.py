@@ -25,6 +25,7 @@ SPEED = [
     "layers",
     "recurrent",
     "training_step",
+    "layouts",
     "decoding",
     "xlstm",
     "min_against_traditional",

@@ -5,7 +5,8 @@ from typing import Any
 
 from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
 
-RECURRENT, ATTENTION = "linear_attention", "sliding_attention"
+RECURRENT = "linear_attention"
+ATTENTION = "sliding_attention"
 
 
 class HybridConfig(RecurrentConfig):
