@@ -21,10 +21,11 @@ from hf_rnn.planning.counting import backpropagation, count, drop_gradients, on_
 TOKENS = dict(vocab_size=300, pad_token_id=None, bos_token_id=None, eos_token_id=None)
 SIZES = dict(hidden_size=64, num_hidden_layers=3, **TOKENS)
 CONFIGS: dict[str, Any] = {
-    "LSTM": hf_rnn.LSTMConfig(num_heads=2, **SIZES),
-    "GRU": hf_rnn.GRUConfig(**SIZES),
-    "minGRU": hf_rnn.MinGRUConfig(**SIZES),
-    "minLSTM": hf_rnn.MinLSTMConfig(**SIZES),
+    "LSTM": hf_rnn.LSTMConfig(num_heads=2, block_layout="paper", **SIZES),
+    "GRU": hf_rnn.GRUConfig(block_layout="paper", **SIZES),
+    "minGRU": hf_rnn.MinGRUConfig(block_layout="paper", **SIZES),
+    "minLSTM": hf_rnn.MinLSTMConfig(block_layout="paper", **SIZES),
+    "minGRU, gated": hf_rnn.MinGRUConfig(**SIZES),
     "xLSTM": hf_rnn.XLSTMConfig(num_heads=2, **SIZES),
     "xLSTM, neurips": hf_rnn.XLSTMConfig(num_heads=2, block_layout="neurips", slstm_at=[1], **SIZES),
     "memory RNN": hf_rnn.MemoryRNNConfig(hidden_size=64, **TOKENS),

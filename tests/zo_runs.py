@@ -9,6 +9,7 @@ from hf_rnn import MinGRUConfig, MinGRUForCausalLM, ZOConfig, ZOTrainer
 def make_model():
     torch.manual_seed(0)
     sizes = dict(vocab_size=16, hidden_size=16, num_hidden_layers=1, feed_forward_factor=0)
+    sizes |= dict(block_layout="paper", initializer_range=0.02)
     return MinGRUForCausalLM(MinGRUConfig(**sizes, pad_token_id=None, bos_token_id=None, eos_token_id=None))
 
 

@@ -25,7 +25,7 @@ class RecurrentBlockConfig(HybridConfig):
 
     Args:
         block_layout: "gated" or "paper"; None: "gated", which learns more at equal parameters, steps and time
-            (docs/architectures/layouts.md), or "paper" where there are no residuals.
+            (docs/layouts.md), or "paper" where there are no residuals.
         expansion_factor: the recurrence has int(hidden_size * expansion_factor) channels; None: 2 ("gated") or 1.
         conv_kernel: width of the causal convolution before each recurrence, 0 for none.
         feed_forward_factor: the feed-forward has int(hidden_size * feed_forward_factor) channels, 0 for none; None: 4

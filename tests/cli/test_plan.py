@@ -36,7 +36,7 @@ def test_counted_is_what_a_step_takes(name, benchmark):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["GRU", "minLSTM", "xLSTM, neurips", "memory RNN"])
+@pytest.mark.parametrize("name", ["GRU", "minLSTM", "minGRU, gated", "xLSTM, neurips", "memory RNN"])
 def test_others_counted(name, benchmark):
     config = benchmark.CONFIGS[name]
     assert benchmark.counted(config) == pytest.approx(benchmark.measured(config), rel=0.1)
@@ -54,14 +54,18 @@ def test_autocast(name, factor, benchmark):
 
 @pytest.fixture(scope="module")
 def work():
-    config = hf_rnn.LSTMConfig(vocab_size=300, hidden_size=64, num_hidden_layers=3, num_heads=2, **TOKENS)
+    config = hf_rnn.LSTMConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=3, num_heads=2, block_layout="paper", **TOKENS
+    )
     return {trainer: measure(config, trainer) for trainer in ("backpropagation", "zo")}
 
 
 def test_against_hand_counts(work):
     """An LSTM's weights, its products, and what is sent, by hand."""
     model = hf_rnn.LSTMForCausalLM(
-        hf_rnn.LSTMConfig(vocab_size=300, hidden_size=64, num_hidden_layers=3, num_heads=2, **TOKENS)
+        hf_rnn.LSTMConfig(
+            vocab_size=300, hidden_size=64, num_hidden_layers=3, num_heads=2, block_layout="paper", **TOKENS
+        )
     )
     parameters = model.num_parameters()
     counted = work["backpropagation"]

@@ -114,7 +114,9 @@ def test_flashrnn_both_ways(network):
     flashrnn = pytest.importorskip("flashrnn").flashrnn
     torch_class, model_class = network
     function = torch_class.__name__.lower()
-    model = model_class(model_class.config_class(hidden_size=48, num_heads=3, num_hidden_layers=1))
+    model = model_class(
+        model_class.config_class(hidden_size=48, num_heads=3, num_hidden_layers=1, block_layout="paper")
+    )
     mixer = model.mixers()[0]
     torch.nn.init.normal_(mixer.recurrent_bias)
     torch.nn.init.normal_(mixer.in_proj.bias)
@@ -142,7 +144,11 @@ def test_flashrnn_both_ways(network):
         (lambda: hf_rnn.LSTMModel.from_torch(nn.LSTM(8, 8), num_heads=2), ValueError, "num_heads: not a choice"),
         (lambda: hf_rnn.LSTMModel.from_torch(nn.LSTM(8, 8), residual=True), ValueError, "residual: not a choice"),
         (lambda: hf_rnn.LSTMModel(hf_rnn.LSTMConfig(hidden_size=8)).to_torch(), ValueError, "residual=False"),
-        (lambda: hf_rnn.LSTMConfig(hidden_size=8, num_heads=3), Strict, "num_heads: expected a divisor of the 8"),
+        (
+            lambda: hf_rnn.LSTMConfig(hidden_size=8, num_heads=3, expansion_factor=1),
+            Strict,
+            "num_heads: expected a divisor of the 8",
+        ),
         (lambda: hf_rnn.LSTMConfig(residual=False), Strict, "residual: without residuals set conv_kernel=0"),
         (lambda: from_flashrnn("elman", torch.zeros(4, 1, 2, 2), torch.zeros(4, 1, 2)), ValueError, "function: expect"),
         (lambda: from_flashrnn("gru", torch.zeros(4, 1, 2, 2), torch.zeros(4, 1, 2)), ValueError, "R: expected shape"),
@@ -184,7 +190,7 @@ def test_dropout_is_between_the_layers(network):
 
 def test_converted_weights_are_copies(network):
     _, model_class = network
-    mixer = model_class(model_class.config_class(hidden_size=8)).mixers()[0]
+    mixer = model_class(model_class.config_class(hidden_size=8, block_layout="paper")).mixers()[0]
     before = {name: p.clone() for name, p in mixer.named_parameters()}
     R, b = to_flashrnn(mixer)
     pieces = from_flashrnn("lstm" if R.shape[0] == 4 else "gru", R, b)
@@ -199,7 +205,7 @@ def test_converted_weights_are_copies(network):
 
 def test_flashrnn_without_biases(network):
     _, model_class = network
-    mixer = model_class(model_class.config_class(hidden_size=8, use_bias=False)).mixers()[0]
+    mixer = model_class(model_class.config_class(hidden_size=8, block_layout="paper", use_bias=False)).mixers()[0]
     R, b = to_flashrnn(mixer)
     assert b.shape == (4, 1, 8) and not b.any() and R.shape[1:] == (1, 8, 8)
 
@@ -212,7 +218,7 @@ def test_an_embedding_and_its_padding():
 
 @pytest.mark.parametrize("how", ["forward hook", "pre-hook", "backward hook", "backward pre-hook", "forward replaced"])
 def test_hooks_on_the_projection_are_called(how):
-    mixer = hf_rnn.LSTMModel(hf_rnn.LSTMConfig(hidden_size=8)).mixers()[0]
+    mixer = hf_rnn.LSTMModel(hf_rnn.LSTMConfig(hidden_size=8, block_layout="paper")).mixers()[0]
     calls = []
     projection = mixer.in_proj
     if how == "forward replaced":  # as accelerate does
@@ -232,7 +238,10 @@ def test_hooks_on_the_projection_are_called(how):
 
 def test_autocast_and_an_empty_batch(monkeypatch):
     """Under autocast the op, whose state is not rounded."""
-    mixer, x = hf_rnn.LSTMModel(hf_rnn.LSTMConfig(hidden_size=8)).mixers()[0], torch.randn(2, 5, 8)
+    mixer, x = (
+        hf_rnn.LSTMModel(hf_rnn.LSTMConfig(hidden_size=8, block_layout="paper")).mixers()[0],
+        torch.randn(2, 5, 8),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         h, state = mixer.recurrence(x, (None, None), SequenceLayout())
         monkeypatch.setattr(library, "run", lambda *_: None)
@@ -246,7 +255,7 @@ def test_autocast_and_an_empty_batch(monkeypatch):
 
 def test_an_adapter_on_the_projection_is_not_passed_by():
     """torch's LSTM takes the weights; an adapter's or a hook's part of the projection must not get lost."""
-    model = hf_rnn.LSTMForCausalLM(hf_rnn.LSTMConfig(hidden_size=16)).eval()
+    model = hf_rnn.LSTMForCausalLM(hf_rnn.LSTMConfig(hidden_size=16, block_layout="paper")).eval()
     ids = torch.randint(0, 256, (2, 9))
     plain = model(ids).logits
     adapted = get_peft_model(model, LoraConfig(target_modules=["in_proj"], r=2, init_lora_weights=False))
@@ -306,7 +315,7 @@ def test_a_quantized_projection_is_not_passed_by(network):
 
 
 def test_a_state_is_not_rounded_for_the_library(network):
-    mixer = network[1](network[1].config_class(hidden_size=8)).bfloat16().mixers()[0]
+    mixer = network[1](network[1].config_class(hidden_size=8, block_layout="paper")).bfloat16().mixers()[0]
     x, states = torch.randn(2, 5, 8).bfloat16(), [torch.randn(2, 8)] * mixer.num_states
     assert library.takes(x, []) and library.takes(x, [s.bfloat16() for s in states])
     assert not library.takes(x, states)

@@ -14,6 +14,7 @@ from hf_rnn_kernels.layout import SequenceLayout
 def mixer(config_class, mixer_class, expansion, **settings):
     config = config_class(
         hidden_size=24,
+        block_layout="paper",
         expansion_factor=expansion,
         use_bias=False,
         learned_initial_state=False,

@@ -29,7 +29,9 @@ def no_pictures(request, monkeypatch):
 
 def make_model(seed: int = 0) -> GRUForCausalLM:
     torch.manual_seed(seed)
-    return GRUForCausalLM(GRUConfig(hidden_size=16, num_hidden_layers=1, initializer_range=0.2, **TOKENS))
+    return GRUForCausalLM(
+        GRUConfig(hidden_size=16, num_hidden_layers=1, block_layout="paper", initializer_range=0.2, **TOKENS)
+    )
 
 
 def make_data(count: int = 64) -> Dataset:

@@ -16,6 +16,7 @@ from hf_rnn_trainers.zo.optimizer import written_out
 def lstm(seed=0, **settings):
     torch.manual_seed(seed)
     sizes = dict(vocab_size=16, hidden_size=26, num_hidden_layers=1, feed_forward_factor=0)
+    sizes |= dict(block_layout="paper", initializer_range=0.02)
     tokens = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
     return LSTMForCausalLM(LSTMConfig(**sizes | tokens | settings)).double()
 
