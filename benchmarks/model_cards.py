@@ -28,9 +28,8 @@ LIMITS = (
 STATE_TRACKING = {
     "GRU": ["GRU, GRU"],
     "LSTM": ["LSTM, LSTM"],
-    "MinGRU": ["minGRU, minGRU"],
-    "MinLSTM": ["minLSTM, minLSTM"],
-    "XLSTM": ["sLSTM, sLSTM", "mLSTM, mLSTM", "sLSTM, mLSTM", "mLSTM, sLSTM"],
+    "MinGRU": ["minGRU, minGRU", "minGRU, attention"],
+    "XLSTM": ["sLSTM, sLSTM", "mLSTM, mLSTM", "sLSTM, mLSTM"],
 }
 
 
@@ -124,7 +123,7 @@ def snippet(stem: str) -> str:
     if stem not in settings:
         channels = results("language_model")["results"][stem]["channels"]
         width = language_model.SETTINGS["hidden_size"]
-        fixed = ", ".join(f"{name}={value}" for name, value in language_model.SETTINGS.items())
+        fixed = ", ".join(f"{name}={value!r}" for name, value in language_model.SETTINGS.items())
         settings[stem] = f"{fixed}, expansion_factor={channels} / {width}"
     return f"""# pip install hf-rnn
 import hf_rnn

@@ -33,7 +33,7 @@ POINTS, VALIDATION = 10, 64  # of a curve; windows for each
 SIZES = {
     100_000: ("minGRU", "minGRU, paper", "GRU", "Transformer (transformers)"),
     1_000_000: ("minGRU", "minGRU, paper", "GRU", "Transformer (transformers)"),
-    5_000_000: ("minGRU", "Transformer (transformers)"),
+    5_000_000: ("minGRU",),
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -19,7 +19,7 @@ from hf_rnn.cli.train import DataArguments, TrainArguments, train
 from hf_rnn.tokenization.reading import read_tokenizer
 
 HELD_OUT = 0.05
-CONFIG = MinGRUConfig(hidden_size=256, num_hidden_layers=3, expansion_factor=2, feed_forward_factor=0)
+CONFIG = MinGRUConfig(hidden_size=256, num_hidden_layers=3)
 
 
 class TimeLimit(TrainerCallback):
@@ -72,7 +72,6 @@ def main() -> None:
     arguments = TrainArguments(
         output_dir=str(output),
         per_device_train_batch_size=8,
-        learning_rate=6e-3,
         save_strategy="no",
         eval_strategy="epoch",
         use_cpu=True,
