@@ -6,6 +6,7 @@ from transformers import initialization as init
 
 from hf_rnn.layers.causal_conv import CausalConv
 from hf_rnn.skeleton.configuration_block import RecurrentBlockConfig
+from hf_rnn_kernels import silu_gate
 from hf_rnn_kernels.layout import SequenceLayout
 
 
@@ -126,4 +127,4 @@ class RecurrentMixer(Mixer):
         return self._output(h, x), (*last, *conv_states)
 
     def _output(self, h: Tensor, x: Tensor) -> Tensor:
-        return self.out_proj(h if self.gate_proj is None else h * nn.functional.silu(self.gate_proj(x)))
+        return self.out_proj(h if self.gate_proj is None else silu_gate(h, self.gate_proj(x)))

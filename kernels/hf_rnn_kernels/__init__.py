@@ -8,6 +8,7 @@ from hf_rnn_kernels.mlstm_scan import mlstm_scan, mlstm_step
 from hf_rnn_kernels.perturbed import Perturbed, perturbed_embedding, perturbed_linear
 from hf_rnn_kernels.recurrent_scan import gru_scan, lstm_scan, slstm_scan
 from hf_rnn_kernels.rms_norm import rms_norm
+from hf_rnn_kernels.silu_gate import silu_gate
 from hf_rnn_kernels.swiglu import swiglu
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "perturbed_embedding",
     "perturbed_linear",
     "rms_norm",
+    "silu_gate",
     "slstm_scan",
     "swiglu",
 ]

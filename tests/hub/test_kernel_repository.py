@@ -48,6 +48,7 @@ def compute(k):
         "mlstm": k.mlstm_scan(q, key, v, i, f)[0],
         "rms_norm": k.rms_norm(x[0], torch.linspace(1, 2, 4 * D), 1e-6),
         "gated_norm": k.gated_norm(q, x[1][..., :D], torch.ones(D), 1e-6),
+        "silu_gate": k.silu_gate(x[0], x[0]),
         "swiglu": k.swiglu(x[0]),
         "causal_conv": k.causal_conv(x[0], x[1][:, :2], weight.flatten(0, 1), weight.flatten(0, 1)[:, 0])[0],
     }

@@ -1,10 +1,10 @@
-"""swiglu and gated_norm, fused on a CPU, against torch in float64."""
+"""swiglu, silu_gate and gated_norm, fused on a CPU, against torch in float64."""
 
 import pytest
 import torch
 from conftest import relative_error
 
-from hf_rnn_kernels import gated_norm, rms_norm, swiglu
+from hf_rnn_kernels import gated_norm, rms_norm, silu_gate, swiglu
 
 
 def gradients(function, leaves, grad, dtype):
@@ -30,6 +30,14 @@ def test_swiglu(shape):
     check(swiglu, expected, [3 * torch.randn(shape)], (*shape[:-1], shape[-1] // 2))
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 300, 352), (70001,), (11, 7001)])
+def test_silu_gate(shape):
+    leaves = [torch.randn(shape), 3 * torch.randn(shape)]
+    check(silu_gate, lambda h, gate: h * gate * torch.sigmoid(gate), leaves, shape)
+    halves = torch.randn(*shape[:-1], 2 * shape[-1]).chunk(2, -1)  # which lie in rows of both
+    torch.testing.assert_close(silu_gate(*halves), silu_gate(*(x.contiguous() for x in halves)))
+
+
 @pytest.mark.parametrize("rows, heads, size", [((3, 5), 2, 4), ((2, 300), 4, 64), ((4001,), 3, 7), ((12000,), 1, 6)])
 def test_gated_norm(rows, heads, size):
     def expected(h, gate, weight):
@@ -50,6 +58,7 @@ def test_gates_that_are_slices_of_a_projection():
 def test_registration():
     x = torch.randn(64, 2048, requires_grad=True)
     torch.library.opcheck(torch.ops.hf_rnn.swiglu.default, (x,))
+    torch.library.opcheck(torch.ops.hf_rnn.silu_gate.default, (x, torch.randn(64, 2048, requires_grad=True)))
     leaves = [torch.randn(900, 4, 24), torch.randn(900, 96), torch.randn(96)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     torch.library.opcheck(torch.ops.hf_rnn.gated_norm.default, (*leaves, 1e-6))
@@ -73,6 +82,8 @@ def test_sizes_do_not_matter_where_torch_does_it(op):
 def test_bad_input():
     with pytest.raises(ValueError, match="x: expected an even"):
         swiglu(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="gate: expected the shape of h"):
+        silu_gate(torch.zeros(2, 3), torch.zeros(3))
     with pytest.raises(ValueError, match="gate: expected h"):
         gated_norm(torch.zeros(2, 3, 4), torch.zeros(2, 3), torch.zeros(12), 1e-6)
     with pytest.raises(ValueError, match="weight: expected shape"):

@@ -7,7 +7,7 @@ from transformers import initialization as init
 from hf_rnn.layers import BlockLinear, CausalConv, Mixer, MultiHeadNorm
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
 from hf_rnn.models.xlstm.mlstm import check_normalized, init_block_linear
-from hf_rnn_kernels import slstm_scan
+from hf_rnn_kernels import silu_gate, slstm_scan
 from hf_rnn_kernels.layout import SequenceLayout
 
 
@@ -76,7 +76,7 @@ class GatedSLSTM(Mixer):
 
     def read(self, state: tuple[Tensor, ...], x: Tensor) -> Tensor:
         h = self.norm(state[0].unflatten(-1, (self.num_heads, -1)).to(self.norm.weight.dtype))
-        return self.out_proj(h * nn.functional.silu(self.gate_proj(x)))
+        return self.out_proj(silu_gate(h, self.gate_proj(x)))
 
     def to_states(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return memory_states(tokens)
@@ -90,7 +90,7 @@ class GatedSLSTM(Mixer):
         gates = self.in_proj(convolved)
         h, last = slstm_scan(gates, self.recurrent_weight, self.recurrent_bias, h, c, n, m, layout)
         h = self.norm(h.unflatten(-1, (self.num_heads, -1)))
-        return self.out_proj(h * nn.functional.silu(self.gate_proj(x))), (*last, conv_state)
+        return self.out_proj(silu_gate(h, self.gate_proj(x))), (*last, conv_state)
 
 
 def init_recurrence(weight: Tensor, bias: Tensor, depth: float) -> None:
