@@ -63,7 +63,8 @@ class ModelArguments:
     config: str = field(
         default="",
         metadata={
-            "help": "settings of a new model (see its config), such as hidden_size=256,num_hidden_layers=4,slstm_at=[1]"
+            "help": "settings of a new model (see its config), such as hidden_size=256,num_hidden_layers=2,"
+            "layer_types=['linear_attention','sliding_attention']"
         },
     )
     tokenizer: str | None = field(

@@ -42,7 +42,8 @@ class SlidingAttention(Mixer):
         dtype = torch.promote_types(x.dtype, torch.float32)
         empty = (x.new_zeros(x.shape[0], *size, dtype=dtype) for size in self.state_shapes)
         keys, values, filled = empty if state is None else state
-        q, k, v = (project(x).unflatten(-1, (-1, self.size)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q = self.q_proj(x).unflatten(-1, (self.heads, self.size))
+        k, v = (project(x).unflatten(-1, (self.groups, self.size)) for project in (self.k_proj, self.v_proj))
         of_q = sequences(x, mask, layout.offsets)
         k, v = torch.cat([keys.to(k.dtype), k], 1), torch.cat([values.to(v.dtype), v], 1)
         of_k = torch.cat([torch.where(filled > 0, 0, _NONE), of_q], 1)
@@ -71,13 +72,14 @@ class SlidingAttention(Mixer):
         if torch.compiler.is_exporting() or time <= self.window:
             return self._attend_block(q, k, v, of_q, of_k) if time else q
         block, rest = self.window, -time % self.window
+        blocks = (time + rest) // block
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, rest)) for x in (q, k, v))
         of_q, of_k = F.pad(of_q, (0, rest), value=_NONE), F.pad(of_k, (0, rest), value=_NONE)
-        q, of_q = (x.unflatten(1, (-1, block)).flatten(0, 1) for x in (q, of_q))
+        q, of_q = (x.unflatten(1, (blocks, block)).flatten(0, 1) for x in (q, of_q))
         k, v = (x.unfold(1, 2 * block, block).movedim(-1, 2).flatten(0, 1) for x in (k, v))
         of_k = of_k.unfold(1, 2 * block, block).flatten(0, 1)
         y = self._attend_block(q, k, v, of_q, of_k)
-        return y.unflatten(0, (batch, -1)).flatten(1, 2)[:, :time]
+        return y.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :time]
 
     def _attend_block(self, q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor) -> Tensor:
         """The same for all tokens at once."""

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_rnn.layers import SlidingAttention
 from hf_rnn_kernels import Perturbed  # noqa: F401  its ops know the meta device
 
 
@@ -97,6 +98,8 @@ def recurrence_flops(model: nn.Module) -> float:
     """Forward, for each token: products with the state, which are inside the ops and not counted otherwise."""
     total = 0.0
     for module in model.modules():
+        if isinstance(module, SlidingAttention):
+            continue  # torch's own product, counted
         if isinstance(weight := getattr(module, "recurrent_weight", None), Tensor):
             total += 2 * weight.numel()
         shapes = getattr(module, "state_shapes", [()])

@@ -20,8 +20,8 @@ class RecurrentBlockConfig(HybridConfig):
     (arXiv 2410.01201).
     "paper" without residuals: the bare recurrence.
 
-    Sizes that are None follow from the layout. A config.json without `block_layout` is of a version that had "paper"
-    alone.
+    Sizes that are None follow from the layout. To `from_pretrained` and `from_dict` a config without `block_layout` is
+    of a version that had "paper" alone.
 
     Args:
         block_layout: "gated" or "paper"; None: "gated", which learns more at equal parameters, steps and time
@@ -131,7 +131,8 @@ class MultiHeadConfig(RecurrentBlockConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.num_heads is None:
-            self.num_heads = math.gcd(8, self.inner_size) if self.is_gated else 1
+            gated = self.is_gated and math.isfinite(self.expansion_factor)  # type: ignore[arg-type]
+            self.num_heads = math.gcd(8, self.inner_size) if gated else 1
 
     def validate_architecture(self):
         super().validate_architecture()

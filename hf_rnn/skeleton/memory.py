@@ -45,8 +45,8 @@ class MemoryMixin:
         widths = sorted({shape[-1] for shape in shapes})
         if len(widths) > 1:
             raise ValueError(
-                f"model: expected states of one width to train by memories, got {widths}; where one is a "
-                "convolution's, conv_kernel=0 or expansion_factor=1 makes them one"
+                f"model: expected states of one width to train by memories, got {widths}; a "
+                "convolution's is hidden_size: expansion_factor=1 (of an xLSTM inner_size=hidden_size) makes them one"
             )
         return sum(shape[0] if len(shape) > 1 else 1 for shape in shapes), widths[0]
 

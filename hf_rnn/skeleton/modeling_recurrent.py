@@ -19,7 +19,6 @@ from transformers.utils.output_capturing import capture_outputs
 from hf_rnn.layers import CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm, SlidingAttention
 from hf_rnn.remote_code.loader import write_remote_code
 from hf_rnn.skeleton.cache import RecurrentCache
-from hf_rnn.skeleton.configuration_hybrid import ATTENTION
 from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
 from hf_rnn.skeleton.generation import RecurrentGenerationMixin
 from hf_rnn.skeleton.inputs import check_ids, check_known, packed_offsets, padding_mask, state_of
@@ -201,6 +200,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
     mixer_class: type[RecurrentMixer]
 
     def __init__(self, config: RecurrentConfig):
+        config.validate()  # loading sets what it is told beside the file's
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         norm = self.make_norm(config)
@@ -218,10 +218,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
         """The blocks of `RecurrentBlockConfig`."""
         size, inner = config.hidden_size, int(config.hidden_size * config.feed_forward_factor)
         dropped = config.residual or layer_idx < config.num_hidden_layers - 1
-        attention = config.layer_types[layer_idx] == ATTENTION
         return RecurrentBlock(
             layer_idx,
-            SlidingAttention(config) if attention else self.mixer_class(config),
+            SlidingAttention(config) if config.is_attention(layer_idx) else self.mixer_class(config),
             self.make_norm(config),
             CausalConv(size, config.conv_kernel) if config.conv_kernel and not config.is_gated else None,
             self.make_norm(config) if inner else None,

@@ -14,6 +14,8 @@ PAD, DIGITS, OPERATORS, CLOSE = 0, range(1, 11), range(11, 15), 15
 # Of the digits that follow: the least, the largest, the median rounded down, the sum modulo 10
 MEANINGS = (min, max, lambda values: int(median(values)), lambda values: sum(values) % 10)
 
+_TRIES = 10_000  # at the Arena's lengths one in three is kept
+
 
 @dataclass(frozen=True)
 class ListOps:
@@ -28,11 +30,11 @@ class ListOps:
         size: number of rows; they cost nothing until they are asked for.
         seed: other rows for another seed.
         min_length, max_length: of an expression, in tokens, brackets included.
-        max_depth: of expressions in each other.
+        max_depth: levels, of which the last has digits alone.
         max_arguments: of an expression.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting out of its range; when a row is asked for, lengths that no expression comes to.
     """
 
     size: int = 2**20
@@ -64,11 +66,15 @@ class ListOps:
         if not -self.size <= index < self.size:
             raise IndexError(f"index: expected one of {self.size} rows, got {index}")
         random = np.random.default_rng([self.seed, index % self.size])
-        while True:
+        for _ in range(_TRIES):
             tokens: list[int] = []
             value = self._expression(random, tokens, depth=1)
             if self.min_length <= len(tokens) <= self.max_length:
                 return {"input_ids": torch.tensor(tokens), "labels": torch.tensor(value)}
+        raise ValueError(
+            f"min_length: expected a length that expressions of depth {self.max_depth} come to, got {self.min_length} to "
+            f"{self.max_length} tokens: none in {_TRIES:,} tries"
+        )
 
     def _expression(self, random: Generator, tokens: list[int], depth: int) -> int:
         """Append an expression's tokens; returns its value."""

@@ -60,6 +60,15 @@ def work():
     return {trainer: measure(config, trainer) for trainer in ("backpropagation", "zo")}
 
 
+def test_attention_is_counted_once():
+    """2 operations a parameter of a matrix, and a key and a value of each token in the window of 64."""
+    settings = dict(hidden_size=64, num_hidden_layers=2, layer_types=["sliding_attention"] * 2, sliding_window=64)
+    found = measure(hf_rnn.MinGRUConfig(vocab_size=300, **settings, **TOKENS), "zo")
+    assert found.recurrence == 0
+    products = 2 * (8 * 64 * 64 + 300 * 64)
+    assert products < found.counts.flops + 2 * 300 * 64 <= products + 2 * 2 * 2 * 64 * 2 * 64
+
+
 def test_against_hand_counts(work):
     """An LSTM's weights, its products, and what is sent, by hand."""
     model = hf_rnn.LSTMForCausalLM(

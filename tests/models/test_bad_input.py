@@ -108,7 +108,10 @@ ATTENTION = ["sliding_attention"] * 3
         (dict(layer_types=ATTENTION, num_attention_heads=384), "num_attention_heads: expected heads of an even number"),
         (dict(layer_types=ATTENTION, num_key_value_heads=3), "num_key_value_heads: expected a divisor of the 4 heads"),
         (dict(layer_types=ATTENTION, sliding_window=0), "sliding_window: expected at least 1 token"),
+        (dict(layer_types=ATTENTION, sliding_window=10**12), "sliding_window: expected .* at most"),
         (dict(layer_types=ATTENTION, rope_theta=0.5), "rope_theta: expected"),
+        (dict(layer_types=ATTENTION, rope_theta=10**400), "rope_theta: expected"),
+        (dict(expansion_factor=float("nan")), "expansion_factor: expected a finite number"),
         (dict(layer_types=ATTENTION, residual=False, conv_kernel=0), "layer_types: attention adds to a residual"),
     ),
 )

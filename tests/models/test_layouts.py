@@ -98,6 +98,29 @@ def test_defaults_follow_from_the_layout():
     assert [getattr(bare, name) for name in settings] == ["paper", 1, 0, True]
 
 
+def test_what_loading_sets_is_checked_as_what_a_config_is_told(tmp_path):
+    """Fewer and more layers of a recurrent stack, and what an attention cannot be."""
+    hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(**SIZES)).save_pretrained(tmp_path / "recurrent")
+    load = AutoModelForCausalLM.from_pretrained
+    load(tmp_path / "recurrent", num_hidden_layers=1).save_pretrained(tmp_path / "one")
+    assert len(load(tmp_path / "one").model.layers) == 1
+    config = hf_rnn.GRUConfig(**SIZES)
+    config.num_hidden_layers = 4
+    assert len(hf_rnn.GRUModel(config).layers) == 4
+    kinds = ["linear_attention", "sliding_attention"]
+    hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(**SIZES, layer_types=kinds)).save_pretrained(tmp_path / "hybrid")
+    wrong = dict(num_hidden_layers=3, sliding_window=0, rope_theta=float("nan"), num_key_value_heads=3)
+    for name, value in wrong.items():
+        with pytest.raises(Exception, match=name):
+            load(tmp_path / "hybrid", **{name: value})
+
+
+def test_a_batch_of_no_rows():
+    settings = SIZES | dict(layer_types=["sliding_attention"] * 2, sliding_window=3)
+    model = hf_rnn.MinGRUForCausalLM(hf_rnn.MinGRUConfig(**settings)).eval()
+    assert model(torch.zeros(0, 5, dtype=torch.long)).logits.shape == (0, 5, 61)
+
+
 def test_conversions_refuse_what_others_have_not():
     kinds = ["linear_attention", "sliding_attention"]
     for settings, name in ((dict(layer_types=kinds), "layer_types"), (dict(block_layout="gated"), "block_layout")):

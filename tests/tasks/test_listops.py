@@ -57,6 +57,11 @@ def test_bad_settings(settings):
         ListOps(**settings)
 
 
+def test_lengths_that_no_expression_comes_to():
+    with pytest.raises(ValueError, match="min_length: expected a length that expressions of depth 2"):
+        ListOps(max_depth=2)[0]
+
+
 def test_a_classifier_learns_digits(tmp_path):
     """By transformers' Trainer, as it is: far above chance after a hundred steps."""
     torch.manual_seed(0)

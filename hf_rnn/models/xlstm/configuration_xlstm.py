@@ -4,7 +4,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 
 from hf_rnn.models.xlstm.transformers_config import from_transformers_config
-from hf_rnn.skeleton.configuration_hybrid import ATTENTION, HybridConfig
+from hf_rnn.skeleton.configuration_hybrid import HybridConfig
 
 
 @strict
@@ -71,7 +71,7 @@ class XLSTMConfig(HybridConfig):
         """Indices of the sLSTM blocks."""
         if not isinstance(self.slstm_at, str):
             return list(self.slstm_at)
-        return [index for index, kind in enumerate(self.layer_types or []) if kind != ATTENTION]
+        return [index for index in range(self.num_hidden_layers) if not self.is_attention(index)]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -130,7 +130,7 @@ class XLSTMConfig(HybridConfig):
             raise ValueError("slstm_at: not with block_layout='7b', which has mLSTM blocks alone")
         if wrong := [n for n in self.slstm_blocks if not 0 <= n < self.num_hidden_layers]:
             raise ValueError(f"slstm_at: expected indices from 0 to {self.num_hidden_layers - 1}, got {wrong[0]}")
-        if taken := [n for n in self.slstm_blocks if self.layer_types[n] == ATTENTION]:
+        if taken := [n for n in self.slstm_blocks if self.is_attention(n)]:
             raise ValueError(f"slstm_at: layer {taken[0]} is attention by layer_types")
         if self.num_heads < 1:
             raise ValueError(f"num_heads: expected at least 1, got {self.num_heads}")

@@ -10,7 +10,6 @@ from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
 from hf_rnn.models.xlstm.conversion_xlstm import check_complete, from_package, transformers_weights
 from hf_rnn.models.xlstm.mlstm import MLSTM, UpProjectedMLSTM
 from hf_rnn.models.xlstm.slstm import SLSTM, GatedSLSTM
-from hf_rnn.skeleton.configuration_hybrid import ATTENTION
 from hf_rnn.skeleton.modeling_recurrent import (
     RecurrentBlock,
     RecurrentForCausalLM,
@@ -63,7 +62,7 @@ class XLSTMModel(XLSTMPreTrainedModel, RecurrentModel):
 
     def make_mixer(self, config: XLSTMConfig, layer_idx: int) -> Mixer:
         """What mixes tokens in this layer."""
-        if config.layer_types[layer_idx] == ATTENTION:  # type: ignore[index]
+        if config.is_attention(layer_idx):
             return SlidingAttention(config)
         if layer_idx in config.slstm_blocks:
             return GatedSLSTM(config, layer_idx) if config.block_layout == "gated" else SLSTM(config, layer_idx)
