@@ -72,8 +72,8 @@ class ListOps:
             if self.min_length <= len(tokens) <= self.max_length:
                 return {"input_ids": torch.tensor(tokens), "labels": torch.tensor(value)}
         raise ValueError(
-            f"min_length: expected a length that expressions of depth {self.max_depth} come to, got {self.min_length} to "
-            f"{self.max_length} tokens: none in {_TRIES:,} tries"
+            f"min_length: expected a length that expressions of depth {self.max_depth} come to, got {self.min_length} "
+            f"to {self.max_length} tokens: none in {_TRIES:,} tries"
         )
 
     def _expression(self, random: Generator, tokens: list[int], depth: int) -> int:
