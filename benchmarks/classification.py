@@ -28,7 +28,7 @@ EXPRESSIONS = dict(min_length=20, max_length=100, max_depth=4)
 RATES, WARMUP, SEEDS, TESTED = (1e-3, 3e-3, 1e-2), 0.05, (0, 1, 2), 2000
 LEVELS, DIGITS_PAD = 16, 17
 # vocabulary, padding, rows in a batch, steps
-TASKS = {"ListOps": (ListOps.vocab_size, ListOps.pad_token_id, 32, 700), "digits": (18, DIGITS_PAD, 32, 600)}
+TASKS = {"ListOps": (ListOps.vocab_size, ListOps.pad_token_id, 32, 500), "digits": (18, DIGITS_PAD, 32, 400)}
 Rows = tuple[Tensor, Tensor]  # input_ids (N, T) and labels (N,)
 
 
