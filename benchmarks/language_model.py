@@ -22,9 +22,8 @@ from hf_rnn.cli.train import DataArguments, TrainArguments, train
 from hf_rnn.skeleton.configuration_block import RecurrentBlockConfig
 
 ARCHITECTURES = [s for s in hf_rnn.ARCHITECTURES if issubclass(getattr(hf_rnn, f"{s}Config"), RecurrentBlockConfig)]
-SETTINGS = dict(
-    hidden_size=256, num_hidden_layers=3, feed_forward_factor=0, block_layout="paper", initializer_range=0.02
-)
+SIZES = dict(hidden_size=256, num_hidden_layers=3, feed_forward_factor=0)
+SETTINGS = SIZES | dict(block_layout="paper", initializer_range=0.02)
 LEARNING_RATE, BATCH, BLOCK = 4e-3, 8, 256
 
 

@@ -120,15 +120,17 @@ def snippet(stem: str) -> str:
         "MemoryRNN": f"vocab_size={Retrieval(length=32).vocab_size}, hidden_size=64, num_memory_tokens=2, "
         'updater="mlp"',
     }
+    sizes = ""
     if stem not in settings:
         channels = results("language_model")["results"][stem]["channels"]
         width = language_model.SETTINGS["hidden_size"]
-        fixed = ", ".join(f"{name}={value!r}" for name, value in language_model.SETTINGS.items())
-        settings[stem] = f"{fixed}, expansion_factor={channels} / {width}"
+        told = [f"{name}={value}" for name, value in language_model.SIZES.items()]
+        sizes = f"sizes = dict({', '.join(told)}, expansion_factor={channels} / {width})\n"
+        settings[stem] = '**sizes, block_layout="paper", initializer_range=0.02'
     return f"""# pip install hf-rnn
 import hf_rnn
 
-config = hf_rnn.{stem}Config({settings[stem]})
+{sizes}config = hf_rnn.{stem}Config({settings[stem]})
 model = hf_rnn.{stem}ForCausalLM(config)
 print(f"{{model.num_parameters():,}} parameters")"""
 

@@ -1,4 +1,5 @@
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,8 @@ class RecurrentMixer(Mixer):
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        inputs, conv_states = x, ()
+        inputs: Tensor = x
+        conv_states: tuple[Any, ...] = ()  # None where sequences are packed
         if self.conv is not None:
             inputs, conv_state = self.conv(x, None if state is None else state[-1], layout)
             conv_states = (conv_state,)

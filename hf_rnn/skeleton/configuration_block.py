@@ -93,14 +93,15 @@ class RecurrentBlockConfig(HybridConfig):
                 raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
         if self.conv_kernel < 0 or self.conv_kernel == 1:
             raise ValueError(f"conv_kernel: expected 0 (none) or a width of at least 2, got {self.conv_kernel}")
-        if self.feed_forward_factor < 0:
+        if self.feed_forward_factor < 0:  # type: ignore[operator]
             raise ValueError(f"feed_forward_factor: expected 0 (none) or more, got {self.feed_forward_factor}")
         if self.inner_size < 1:
             raise ValueError(f"expansion_factor: {self.expansion_factor} leaves the recurrence without channels")
         if not self.residual:
             self._check_bare()
-        self._check_width("expansion_factor", self.hidden_size * self.expansion_factor)
-        self._check_width("feed_forward_factor", self.hidden_size * self.feed_forward_factor, least=0)
+        self._check_width("expansion_factor", self.hidden_size * self.expansion_factor)  # type: ignore[operator]
+        inner = self.hidden_size * self.feed_forward_factor  # type: ignore[operator]
+        self._check_width("feed_forward_factor", inner, least=0)
         self._check_width("conv_kernel", self.conv_kernel, least=0)
         if not self.output_projection and self.inner_size != self.hidden_size:
             raise ValueError(
