@@ -93,6 +93,11 @@ class XLSTMConfig(HybridConfig):
         plan = {f"layers.*.mixer.{into}": "colwise_gather_output", f"layers.*.mixer.{back}": "rowwise_split_input"}
         if len(self.slstm_blocks) == self.num_hidden_layers and self.block_layout == "neurips":
             plan = {}
+        if self.block_layout == "gated" and self.slstm_blocks:
+            plan |= {
+                "layers.*.mixer.in_proj": "colwise_gather_output",
+                "layers.*.mixer.out_proj": "rowwise_split_input",
+            }
         if self.has_feed_forward:
             up, down = (
                 ("colwise_gather_output", "rowwise_split_input") if self.use_bias else ("packed_colwise", "rowwise")
