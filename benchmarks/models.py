@@ -26,6 +26,11 @@ def _ours(name: str, **settings) -> Callable[..., PreTrainedModel]:
     return build
 
 
+def _twice_as_wide(**settings) -> Callable[..., PreTrainedModel]:
+    """An xLSTM whose cells have 2 * width channels, not rounded up to a multiple of 64 as by default."""
+    return lambda width, **common: _ours("XLSTM", num_heads=4, inner_size=2 * width, **settings)(width, **common)
+
+
 def _mamba(width: int, **common) -> PreTrainedModel:
     config = MambaConfig(hidden_size=width, num_hidden_layers=LAYERS, use_mambapy=True, **common)
     return MambaForCausalLM(config)
@@ -59,8 +64,8 @@ LAYOUTS = MODELS | {
         f"{name}, paper": _ours(name.replace("min", "Min"), block_layout="paper")
         for name in ("LSTM", "GRU", "minGRU", "minLSTM")
     },
-    "xLSTM, neurips": _ours("XLSTM", num_heads=4, block_layout="neurips"),
-    "sLSTM": _ours("XLSTM", num_heads=4, block_layout="gated", slstm_at="all"),
+    "xLSTM, neurips": _twice_as_wide(block_layout="neurips"),
+    "sLSTM": _twice_as_wide(block_layout="gated", slstm_at="all"),
     "minGRU and attention": _ours("MinGRU", layer_types=HYBRID),
 }
 
@@ -73,8 +78,8 @@ def width(name: str, parameters: int, vocab_size: int) -> int:
         with torch.device("meta"):
             return LAYOUTS[name](width, **_tokens(vocab_size)).num_parameters()
 
-    heads = ("xLSTM", "sLSTM", "Transformer", "attention")
-    step = 8 if any(word in name for word in heads) else 2  # four heads, of even widths
+    # Four heads, of even widths
+    step = 8 if name in ("xLSTM", "Transformer (transformers)", "minGRU and attention") else 2
     low, high = 2, 1024
     while high - low > 1:
         middle = (low + high) // 2

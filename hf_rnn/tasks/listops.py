@@ -1,13 +1,13 @@
 """ListOps: the value of a nested expression (Nangia and Bowman, arXiv 1804.06028), for classifiers."""
 
-import operator
 from dataclasses import dataclass
 from statistics import median
 
-import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor
+
+from hf_rnn.tasks.synthetic import random_of_row
 
 # Tokens: padding, ten digits, the operators with their opening bracket, the closing one
 PAD, DIGITS, OPERATORS, CLOSE = 0, range(1, 11), range(11, 15), 15
@@ -62,10 +62,7 @@ class ListOps:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        index = operator.index(index)
-        if not -self.size <= index < self.size:
-            raise IndexError(f"index: expected one of {self.size} rows, got {index}")
-        random = np.random.default_rng([self.seed, index % self.size])
+        random = random_of_row(index, self.size, self.seed)
         for _ in range(_TRIES):
             tokens: list[int] = []
             value = self._expression(random, tokens, depth=1)

@@ -74,10 +74,7 @@ class SyntheticTask(ABC):
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        index = operator.index(index)
-        if not -self.size <= index < self.size:
-            raise IndexError(f"index: expected one of {self.size} rows, got {index}")
-        x, y = self.row(np.random.default_rng([self.seed, index % self.size]))
+        x, y = self.row(random_of_row(index, self.size, self.seed))
         answer = max(int(y[-1]), 0)  # takes the last place, which nothing reads
         input_ids, labels = np.append(x, answer), np.insert(y, 0, IGNORED)
         return {"input_ids": torch.from_numpy(input_ids).long(), "labels": torch.from_numpy(labels).long()}
@@ -87,6 +84,18 @@ class SyntheticTask(ABC):
         from datasets import IterableDataset
 
         return IterableDataset.from_generator(_rows, gen_kwargs={"task": self})
+
+
+def random_of_row(index: int, size: int, seed: int) -> Generator:
+    """The random numbers of row `index` of a data set of `size` rows, from the end where it is negative.
+
+    Raises:
+        IndexError: there is no such row.
+    """
+    index = operator.index(index)
+    if not -size <= index < size:
+        raise IndexError(f"index: expected one of {size} rows, got {index}")
+    return np.random.default_rng([seed, index % size])
 
 
 def _rows(task: SyntheticTask) -> Iterator[dict[str, list[int]]]:
