@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCau
 import hf_rnn
 
 LAYERS = sized(cpu=4, gpu=4, dry=1)
-HYBRID = (["linear_attention", "linear_attention", "sliding_attention", "linear_attention"])[-LAYERS:]  # one in four
+HYBRID = ["linear_attention", "linear_attention", "sliding_attention", "linear_attention"][-LAYERS:]  # one in four
 
 
 def _ours(name: str, **settings) -> Callable[..., PreTrainedModel]:

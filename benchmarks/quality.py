@@ -6,8 +6,7 @@ Every layout of benchmarks/models.py at equal parameters on 90% of the text, com
 other sizes, one seed. A batch is 8 windows of 128 bytes. Cosine schedule over the budget, of steps or of seconds of
 training; the learning rate is each one's best of three after 250 steps, by the 5% in between, at other sizes times the
 ratio of widths, as widths of 64 to 256 want it (docs/log.md). On a CPU every run has one thread, and as many run at
-once as there are cores.
-Without --data: the documentation inside CPython.
+once as there are cores. Without --data: the documentation inside CPython.
 """
 
 import argparse
@@ -109,6 +108,11 @@ def rate_at(name: str, parameters: int, learning_rate: float) -> float:
     return learning_rate * width(name, PARAMETERS, 256) / width(name, parameters, 256)
 
 
+def line_style(name: str) -> str:
+    """Dashed for others, dotted for layouts that are not the default."""
+    return "--" if "transformers" in name else ":" if ", " in name else "-"
+
+
 def picture(results: dict) -> None:
     """Held-out loss over steps and over seconds, mean and range of the seeds, and over parameters."""
     from matplotlib.figure import Figure
@@ -121,17 +125,17 @@ def picture(results: dict) -> None:
             curves = [run["curve"] for run in row[unit]]
             x = [statistics.mean(p[key] for p in ps) for ps in zip(*curves, strict=True)]
             losses = [[p["loss"] for p in ps] for ps in zip(*curves, strict=True)]
-            style = "--" if "transformers" in name else ":" if ", " in name else "-"
-            line = axes.plot(x, [statistics.mean(ys) for ys in losses], style, color=colours.get(name), label=name)[0]
+            line = axes.plot(
+                x, [statistics.mean(ys) for ys in losses], line_style(name), color=colours.get(name), label=name
+            )[0]
             colours[name] = line.get_color()
             axes.fill_between(x, [min(y) for y in losses], [max(y) for y in losses], alpha=0.1, color=colours[name])
         axes.set(title=f"the same {unit}", xlabel=unit, ylim=(1.5, 3.0))
     for name in {name for rows in results["sizes"].values() for name in rows}:
         rows = [found[name] for found in results["sizes"].values() if name in found]
         rows = sorted([*rows, results["models"][name]["steps"][0]], key=lambda row: row["parameters"])
-        style = "--" if "transformers" in name else ":" if ", " in name else "-"
         x, y = [row["parameters"] for row in rows], [row["test"] for row in rows]
-        scaling.plot(x, y, style, marker=".", color=colours[name])
+        scaling.plot(x, y, line_style(name), marker=".", color=colours[name])
     scaling.set(title=f"{results['steps']} steps", xlabel="parameters", xscale="log")
     for axes in figure.axes:
         axes.grid(alpha=0.3)
@@ -172,10 +176,16 @@ def main() -> None:
     )
     sizes = measure(
         {
-            (name, f"{size:,} parameters"): (name, SEEDS[0], rate_at(name, size, best[name]), budget, "steps", size)
+            (name, f"{size:,} parameters"): (
+                name,
+                SEEDS[0],
+                rate_at(name, size, best[name]),
+                options.steps,
+                "steps",
+                size,
+            )
             for size, names in reversed(SIZES.items())
             for name in names
-            for budget in [options.steps]
         }
     )
     text = read(options.data)
