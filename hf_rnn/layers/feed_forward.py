@@ -3,6 +3,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from hf_rnn_kernels import swiglu
+from hf_rnn_kernels.fused_step.program import Pointwise, Program, Vector
 
 
 class FeedForward(nn.Module):
@@ -15,6 +16,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(nn.functional.gelu(self.up_proj(x)))
+
+    def fuse(self, program: Program, x: Vector) -> Vector:
+        return program.linear(self.down_proj, program.pointwise(Pointwise.GELU, program.linear(self.up_proj, x)))
 
 
 class GatedFeedForward(nn.Module):
@@ -32,3 +36,9 @@ class GatedFeedForward(nn.Module):
             return self.down_proj(swiglu(x))
         gate, up = x.chunk(2, -1)
         return self.down_proj(self.activation(gate) * up)
+
+    def fuse(self, program: Program, x: Vector) -> Vector:
+        gate, up = program.linear(self.up_proj, x).chunk(2)
+        silu = self.activation is nn.functional.silu
+        gated = program.pointwise(Pointwise.SILU_MULTIPLY if silu else Pointwise.GELU_MULTIPLY, up, gate)
+        return program.linear(self.down_proj, gated)

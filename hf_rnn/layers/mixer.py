@@ -8,6 +8,7 @@ from transformers import initialization as init
 from hf_rnn.layers.causal_conv import CausalConv
 from hf_rnn.skeleton.configuration_block import RecurrentBlockConfig
 from hf_rnn_kernels import silu_gate
+from hf_rnn_kernels.fused_step.program import NotFusable, Pointwise, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
 
 
@@ -26,6 +27,15 @@ class Mixer(nn.Module, ABC):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(B, T, D) and state to (B, T, D) and the float32 state after it: the same tensors, written to, if
         `layout.in_place` and no gradient flows."""
+
+    def fuse(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
+        """What `forward` does for one token a row, as instructions of `hf_rnn_kernels.fused_step`: x and the state's
+        tensors, which move on, to the output.
+
+        Raises:
+            NotFusable: a part without instructions.
+        """
+        raise NotFusable(f"a {type(self).__name__}, which has no instructions")
 
     def init_weights(self) -> None:
         """Initialise what `PreTrainedModel._init_weights` does not know; leaves loaded weights alone."""
@@ -127,6 +137,17 @@ class RecurrentMixer(Mixer):
         before = (None,) * self.num_states if state is None else state[: self.num_states]
         h, last = self.recurrence(inputs, before, layout)
         return self._output(h, x), (*last, *conv_states)
+
+    def fuse_recurrence(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
+        """As `recurrence`: x and the `num_states` state tensors to h."""
+        raise NotFusable(f"a {type(self).__name__}, which has no instructions")
+
+    def fuse(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
+        inputs = x if self.conv is None else program.conv(self.conv, x, states[-1])
+        h = self.fuse_recurrence(program, inputs, states[: self.num_states])
+        if self.gate_proj is not None:
+            h = program.pointwise(Pointwise.SILU_MULTIPLY, h, program.linear(self.gate_proj, x))
+        return program.linear(self.out_proj, h)
 
     def _output(self, h: Tensor, x: Tensor) -> Tensor:
         return self.out_proj(h if self.gate_proj is None else silu_gate(h, self.gate_proj(x)))

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from hf_rnn.layers.mixer import RecurrentMixer
+from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 
 
 class MultiHeadMixer(RecurrentMixer):
@@ -35,6 +36,11 @@ class MultiHeadMixer(RecurrentMixer):
 
     def to_states(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.tanh(tokens[0]), *tokens[1:]  # h, and an LSTM's c
+
+    def fuse_cell(self, op: Op, program: Program, x: Vector, states: list[Vector]) -> Vector:
+        """The instructions of a cell."""
+        recurrent = program.product(self.recurrent_weight, self.recurrent_bias, states[0])
+        return program.cell(op, program.linear(self.in_proj, x), recurrent, states, self.config.num_heads)
 
     def operands(self, x: Tensor) -> dict[str, Any]:
         """The op's arguments but states and layout. The op takes x and both weights and picks what computes, unless the

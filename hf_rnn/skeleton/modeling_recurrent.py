@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from hf_rnn.generation.fused_step import decode, fused_step
 from hf_rnn.layers import CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm, SlidingAttention
 from hf_rnn.remote_code.loader import write_remote_code
 from hf_rnn.skeleton.cache import RecurrentCache
@@ -26,6 +27,7 @@ from hf_rnn.skeleton.integrity import check_files, find_damaged_file, find_wrong
 from hf_rnn.skeleton.memory import MemoryMixin
 from hf_rnn.skeleton.versions import STATE, STATE_NAMES, BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 from hf_rnn_kernels.checks import values_known
+from hf_rnn_kernels.fused_step.program import Pointwise, Program, Vector
 from hf_rnn_kernels.layout import ROWS, SequenceLayout
 
 
@@ -79,6 +81,19 @@ class RecurrentBlock(GradientCheckpointingLayer):
     def read(self, x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
         """What `forward` gave for the token x (B, T, D), of the states (B, T, ...) after it."""
         return self._after_mixer(x, self.mixer.read(state, self._normalized(x)))
+
+    def fuse(self, program: Program, x: Vector, states: list[Vector]) -> None:
+        """What `forward` does for one token a row, as instructions; over x."""
+        with program.scratch():
+            if self.conv is not None:
+                *states, conv_state = states
+                program.add(x, program.conv(self.conv, x, conv_state))
+            if self.mixer_norm is None:
+                program.pointwise(Pointwise.COPY, self.mixer.fuse(program, x, states), out=x)
+            else:
+                program.add(x, self.mixer.fuse(program, program.normalized(self.mixer_norm, x), states))
+            if self.ff is not None:
+                program.add(x, self.ff.fuse(program, program.normalized(self.ff_norm, x)))  # type: ignore
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
@@ -363,6 +378,23 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
         """(B, T, hidden_size) to (B, T, vocab_size)."""
         return self.lm_head(x)
 
+    def fuse(self, program: Program) -> None:
+        """A token of the whole model as instructions: embedding, blocks, norm and head."""
+        x, states = program.embed(self.model.embed_tokens), iter(program.states)
+        for layer in self.model.layers:
+            layer.fuse(program, x, [next(states) for _ in layer.state_shapes])  # type: ignore
+        self.fuse_logits(program, program.normalized(self.model.norm, x))
+
+    def fuse_logits(self, program: Program, x: Vector) -> None:
+        """As `logits`, into `program.logits`."""
+        program.linear(self.lm_head, x, program.logits)
+
+    @property
+    def decoding(self) -> str:
+        """How tokens after the prompt are computed: "fused", one compiled call each, or "ordinary: " and the reason."""
+        reason = fused_step(self).reason
+        return f"ordinary: {reason}" if reason else "fused"
+
     @can_return_tuple
     def forward(
         self,
@@ -393,6 +425,18 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
         Raises:
             TypeError, ValueError, IndexError: see `RecurrentModel.forward`.
         """
+        state = state_of(cache, past_key_values)
+        alone = (
+            state is not None and input_ids is not None and input_ids.dim() == 2 and input_ids.shape[1] == 1
+            and position_ids is None and inputs_embeds is None and labels is None and not kwargs
+            and isinstance(logits_to_keep, int) and not self.config.output_hidden_states
+        )  # fmt: skip
+        if alone and isinstance(state, RecurrentCache) and state.is_initialized:
+            batch = input_ids.shape[0]  # type: ignore[union-attr]
+            if padding_mask(attention_mask, batch, 1, state.get_seq_length()) is None:
+                check_ids("input_ids", input_ids, self.config.vocab_size)  # type: ignore[arg-type]
+                if (logits := decode(self, input_ids, state)) is not None:  # type: ignore[arg-type]
+                    return CausalLMOutput(logits=logits, **{STATE: state})  # type: ignore[arg-type]
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids,
@@ -400,7 +444,7 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            cache=state_of(cache, past_key_values),
+            cache=state,
             return_dict=True,
             **kwargs,
         )

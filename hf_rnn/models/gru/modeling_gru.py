@@ -8,6 +8,7 @@ from hf_rnn.layers import MultiHeadMixer
 from hf_rnn.models.gru.configuration_gru import GRUConfig
 from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification
 from hf_rnn_kernels import gru_scan
+from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
 
 
@@ -25,6 +26,9 @@ class GRU(MultiHeadMixer):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         h, last = gru_scan(**self.operands(x), h0=state[0], layout=layout)
         return h, (last,)
+
+    def fuse_recurrence(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
+        return self.fuse_cell(Op.GRU, program, x, states)
 
 
 class GRUModel(TorchExchangeModel):

@@ -8,6 +8,7 @@ from hf_rnn.layers import MultiHeadMixer
 from hf_rnn.models.lstm.configuration_lstm import LSTMConfig
 from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification
 from hf_rnn_kernels import lstm_scan
+from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
 
 
@@ -26,6 +27,9 @@ class LSTM(MultiHeadMixer):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         h0, c0 = state
         return lstm_scan(**self.operands(x), h0=h0, c0=c0, layout=layout)
+
+    def fuse_recurrence(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
+        return self.fuse_cell(Op.LSTM, program, x, states)
 
 
 class LSTMModel(TorchExchangeModel):

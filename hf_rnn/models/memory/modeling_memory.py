@@ -16,6 +16,7 @@ from hf_rnn.skeleton.modeling_recurrent import (
     RecurrentForSequenceClassification,
     RecurrentModel,
 )
+from hf_rnn_kernels.fused_step.program import Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
 
 
@@ -78,6 +79,13 @@ class Memory(Mixer):
         if layout.in_place and state is not None and not memory.requires_grad:
             memory = state[0].copy_(memory)
         return y, (memory,)
+
+    def fuse(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
+        memory, tokens = states[0], self.config.num_memory_tokens
+        new = self.updater.fuse(program, memory, program.normalized(self.token_norm, x))
+        program.norm(new, None, torch.finfo(torch.float32).eps, tokens, out=memory)
+        y = program.linear(self.out_proj, memory)
+        return program.add(y, self.ff.fuse(program, program.normalized(self.norm, y)))
 
     def _packed(self, x: Tensor, layout: SequenceLayout) -> Tensor:
         """Packed sequences laid out as rows, run, and laid back."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from hf_rnn.layers import FeedForward, RMSNorm
 from hf_rnn.models.memory.configuration_memory import MemoryRNNConfig
+from hf_rnn_kernels.fused_step.program import NotFusable, Op, Pointwise, Program, Vector
 
 
 class Attention(nn.Module):
@@ -58,6 +59,9 @@ class TransformerUpdater(nn.Module):
             x = block(x)
         return self.norm(x[:, :, :-1]).squeeze(1)
 
+    def fuse(self, program: Program, memory: Vector, token: Vector) -> Vector:
+        raise NotFusable("updater='transformer', whose products are those of libraries already")
+
 
 class MLPUpdater(nn.Module):
     """Feed-forwards over the whole memory and the token in one vector, none of which adds to the memory."""
@@ -77,6 +81,16 @@ class MLPUpdater(nn.Module):
             x = x + layer(norm(F.gelu(x)))
         return self.memory_proj(F.gelu(x)).view_as(memory)
 
+    def fuse(self, program: Program, memory: Vector, token: Vector) -> Vector:
+        inputs = program.vector(memory.width + token.width)
+        for part, into in zip((memory, token), inputs.split(memory.width, token.width), strict=True):
+            program.pointwise(Pointwise.COPY, part, out=into)
+        x = program.linear(self.in_proj, inputs)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            normed = program.normalized(norm, program.pointwise(Pointwise.GELU, x))
+            x = program.add(x, program.linear(layer, normed))
+        return program.linear(self.memory_proj, program.pointwise(Pointwise.GELU, x))
+
 
 class GRUUpdater(nn.Module):
     """A GRU cell whose state is the whole memory: m' = (1 - z) n + z m."""
@@ -92,6 +106,10 @@ class GRUUpdater(nn.Module):
         m_r, m_z, m_n = self.recurrent_proj(state).chunk(3, -1)
         new = torch.tanh(x_n + torch.sigmoid(x_r + m_r) * m_n)
         return torch.lerp(new, state, torch.sigmoid(x_z + m_z)).view_as(memory)
+
+    def fuse(self, program: Program, memory: Vector, token: Vector) -> Vector:
+        gates, recurrent = program.linear(self.in_proj, token), program.linear(self.recurrent_proj, memory)
+        return program.cell(Op.GRU, gates, recurrent, [memory], heads=1)
 
 
 def make_updater(config: MemoryRNNConfig) -> nn.Module:

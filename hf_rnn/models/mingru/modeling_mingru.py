@@ -7,6 +7,7 @@ from hf_rnn.layers import RecurrentMixer
 from hf_rnn.models.mingru.configuration_mingru import MinGRUConfig
 from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from hf_rnn_kernels import min_gru_scan
+from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
 
 
@@ -24,6 +25,9 @@ class MinGRU(RecurrentMixer):
         gate, candidate = self.in_proj(x).chunk(2, -1)
         h, last = min_gru_scan(gate, candidate, state[0], layout, use_g=self.config.use_g)
         return h, (last,)
+
+    def fuse_recurrence(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
+        return program.gated(Op.MIN_GRU, program.linear(self.in_proj, x).chunk(2), states[0], self.config.use_g)
 
 
 class MinGRUModel(RecurrentModel):

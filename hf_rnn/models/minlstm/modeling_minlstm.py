@@ -7,6 +7,7 @@ from hf_rnn.layers import RecurrentMixer
 from hf_rnn.models.minlstm.configuration_minlstm import MinLSTMConfig
 from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from hf_rnn_kernels import min_lstm_scan
+from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
 
 
@@ -28,6 +29,10 @@ class MinLSTM(RecurrentMixer):
         options = dict(use_g=self.config.use_g, normalize=self.config.normalize_gates)
         h, last = min_lstm_scan(forget, input_, candidate, state[0], layout, **options)
         return h, (last,)
+
+    def fuse_recurrence(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
+        gates, options = program.linear(self.in_proj, x).chunk(3), (self.config.use_g, self.config.normalize_gates)
+        return program.gated(Op.MIN_LSTM, gates, states[0], *options)
 
 
 class MinLSTMModel(RecurrentModel):

@@ -9,6 +9,7 @@ from hf_rnn.layers import BlockLinear, CausalConv, Mixer, MultiHeadNorm
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
 from hf_rnn_kernels import mlstm_scan
 from hf_rnn_kernels.checks import values_known
+from hf_rnn_kernels.fused_step.program import Pointwise, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
 
 FORGET_BIASES = (3.0, 6.0)  # from the first head's to the last's: heads that keep for 20 to 400 tokens at first
@@ -55,6 +56,15 @@ class MLSTM(Mixer):
         C, n, m = state or (None, None, None)
         h, last = mlstm_scan(q, k, v, i, f, C, n, m, layout)
         return self.out_proj(self.norm(h, o)), last
+
+    def fuse(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
+        q, k, v, o = program.linear(self.in_proj, x).split(*self.split)
+        gates = program.linear(self.gate_proj, x)
+        if self.soft_cap is not None:
+            gates = program.pointwise(Pointwise.SOFT_CAP, gates, cap=self.soft_cap)
+        h = program.mlstm(q, k, v, gates, states, self.num_heads)
+        normed = program.norm(h, self.norm.weight, self.norm.eps, self.num_heads, centred=True)
+        return program.linear(self.out_proj, program.pointwise(Pointwise.SIGMOID_MULTIPLY, normed, o))
 
 
 class UpProjectedMLSTM(Mixer):
@@ -106,6 +116,20 @@ class UpProjectedMLSTM(Mixer):
         h, last = mlstm_scan(q, k, v, i, f, C, n, m, layout)
         y = (self.norm(h) + self.skip * convolved) * nn.functional.silu(z)
         return self.down_proj(y), (*last, conv_state)
+
+    def fuse(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
+        inner, z = program.linear(self.up_proj, x).chunk(2)
+        convolved = program.pointwise(Pointwise.SILU, program.conv(self.conv, inner, states[3]))
+        qkv = program.vector(3 * inner.width)
+        q, k, v = qkv.chunk(3)
+        program.product(self.q_proj.weight, self.q_proj.bias, convolved, q)
+        program.product(self.k_proj.weight, self.k_proj.bias, convolved, k)
+        program.product(self.v_proj.weight, self.v_proj.bias, inner, v)
+        h = program.mlstm(q, k, v, program.linear(self.gate_proj, qkv), states[:3], self.num_heads)
+        normed = program.norm(h, self.norm.weight, self.norm.eps, self.num_heads, centred=True)
+        skipped = program.pointwise(Pointwise.MULTIPLY, convolved, program.weight(self.skip))
+        gated = program.pointwise(Pointwise.SILU_MULTIPLY, program.add(normed, skipped), z)
+        return program.linear(self.down_proj, gated)
 
 
 def init_block_linear(std: float, *layers: BlockLinear) -> None:

@@ -10,6 +10,7 @@ from hf_rnn.layers import BlockLinear, CausalConv, Mixer, MultiHeadNorm
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
 from hf_rnn.models.xlstm.mlstm import check_normalized, init_block_linear
 from hf_rnn_kernels import silu_gate, slstm_scan
+from hf_rnn_kernels.fused_step.program import Op, Pointwise, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
 
 
@@ -71,6 +72,12 @@ class SLSTMCell(Mixer):
         h, last = slstm_scan(gates, self.recurrent_weight, self.recurrent_bias, h, c, n, m, layout)
         return self.output(self._normalized(h), x), (*last, conv_state)
 
+    def fuse_cell(self, program: Program, gates: Vector, states: list[Vector]) -> Vector:
+        """i, f, z, o of each head to h, normalised."""
+        recurrent = program.product(self.recurrent_weight, self.recurrent_bias, states[0])
+        h = program.cell(Op.SLSTM, gates, recurrent, states[:4], self.num_heads)
+        return program.norm(h, self.norm.weight, self.norm.eps, self.num_heads, centred=True)
+
     def _normalized(self, h: Tensor) -> Tensor:
         return self.norm(h.unflatten(-1, (self.num_heads, -1)))
 
@@ -97,6 +104,15 @@ class SLSTM(SLSTMCell):
     def output(self, h: Tensor, x: Tensor) -> Tensor:
         return h
 
+    def fuse(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
+        convolved = program.pointwise(Pointwise.SILU, program.conv(self.conv, x, states[4]))
+        gates, size = program.vector(4 * x.width), x.width // self.num_heads
+        for head in range(self.num_heads):  # i and f, then z and o
+            own, at = slice(head * size, (head + 1) * size), 4 * head * size
+            program.product(self.if_proj.weight[head, None], None, convolved[own], gates[at : at + 2 * size])
+            program.product(self.zo_proj.weight[head, None], None, x[own], gates[at + 2 * size : at + 4 * size])
+        return self.fuse_cell(program, gates, states)
+
 
 class GatedSLSTM(SLSTMCell):
     """W_out(h * SiLU(W_gate x)), all pre-activations from conv(x): the gated layout of `RecurrentBlockConfig`."""
@@ -119,3 +135,9 @@ class GatedSLSTM(SLSTMCell):
 
     def output(self, h: Tensor, x: Tensor) -> Tensor:
         return self.out_proj(silu_gate(h, self.gate_proj(x)))
+
+    def fuse(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
+        gates = program.linear(self.in_proj, program.conv(self.conv, x, states[4]))
+        h = self.fuse_cell(program, gates, states)
+        gated = program.pointwise(Pointwise.SILU_MULTIPLY, h, program.linear(self.gate_proj, x))
+        return program.linear(self.out_proj, gated)

@@ -1,0 +1,1 @@
+"""What recurrence adds to generate()."""

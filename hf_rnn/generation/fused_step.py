@@ -1,0 +1,138 @@
+"""A token as one compiled call, for a model that is what its parts say it is; and why another one is not."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from transformers.utils import logging, output_capturing
+
+from hf_rnn.skeleton.cache import RecurrentCache
+from hf_rnn_kernels import threads
+from hf_rnn_kernels.fused_step import NotFusable, Program, run
+from hf_rnn_kernels.transforms import transforming
+
+logger = logging.get_logger(__name__)
+
+_TORCH = {nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.ModuleList}
+_CAPTURING = output_capturing.__name__
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_FORKED = (
+    "numba is missing, or this process was forked from one in which compiled loops had run: tokens take the ordinary path"
+)
+
+
+class FusedStep:
+    """The program of a model's token and all that it depends on; or the reason why there is none.
+
+    Attributes:
+        program: None where there is none.
+        reason: why; "" where there is one.
+    """
+
+    def __init__(self, model: Any):
+        modules = list(model.modules())
+        self._modules = modules
+        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        named = [(d, name, x) for m in modules for d in (m._parameters, m._buffers) for name, x in d.items()]
+        self._tensors = [(d, name, x, x.data_ptr()) for d, name, x in named if x is not None and not x.is_meta]
+        self._hooks = [getattr(m, name) for m in modules for name in _HOOKS]
+        self._attributes = [vars(m) for m in modules]
+        self._is_wrapped = self._wrapped()
+        self.program: Program | None = None
+        self.reason = ""
+        try:
+            self.program = self._fused(model)
+        except NotFusable as error:
+            self.reason = str(error)
+        logger.info(f"{type(model).__name__}: {f'ordinary step, {self.reason}' if self.reason else 'fused step'}")
+
+    def _fused(self, model: Any) -> Program:
+        for module in self._modules:
+            kind = type(module)
+            if kind not in _TORCH and kind.__module__.partition(".")[0] not in ("hf_rnn", "hf_rnn_kernels"):
+                raise NotFusable(f"a {kind.__name__} of {kind.__module__}")
+        if self._is_wrapped:
+            raise NotFusable("hooks, or a forward of its own")
+        if wrong := [name for _, name, x, _ in self._tensors if type(x) not in (nn.Parameter, Tensor)]:
+            raise NotFusable(f"{wrong[0]} is no plain parameter")
+        shapes = [shape for layer in model.model.layers for shape in layer.state_shapes]
+        program = Program([torch.Size(shape).numel() for shape in shapes], model.config.vocab_size)
+        model.fuse(program)
+        return program
+
+    def _wrapped(self) -> bool:
+        hooks = (hook for hooks in self._hooks if hooks for hook in hooks.values())
+        # Those of transformers that capture hidden states stay when they were once asked for
+        others = any(hook.__module__ != _CAPTURING for hook in hooks)
+        return others or any("forward" in attributes for attributes in self._attributes)
+
+    def is_current(self) -> bool:
+        """Whether the model still is what it was: its modules, hooks, parameters and where these lie."""
+        return (
+            all(d.get(name) is child for d, name, child in self._children)
+            and all(d.get(name) is x and x.data_ptr() == address for d, name, x, address in self._tensors)
+            and self._wrapped() == self._is_wrapped
+        )
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None  # another model's weights lie elsewhere
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+def fused_step(model: Any) -> FusedStep:
+    """The model's, made anew where it has changed."""
+    step = model.__dict__.get("_fused_step")
+    if step is None or not step.is_current():
+        step = model.__dict__["_fused_step"] = FusedStep(model)
+    return step
+
+
+def decode(model: Any, input_ids: Tensor, cache: RecurrentCache) -> Tensor | None:
+    """Logits (B, 1, V) of one more token a row, and the state in `cache` after it; None where the ordinary path is to
+    take it: gradients, transforms, compilers, autocast, another device or dtype, modules without instructions."""
+    if (
+        torch.is_grad_enabled()
+        or input_ids.device.type != "cpu"
+        or type(input_ids) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.compiler.is_exporting()
+        or transforming()
+        or torch.is_autocast_enabled("cpu")
+        or is_in_torch_dispatch_mode()
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+    ):
+        return None
+    if not threads.available():
+        logger.warning_once(_FORKED)
+        return None
+    step = fused_step(model)
+    if step.program is None or any(module.training for module in step._modules):
+        return None
+    batch, states = input_ids.shape[0], _dense_states(model, cache, input_ids.shape[0])
+    if states is None or batch == 0:
+        return None
+    logits = torch.empty(batch, 1, model.config.vocab_size)
+    run(step.program, input_ids.to(torch.long).reshape(-1).contiguous(), states, logits)
+    cache.seen_tokens += 1
+    return logits
+
+
+def _dense_states(model: Any, cache: RecurrentCache, batch: int) -> list[Tensor] | None:
+    """The state's tensors if they are this model's and may be written to where they lie."""
+    if cache.model_type != model.config.model_type or len(cache) != len(model.model.layers) or not cache.is_writable:
+        return None
+    states = []
+    for layer, state in zip(model.model.layers, cache.states, strict=True):
+        if len(state) != len(layer.state_shapes):  # type: ignore[arg-type]
+            return None
+        for x, shape in zip(state, layer.state_shapes, strict=True):  # type: ignore[arg-type]
+            if x.shape != (batch, *shape) or x.dtype != torch.float32 or not x.is_contiguous():
+                return None
+            states.append(x)
+    return states

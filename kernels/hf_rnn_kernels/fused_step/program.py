@@ -1,0 +1,231 @@
+"""What a token costs, written down: the instructions that a compiled loop runs, and where they find their operands."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_rnn_kernels.packed_linear import PackedLinear
+
+# Columns of an instruction: its code, whole numbers, then space, offset in bytes and row stride of each operand
+NUMBERS, OPERANDS = 6, 7
+FIRST = 1 + NUMBERS
+COLUMNS = FIRST + 3 * OPERANDS
+SCRATCH, WEIGHTS, IDS, LOGITS, STATES = range(5)  # spaces; the last and those after it: a state tensor each
+
+MLSTM_EPS = 1e-6  # as `mlstm_scan`'s default
+
+
+class Op(IntEnum):
+    EMBED, LINEAR, NORM, POINTWISE, CONV, LSTM, GRU, SLSTM, MIN_GRU, MIN_LSTM, MLSTM = range(11)
+
+
+class Pointwise(IntEnum):
+    COPY, ADD, MULTIPLY, SILU, GELU, SILU_MULTIPLY, GELU_MULTIPLY, SIGMOID_MULTIPLY, SOFT_CAP = range(9)
+
+
+class NotFusable(ValueError):
+    """Why a model's token cannot be one compiled call."""
+
+
+class Vector(NamedTuple):
+    """`width` numbers of each row: columns `column` on of what lies `stride` apart from row to row."""
+
+    space: int
+    base: int
+    stride: int
+    column: int
+    width: int
+
+    def __getitem__(self, at: slice) -> "Vector":  # type: ignore[override]
+        start, stop, _ = at.indices(self.width)
+        return self._replace(column=self.column + start, width=stop - start)
+
+    def split(self, *widths: int) -> list["Vector"]:
+        ends = np.cumsum(widths).tolist()
+        return [self[end - width : end] for end, width in zip(ends, widths, strict=True)]
+
+    def chunk(self, parts: int) -> list["Vector"]:
+        return self.split(*[self.width // parts] * parts)
+
+
+class Program:
+    """Instructions of a token, in order. Each method adds one and returns its result.
+
+    Weights are read where they lie: a program holds their addresses, and is good while they stay there.
+
+    Args:
+        state_widths: numbers a row of each state tensor.
+        vocab_size: numbers a row of the logits.
+
+    Attributes:
+        bytes: of all matrices, which a token reads once.
+    """
+
+    def __init__(self, state_widths: Sequence[int], vocab_size: int):
+        self.states = [Vector(STATES + n, 0, width, 0, width) for n, width in enumerate(state_widths)]
+        self.ids = Vector(IDS, 0, 2, 0, 1)  # int64: as wide as two floats
+        self.logits = Vector(LOGITS, 0, vocab_size, 0, vocab_size)
+        self.bytes = 0
+        self._code: list[tuple[int, list[int], list[float], list[Vector]]] = []
+        self._bound: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._used = self._most = 0
+
+    def vector(self, width: int) -> Vector:
+        """A new one in scratch memory, in no defined state."""
+        made = Vector(SCRATCH, self._used, width, 0, width)
+        self._used += -(-width // 16) * 16
+        self._most = max(self._most, self._used)
+        return made
+
+    @contextmanager
+    def scratch(self) -> Iterator[None]:
+        """What is made inside is free again afterwards."""
+        used = self._used
+        yield
+        self._used = used
+
+    def emit(self, op: Op, operands: Sequence[Vector], numbers: Sequence[int] = (), factors: Sequence[float] = ()):
+        self._code.append((op, list(numbers), list(factors), list(operands)))
+
+    def weight(self, x: Tensor | None, name: str = "weights") -> Vector:
+        """A parameter's numbers, for operands that are the same for all rows."""
+        if x is None:
+            return Vector(WEIGHTS, 0, 0, 0, 0)
+        if x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous():
+            raise NotFusable(f"{name} in {x.dtype} on {x.device}; expected dense float32 on a CPU")
+        return Vector(WEIGHTS, x.data_ptr(), 0, 0, x.numel())
+
+    # The parts of a model
+
+    def embed(self, module: nn.Module) -> Vector:
+        """The token's row of nn.Embedding's weight."""
+        require(module, nn.Embedding)
+        y = self.vector(module.embedding_dim)  # type: ignore[arg-type]
+        self.emit(Op.EMBED, [self.ids, self.weight(module.weight), y], [y.width])  # type: ignore[arg-type]
+        return y
+
+    def linear(self, module: nn.Module, x: Vector, out: Vector | None = None) -> Vector:
+        """nn.Linear, or one of packed integers."""
+        if isinstance(module, PackedLinear):
+            require(module, PackedLinear)
+            return self.packed_product(module, x, out)
+        if isinstance(module, nn.Identity):
+            return x
+        require(module, nn.Linear)
+        return self.product(module.weight[None], module.bias, x, out)  # type: ignore[index, arg-type]
+
+    def product(self, weight: Tensor, bias: Tensor | None, x: Vector, out: Vector | None = None) -> Vector:
+        """weight (G, O, I): each of G groups of I numbers to O."""
+        groups, outputs, inputs = weight.shape
+        y = self.vector(groups * outputs) if out is None else out
+        self.bytes += weight.numel() * 4
+        self.emit(Op.LINEAR, [x, self.weight(weight), self.weight(bias), y], [32, groups, outputs, inputs])
+        return y
+
+    def packed_product(self, module: PackedLinear, x: Vector, out: Vector | None = None) -> Vector:
+        y = self.vector(module.out_features) if out is None else out
+        self.bytes += module.packed.numel()
+        if module.packed.device.type != "cpu" or not module.packed.is_contiguous():
+            raise NotFusable("packed weights that are not dense on a CPU")
+        packed = Vector(WEIGHTS, module.packed.data_ptr(), 0, 0, module.packed.numel())
+        numbers = [module.bits, 1, module.out_features, module.in_features, module.group_size]
+        self.emit(Op.LINEAR, [x, packed, self.weight(module.bias), y, self.weight(module.scale)], numbers)
+        return y
+
+    def block_linear(self, module: nn.Module, x: Vector) -> Vector:
+        """`hf_rnn.layers.BlockLinear`."""
+        return self.product(module.weight, module.bias, x)  # type: ignore[arg-type]
+
+    def norm(
+        self,
+        x: Vector,
+        weight: Tensor | None,
+        eps: float,
+        heads: int = 1,
+        centred: bool = False,
+        out: Vector | None = None,
+    ) -> Vector:
+        """x over the root of its mean square (its deviation if `centred`), each head for itself, times the weight."""
+        y = self.vector(x.width) if out is None else out
+        numbers = [x.width // heads, heads, centred, weight is not None]
+        self.emit(Op.NORM, [x, self.weight(weight), y], numbers, [eps])
+        return y
+
+    def normalized(self, module: nn.Module, x: Vector) -> Vector:
+        """nn.RMSNorm or nn.LayerNorm over the last dimension."""
+        if isinstance(module, nn.Identity):
+            return x
+        require(module, nn.RMSNorm, nn.LayerNorm)
+        if getattr(module, "bias", None) is not None:
+            raise NotFusable("a norm with a bias")
+        return self.norm(x, module.weight, module.eps, 1, isinstance(module, nn.LayerNorm))  # type: ignore[arg-type]
+
+    def pointwise(
+        self, function: Pointwise, a: Vector, b: Vector | None = None, out: Vector | None = None, cap: float = 0.0
+    ) -> Vector:
+        """function(a, b) of each number; `b` may be a `weight`."""
+        y = self.vector(a.width) if out is None else out
+        self.emit(Op.POINTWISE, [a, a if b is None else b, y], [a.width, function], [cap])
+        return y
+
+    def add(self, a: Vector, b: Vector) -> Vector:
+        """a + b, over a."""
+        return self.pointwise(Pointwise.ADD, a, b, a)
+
+    def conv(self, module: nn.Module, x: Vector, state: Vector) -> Vector:
+        """`hf_rnn.layers.CausalConv` with the K - 1 inputs before x, which move on."""
+        y, taps = self.vector(x.width), module.weight.shape[1]  # type: ignore[union-attr, index]
+        operands = [x, self.weight(module.weight), self.weight(module.bias), state, y]  # type: ignore[arg-type]
+        self.emit(Op.CONV, operands, [x.width, taps])  # type: ignore[list-item]
+        return y
+
+    def cell(self, op: Op, gates: Vector, recurrent: Vector, states: Sequence[Vector], heads: int) -> Vector:
+        """LSTM, GRU or sLSTM: pre-activations of x and R h + b, head by head, to h; the states move on."""
+        h = self.vector(states[0].width)
+        self.emit(op, [gates, recurrent, h, *states], [h.width // heads, heads])
+        return h
+
+    def gated(self, op: Op, inputs: Sequence[Vector], state: Vector, *options: bool) -> Vector:
+        """minGRU or minLSTM: pre-activations to h, which is the state."""
+        h = self.vector(state.width)
+        self.emit(op, [h, state, *inputs], [h.width, *options])
+        return h
+
+    def mlstm(self, q: Vector, k: Vector, v: Vector, gates: Vector, states: Sequence[Vector], heads: int) -> Vector:
+        """q, k, v and i, f of all heads to h (heads * V); C, n and m move on."""
+        h = self.vector(v.width)
+        numbers = [heads, q.width // heads, v.width // heads, states[2].space]
+        self.emit(Op.MLSTM, [q, k, v, gates, h, states[0], states[1]], numbers, [MLSTM_EPS])
+        return h
+
+    # For the loop
+
+    def scratch_floats(self, rows: int) -> int:
+        return self._most * rows
+
+    def bound(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """The instructions for so many rows: (N, COLUMNS) int64 and (N, 2) float32 factors."""
+        if rows not in self._bound:
+            self._bound[rows] = self._bind(rows)
+        return self._bound[rows]
+
+    def _bind(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        code = np.zeros((len(self._code), COLUMNS), np.int64)
+        factors = np.zeros((len(self._code), 2), np.float32)
+        for line, row, (op, numbers, values, operands) in zip(code, factors, self._code, strict=True):
+            line[0], line[1 : 1 + len(numbers)] = op, numbers
+            row[: len(values)] = values
+            for n, x in enumerate(operands):
+                base = 4 * x.base * rows if x.space == SCRATCH else x.base
+                line[FIRST + 3 * n : FIRST + 3 * n + 3] = x.space, base + 4 * x.column, x.stride
+        return code, factors
+
+
+def require(module: nn.Module, *classes: type) -> None:
+    if not isinstance(module, classes):
+        raise NotFusable(f"a {type(module).__name__}, which has no instructions")
