@@ -213,8 +213,12 @@ def quality(results: Results) -> str:
         "seconds say nothing about its own kernels, which need a GPU.\n\n"
         "![held-out loss](../benchmarks/results/quality_cpu.png)\n\n"
     )
-    older = {name: run["device"] for name, row in results["models"].items() for run in row["steps"] if "device" in run}
-    notes = [f"The runs of {results['steps']} steps of {name}: on {device}." for name, device in older.items()]
+    elsewhere: dict[str, dict[str, None]] = {}
+    for unit, budget in (("steps", f"{results['steps']} steps"), ("seconds", f"{results['seconds']:.0f} s")):
+        for name, row in results["models"].items():
+            for device in {run["device"] for run in row[unit] if "device" in run}:
+                elsewhere.setdefault(f"{budget} on {device}", {})[name] = None
+    notes = [f"The runs of {what}: those of {'; '.join(names)}." for what, names in elsewhere.items()]
     sizes = markdown(
         [f"loss after {results['steps']} steps, one seed", "parameters", "learning rate", "loss"],
         [

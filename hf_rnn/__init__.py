@@ -26,6 +26,7 @@ _MODULES = {
     "to_onnx": "hf_rnn.exchange.export",
     "from_flashrnn": "hf_rnn.exchange.gate_order",
     "to_flashrnn": "hf_rnn.exchange.gate_order",
+    "WeightOnlyConfig": "hf_rnn.compression.weight_only",
     "bits_per_byte": "hf_rnn.tasks.evaluation",
     "CorruptPayloadError": "hf_rnn_kernels.coding",
     "byte_tokenizer": "hf_rnn.tokenization.byte_tokenizer",
@@ -99,6 +100,7 @@ _register()
 if TYPE_CHECKING:
     from hf_rnn.compression.checkpoint import compress, save_compressed
     from hf_rnn.compression.prune import prune
+    from hf_rnn.compression.weight_only import WeightOnlyConfig
     from hf_rnn.exchange.export import DecodingStep, export_step, to_onnx
     from hf_rnn.exchange.gate_order import from_flashrnn, to_flashrnn
     from hf_rnn.models.gru.configuration_gru import GRUConfig

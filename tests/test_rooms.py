@@ -29,7 +29,7 @@ ROOMS = [
     ["hf_rnn._version"],
     ["hf_rnn.remote_code", "hf_rnn.tokenization", "hf_rnn.tasks"],
     ["hf_rnn.skeleton"],
-    ["hf_rnn.layers", "hf_rnn.compression"],
+    ["hf_rnn.layers", "hf_rnn.compression", "hf_rnn.generation"],
     ["hf_rnn.skeleton.modeling_recurrent"],  # blocks made of layers, which know the config and the state
     ["hf_rnn.exchange"],
     ["hf_rnn.models"],

@@ -1,1 +1,1 @@
-"""Checkpoints in few bits: `save_compressed` writes them, `from_pretrained` reads them."""
+"""Few bits: coded checkpoints on disk (`save_compressed`), packed weights in memory (`WeightOnlyConfig`)."""

@@ -91,7 +91,7 @@ def fused_step(model: Any) -> FusedStep:
     return step
 
 
-def decode(model: Any, input_ids: Tensor, cache: RecurrentCache) -> Tensor | None:
+def decode_fused(model: Any, input_ids: Tensor, cache: RecurrentCache) -> Tensor | None:
     """Logits (B, 1, V) of one more token a row, and the state in `cache` after it; None where the ordinary path is to
     take it: gradients, transforms, compilers, autocast, another device or dtype, modules without instructions."""
     if (

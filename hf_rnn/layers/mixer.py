@@ -17,9 +17,11 @@ class Mixer(nn.Module, ABC):
 
     Attributes:
         state_shapes: shape of each state tensor without its batch dimension.
+        exact_parts: linear layers that stay float32 where others are packed into few bits.
     """
 
     state_shapes: list[tuple[int, ...]]
+    exact_parts: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(

@@ -25,6 +25,8 @@ PORTABLE = "hf_rnn.remote_code.portable"
 # Methods for which one has the package: other formats of weights, and the way to the Hub
 LEFT_OUT = {"from_torch", "to_torch", "_gate_major", "from_xlstm", "get_config_dict"}
 LEFT_OUT |= {"write_code", "_upload_modified_files"}
+# And what makes a token one compiled call
+LEFT_OUT |= {"fuse", "fuse_cell", "fuse_logits", "fuse_recurrence", "decoding"}
 
 _HEADER = '''# Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/LICENSE-2.0
 """{stem} in one file: what `trust_remote_code=True` needs beside torch and transformers.
@@ -103,7 +105,7 @@ def is_package(module: str) -> bool:
 def portable(definition: Definition) -> Definition:
     """What takes a definition's place where there are no kernels: another one, or itself."""
     module, name = definition
-    if name == "write_remote_code" or (module.startswith("hf_rnn_kernels") and name in source(PORTABLE).definitions):
+    if name in ("write_remote_code", "decode_fused", "packed_from_coded") or (module.startswith("hf_rnn_kernels") and name in source(PORTABLE).definitions):
         return Definition(PORTABLE, name)
     if module.startswith("hf_rnn_kernels.") and is_package(package := module.removesuffix(".op")):
         reference = f"{package}.reference"

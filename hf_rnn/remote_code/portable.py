@@ -24,3 +24,13 @@ def _perturbation(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor |
 def write_remote_code(config: Any, folder: str | Path) -> None:
     """This file goes with the checkpoint."""
     shutil.copyfile(__file__, Path(folder) / "modeling_hf_rnn.py")
+
+
+def decode_fused(model, input_ids, cache):
+    """Tokens take the ordinary path here."""
+    return None
+
+
+def packed_from_coded(model_class, source, kwargs):
+    """Coded checkpoints are read by the package alone."""
+    return None, kwargs

@@ -16,7 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_rnn.generation.fused_step import decode, fused_step
+from hf_rnn.compression.weight_only import packed_from_coded
+from hf_rnn.generation.fused_step import decode_fused, fused_step
 from hf_rnn.layers import CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm, SlidingAttention
 from hf_rnn.remote_code.loader import write_remote_code
 from hf_rnn.skeleton.cache import RecurrentCache
@@ -150,6 +151,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         source = Path(str(pretrained_model_name_or_path)) / kwargs.get("subfolder", "")
         if pretrained_model_name_or_path is not None:
             check_files(source)
+        coded_as, kwargs = packed_from_coded(cls, pretrained_model_name_or_path, kwargs)
         try:
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -169,6 +171,8 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             )
             with torch.device("meta"):
                 raise RuntimeError(find_wrong_shape(source, cls(config)) or str(error)) from error
+        if coded_as is not None:
+            coded_as.pack_exactly(loaded[0])
         if output_loading_info:
             return loaded
         model, info = loaded
@@ -435,7 +439,7 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
             batch = input_ids.shape[0]  # type: ignore[union-attr]
             if padding_mask(attention_mask, batch, 1, state.get_seq_length()) is None:
                 check_ids("input_ids", input_ids, self.config.vocab_size)  # type: ignore[arg-type]
-                if (logits := decode(self, input_ids, state)) is not None:  # type: ignore[arg-type]
+                if (logits := decode_fused(self, input_ids, state)) is not None:  # type: ignore[arg-type]
                     return CausalLMOutput(logits=logits, **{STATE: state})  # type: ignore[arg-type]
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(

@@ -22,6 +22,8 @@ class MLSTM(Mixer):
     (xLSTM-7B, arXiv 2503.13427). n is C with ones for values.
     """
 
+    exact_parts = ("gate_proj",)  # exponentials
+
     def __init__(self, config: XLSTMConfig):
         super().__init__()
         self.num_heads, self.soft_cap = config.num_heads, config.gate_soft_cap
@@ -73,6 +75,8 @@ class UpProjectedMLSTM(Mixer):
     x, z = W_up u; q and k are projections in small blocks of c = SiLU(conv(x)), v of x; the gates are linear in q, k
     and v; and the layer gives W_down ((norm(h) + skip * c) * SiLU(z)).
     """
+
+    exact_parts = ("gate_proj",)  # exponentials
 
     def __init__(self, config: XLSTMConfig):
         super().__init__()

@@ -1,8 +1,7 @@
-"""Linear layers whose weights are integers of few bits: y = (scale * q) x + b, q packed."""
+"""Linear layers whose weights are integers of 8 or 4 bits: y = (scale * q) x + b, multiplied as they lie."""
 
-import torch
-from torch import Tensor, nn
+from hf_rnn_kernels.packed_linear.layer import PackedLinear
+from hf_rnn_kernels.packed_linear.op import packed_linear
+from hf_rnn_kernels.packed_linear.packing import check_bits, choose_group, is_exact, pack, unpack
 
-
-class PackedLinear(nn.Module):
-    bits: int
+__all__ = ["PackedLinear", "check_bits", "choose_group", "is_exact", "pack", "packed_linear", "unpack"]

@@ -1,11 +1,13 @@
 """CPU backend of packed_linear: weights become numbers on their way into a register."""
 
 import numpy as np
+import torch
 from numba import njit, prange
 from torch import Tensor
 
 from hf_rnn_kernels.arrays import flat
 from hf_rnn_kernels.matrix_product import LANES, product
+from hf_rnn_kernels.packed_linear.reference import blocks
 from hf_rnn_kernels.threads import run
 from hf_rnn_kernels.vector_math import F32, FAST, U, parallel, row
 
@@ -85,3 +87,50 @@ def times_panels(w, w0, count, inputs, laid, panels, block):
         w, (w0, inputs, U(1)), laid, (U(0), inputs * U(LANES), U(LANES)), block, (U(0), wide), block, (U(0), wide),
         count, inputs, panels,
     )  # fmt: skip
+
+
+@parallel
+def _dots(sizes, packed, scale, x, y):
+    """y (N, O), of few rows."""
+    bits, outputs, inputs, group = sizes
+    rows = U(x.size) // inputs
+    for o in prange(outputs):
+        for r in range(rows):
+            y[r * outputs + U(o)] = packed_dot(bits, inputs, group, packed, scale, U(o), x, r * inputs)
+
+
+@parallel
+def _unpack(sizes, packed, scale, y):
+    """(O, I) in float32."""
+    bits, outputs, inputs, group = sizes
+    for o in prange(outputs):
+        unpack_row(bits, inputs, group, packed, scale, U(o), y, U(o) * inputs)
+
+
+def _sizes(packed: Tensor, scale: Tensor, bits: int) -> tuple[U, U, U, U]:
+    inputs = packed.shape[1] * 8 // bits
+    return U(bits), U(packed.shape[0]), U(inputs), U(inputs // scale.shape[1])
+
+
+def _unpacked(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    y = torch.empty(packed.shape[0], packed.shape[1] * 8 // bits)
+    run(_unpack, _sizes(packed, scale, bits), packed.reshape(-1).numpy(), flat(scale), flat(y))
+    return y.to(dtype)
+
+
+def forward(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
+    y = torch.empty(x.shape[0], packed.shape[0])
+    if x.shape[0] <= FEW:
+        run(_dots, _sizes(packed, scale, bits), packed.reshape(-1).numpy(), flat(scale), flat(x), flat(y))
+        return y.to(x.dtype)
+    y = y.to(x.dtype)
+    for at in blocks(packed, bits):
+        torch.mm(x, _unpacked(packed[at], scale[at], bits, x.dtype).t(), out=y[:, at])
+    return y
+
+
+def backward(grad: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
+    grad_x = grad.new_zeros(grad.shape[0], packed.shape[1] * 8 // bits)
+    for at in blocks(packed, bits):
+        grad_x.addmm_(grad[:, at], _unpacked(packed[at], scale[at], bits, grad.dtype))
+    return grad_x

@@ -1,0 +1,164 @@
+"""Weights of 8 or 4 bits in memory: `from_pretrained(name, quantization_config=WeightOnlyConfig(bits=8))`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_rnn.compression.quantizer import METHOD as CODED
+from hf_rnn_kernels.packed_linear import PackedLinear, check_bits, choose_group, is_exact
+
+METHOD = "hf_rnn_packed"
+logger = logging.get_logger(__name__)
+
+
+@register_quantization_config(METHOD)
+class WeightOnlyConfig(QuantizationConfigMixin):
+    """`quantization_config` of a model whose linear layers are integers, each group of them with a scale.
+
+    Symmetric, the nearest integers; sums and states stay float32. Tokens on a CPU are multiplied from the integers as
+    they lie, prompts and other devices unpack a block of them at a time. The embedding, a head tied to it, recurrent
+    weights of heads, norms, biases and exponential gates stay float32.
+
+    Args:
+        bits: 8 or 4.
+        group_size: neighbours in a row that share a scale; None: the whole row in 8 bits, at most 32 in 4.
+        modules_to_not_convert: names of linear layers, or their endings, that stay float32.
+        packed: names of the layers that are packed; filled in when they are.
+    """
+
+    def __init__(
+        self,
+        bits: int = 8,
+        group_size: int | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        packed: list[str] | None = None,
+        quant_method: str = METHOD,
+        **kwargs: Any,
+    ):
+        self.quant_method = quant_method  # type: ignore[assignment]
+        check_bits(bits, group_size)
+        for name, value in dict(modules_to_not_convert=modules_to_not_convert, packed=packed).items():
+            if not isinstance(value or [], list) or not all(isinstance(x, str) for x in value or []):
+                raise ValueError(f"{name}: expected a list of names, got {value!r:.200}")
+        self.bits, self.group_size = bits, group_size
+        self.modules_to_not_convert = modules_to_not_convert
+        self.packed = packed
+
+    def pack_exactly(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Pack the layers that lose nothing by it, as those of a coded checkpoint; the others stay float32."""
+        return _mark(model, WeightOnlyQuantizer(self, pre_quantized=True), _pack(model, self, exact=True))
+
+
+def packed_from_coded(model_class: Any, source: Any, kwargs: dict) -> tuple[WeightOnlyConfig | None, dict]:
+    """A `WeightOnlyConfig` for a checkpoint of coded integers, taken out of from_pretrained's arguments: transformers
+    takes one quantization from a file and none beside it."""
+    asked = kwargs.get("quantization_config")
+    if not isinstance(asked, WeightOnlyConfig):
+        return None, kwargs
+    rest = {name: x for name, x in kwargs.items() if name != "quantization_config"}
+    config = rest.get("config") or model_class.config_class.from_pretrained(source, **rest)
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    return (asked, rest) if method == CODED else (None, kwargs)
+
+
+def _layers(model: nn.Module, config: WeightOnlyConfig) -> dict[str, nn.Linear]:
+    """Linear layers to pack, by name."""
+    plain = {f"{name}.{part}" for name, m in model.named_modules() for part in getattr(m, "exact_parts", ())}
+    plain |= {name.rpartition(".")[0] for name in getattr(model, "all_tied_weights_keys", None) or {}}
+    kept = tuple(config.modules_to_not_convert or ())
+    found = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and name not in plain:
+            if not any(name == k or name.endswith(f".{k}") for k in kept):
+                found[name] = module
+    return found
+
+
+def _pack(model: PreTrainedModel, config: WeightOnlyConfig, exact: bool = False) -> list[str]:
+    """Pack a model's layers, one after another; returns their names."""
+    layers = _layers(model, config)
+    for name, linear in layers.items():  # all, before the first is changed
+        choose_group(linear.in_features, config.bits, config.group_size, name)
+        if not linear.weight.isfinite().all():
+            raise ValueError(f"{name}.weight: expected finite numbers, got NaN or infinity")
+    names = []
+    for name in list(layers):
+        linear = layers.pop(name)  # its weights are freed before the next one is packed
+        if exact and not is_exact(linear.weight, config.bits, config.group_size):
+            logger.warning(f"{name}: more than {config.bits} bits; it stays {linear.weight.dtype}")
+            continue
+        model.set_submodule(name, PackedLinear.of(linear, config.bits, config.group_size))
+        names.append(name)
+    return names
+
+
+def _mark(model: PreTrainedModel, quantizer: HfQuantizer, names: list[str]) -> PreTrainedModel:
+    quantizer.quantization_config.packed = names  # type: ignore[attr-defined]
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.config.quantization_config = quantizer.quantization_config
+    model.is_quantized, model.quantization_method = True, METHOD  # type: ignore[assignment]
+    return model
+
+
+@register_quantizer(METHOD)
+class WeightOnlyQuantizer(HfQuantizer):
+    """Packs layers when plain weights are loaded, or makes room for those that a checkpoint has packed."""
+
+    quantization_config: WeightOnlyConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            return
+        for name in self._names(model):
+            try:
+                linear = model.get_submodule(name)
+            except AttributeError:
+                linear = None
+            if type(linear) is not nn.Linear:
+                raise ValueError(f"quantization_config: packed: no linear layer of this model is named {name!r}")
+            with torch.device("meta"):
+                sizes = linear.in_features, linear.out_features, linear.bias is not None
+                layer = PackedLinear(*sizes, config.bits, config.group_size)
+            layer._is_hf_initialized = True  # type: ignore[assignment]  # as if its weights were plain ones
+            model.set_submodule(name, layer)
+
+    def _names(self, model: PreTrainedModel) -> list[str]:
+        """Of the packed layers, with or without the backbone's prefix; another head has none."""
+        prefix = f"{model.base_model_prefix}."
+        has_head = hasattr(model, model.base_model_prefix)
+        names = self.quantization_config.packed or []
+        if has_head:
+            return [n for n in names if n.startswith(prefix) or hasattr(model, n.partition(".")[0])]
+        return [n.removeprefix(prefix) for n in names if n.startswith(prefix) or hasattr(model, n.partition(".")[0])]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            return _mark(model, self, _pack(model, self.quantization_config))
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear) and not module.scale.isfinite().all():
+                raise ValueError(f"{name}.scale: expected finite numbers, got NaN or infinity; get the file again")
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear):
+                model.set_submodule(name, module.dequantize().to(dtype))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True

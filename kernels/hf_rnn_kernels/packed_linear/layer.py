@@ -1,0 +1,59 @@
+"""nn.Linear with packed weights."""
+
+import torch
+from torch import Tensor, nn
+
+from hf_rnn_kernels.packed_linear.op import packed_linear
+from hf_rnn_kernels.packed_linear.packing import choose_group, pack, unpack
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose matrix is read-only integers: `packed` (O, I * bits / 8) and `scale` (O, I / group_size).
+
+    An nn.Linear for those who adapt such: its `weight` has the shape, dtype and device of what there is not, and NaN for
+    numbers, so that nothing can be merged into it. `dequantize` gives the numbers.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, group_size: int | None = None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.group_size = choose_group(in_features, bits, group_size)
+        self.register_buffer("packed", torch.zeros(out_features, in_features * bits // 8, dtype=torch.uint8))
+        self.register_buffer("scale", torch.zeros(out_features, in_features // self.group_size))
+        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+
+    @classmethod
+    def of(cls, linear: nn.Linear, bits: int, group_size: int | None = None) -> "PackedLinear":
+        """Its weights rounded to integers, its bias as it is."""
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features, linear.bias is not None, bits, group_size)
+        layer.packed, layer.scale = pack(linear.weight, bits, layer.group_size)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        return layer.train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        weight = self.scale.new_full((), float("nan")).expand(self.out_features, self.in_features)  # type: ignore
+        weight._is_hf_initialized = True  # transformers' initialisation passes it by
+        return weight
+
+    def dequantize(self) -> nn.Linear:
+        """The same layer with plain weights."""
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        linear.weight = nn.Parameter(unpack(self.packed, self.scale, self.bits))  # type: ignore[arg-type]
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach())
+        return linear.train(self.training)
+
+    def reset_parameters(self) -> None:
+        """Weights come packed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = packed_linear(x, self.packed, self.scale, self.bits)  # type: ignore[arg-type]
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, bits={self.bits}, group_size={self.group_size}"
