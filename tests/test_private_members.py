@@ -71,8 +71,12 @@ transformers.Trainer.self.model_accepts_loss_kwargs
 transformers.trainer_pt_utils.safe_globals()
 transformers.core_model_loading.ConversionOps.convert(input_dict, ...)
 transformers.core_model_loading.ConversionOps.reverse_op
+transformers.quantizers.HfQuantizer._dequantize(model, ...)
+transformers.quantizers.HfQuantizer._process_model_after_weight_loading(model, ...)
+transformers.quantizers.HfQuantizer._process_model_before_weight_loading(model, ...)
 transformers.quantizers.HfQuantizer.get_state_dict_and_metadata(model)
 transformers.quantizers.HfQuantizer.get_weight_conversions()
+transformers.quantizers.HfQuantizer.is_compileable
 transformers.quantizers.HfQuantizer.is_serializable(...)
 transformers.quantizers.HfQuantizer.is_trainable
 transformers.quantizers.HfQuantizer.postprocess_model(model, ...)

@@ -98,6 +98,35 @@ def _pack(model: PreTrainedModel, config: WeightOnlyConfig, exact: bool = False)
     return names
 
 
+def packed_room(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with packed layers, empty ones, where its config says so."""
+    config = getattr(model.config, "quantization_config", None)
+    config = WeightOnlyConfig.from_dict(config) if isinstance(config, dict) and config["quant_method"] == METHOD else config
+    if isinstance(config, WeightOnlyConfig):
+        _make_room(model, config)
+    return model
+
+
+def _make_room(model: PreTrainedModel, config: WeightOnlyConfig) -> None:
+    prefix = f"{model.base_model_prefix}."
+    backbone = not hasattr(model, model.base_model_prefix)
+    for name in config.packed or []:
+        own = name.removeprefix(prefix) if backbone else name
+        if own == name and not hasattr(model, name.partition(".")[0]) and "." not in name:
+            continue  # another head's
+        try:
+            linear = model.get_submodule(own)
+        except AttributeError:
+            linear = None
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"quantization_config: packed: no linear layer of this model is named {name!r}")
+        with torch.device("meta"):
+            sizes = linear.in_features, linear.out_features, linear.bias is not None
+            layer = PackedLinear(*sizes, config.bits, config.group_size)
+        layer._is_hf_initialized = True  # type: ignore[assignment]  # as if its weights were plain ones
+        model.set_submodule(own, layer)
+
+
 def _mark(model: PreTrainedModel, quantizer: HfQuantizer, names: list[str]) -> PreTrainedModel:
     quantizer.quantization_config.packed = names  # type: ignore[attr-defined]
     model.hf_quantizer = quantizer  # type: ignore[assignment]
@@ -113,30 +142,8 @@ class WeightOnlyQuantizer(HfQuantizer):
     quantization_config: WeightOnlyConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        config = self.quantization_config
-        if not self.pre_quantized:
-            return
-        for name in self._names(model):
-            try:
-                linear = model.get_submodule(name)
-            except AttributeError:
-                linear = None
-            if type(linear) is not nn.Linear:
-                raise ValueError(f"quantization_config: packed: no linear layer of this model is named {name!r}")
-            with torch.device("meta"):
-                sizes = linear.in_features, linear.out_features, linear.bias is not None
-                layer = PackedLinear(*sizes, config.bits, config.group_size)
-            layer._is_hf_initialized = True  # type: ignore[assignment]  # as if its weights were plain ones
-            model.set_submodule(name, layer)
-
-    def _names(self, model: PreTrainedModel) -> list[str]:
-        """Of the packed layers, with or without the backbone's prefix; another head has none."""
-        prefix = f"{model.base_model_prefix}."
-        has_head = hasattr(model, model.base_model_prefix)
-        names = self.quantization_config.packed or []
-        if has_head:
-            return [n for n in names if n.startswith(prefix) or hasattr(model, n.partition(".")[0])]
-        return [n.removeprefix(prefix) for n in names if n.startswith(prefix) or hasattr(model, n.partition(".")[0])]
+        if self.pre_quantized:
+            _make_room(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
@@ -157,7 +164,7 @@ class WeightOnlyQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # by adapters: without any, Trainer refuses
 
     @property
     def is_compileable(self) -> bool:

@@ -18,9 +18,7 @@ logger = logging.get_logger(__name__)
 _TORCH = {nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.ModuleList}
 _CAPTURING = output_capturing.__name__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_FORKED = (
-    "numba is missing, or this process was forked from one in which compiled loops had run: tokens take the ordinary path"
-)
+_FORKED = "numba is missing, or this process was forked from one in which compiled loops had run"
 
 
 class FusedStep:
@@ -91,6 +89,11 @@ def fused_step(model: Any) -> FusedStep:
     return step
 
 
+def reason_not_fused(model: Any) -> str:
+    """Why a model's tokens take the ordinary path; "" where they do not."""
+    return fused_step(model).reason if threads.available() else _FORKED
+
+
 def decode_fused(model: Any, input_ids: Tensor, cache: RecurrentCache) -> Tensor | None:
     """Logits (B, 1, V) of one more token a row, and the state in `cache` after it; None where the ordinary path is to
     take it: gradients, transforms, compilers, autocast, another device or dtype, modules without instructions."""
@@ -109,7 +112,7 @@ def decode_fused(model: Any, input_ids: Tensor, cache: RecurrentCache) -> Tensor
     ):
         return None
     if not threads.available():
-        logger.warning_once(_FORKED)
+        logger.warning_once(f"tokens take the ordinary path: {_FORKED}")
         return None
     step = fused_step(model)
     if step.program is None or any(module.training for module in step._modules):

@@ -16,8 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_rnn.compression.weight_only import packed_from_coded
-from hf_rnn.generation.fused_step import decode_fused, fused_step
+from hf_rnn.compression.weight_only import packed_from_coded, packed_room
+from hf_rnn.generation.fused_step import decode_fused, reason_not_fused
 from hf_rnn.layers import CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm, SlidingAttention
 from hf_rnn.remote_code.loader import write_remote_code
 from hf_rnn.skeleton.cache import RecurrentCache
@@ -170,7 +170,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
                 pretrained_model_name_or_path, **kwargs
             )
             with torch.device("meta"):
-                raise RuntimeError(find_wrong_shape(source, cls(config)) or str(error)) from error
+                raise RuntimeError(find_wrong_shape(source, packed_room(cls(config))) or str(error)) from error
         if coded_as is not None:
             coded_as.pack_exactly(loaded[0])
         if output_loading_info:
@@ -396,7 +396,7 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
     @property
     def decoding(self) -> str:
         """How tokens after the prompt are computed: "fused", one compiled call each, or "ordinary: " and the reason."""
-        reason = fused_step(self).reason
+        reason = reason_not_fused(self)
         return f"ordinary: {reason}" if reason else "fused"
 
     @can_return_tuple

@@ -1,0 +1,112 @@
+"""Packed weights: what packing keeps, and products straight from the integers against plain ones in float64."""
+
+import pytest
+import torch
+from conftest import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hf_rnn_kernels.packed_linear import PackedLinear, choose_group, is_exact, pack, packed_linear, reference, unpack
+
+sizes = st.integers(1, 40)
+
+
+def weights(outputs, inputs, seed=0):
+    return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+
+
+@given(sizes, sizes, st.sampled_from([8, 4]), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_packing_rounds_to_the_nearest(outputs, inputs, bits, seed):
+    inputs *= 2
+    weight = weights(outputs, inputs, seed)
+    packed, scale = pack(weight, bits)
+    group = inputs // scale.shape[1]
+    assert packed.shape == (outputs, inputs * bits // 8) and packed.dtype == torch.uint8
+    assert group == choose_group(inputs, bits, None) <= (inputs if bits == 8 else 32)
+    error = (unpack(packed, scale, bits) - weight).abs().unflatten(1, (-1, group))
+    assert (error <= scale[..., None] * 0.5001).all()
+
+
+@given(sizes, sizes, st.sampled_from([8, 4]), st.integers(-20, 20), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_what_fits_is_kept_bit_for_bit(outputs, inputs, bits, exponent, seed):
+    """Multiples of a power of two, a coded checkpoint's weights: also rows of zeros, and rows that use few integers."""
+    most = 2 ** (bits - 1) - 1
+    q = torch.randint(-most, most + 1, (outputs, 2 * inputs), generator=torch.Generator().manual_seed(seed))
+    q[seed % outputs] //= 5
+    q[0, 0], q[-1] = most, 0
+    weight = q * 2.0**exponent
+    assert is_exact(weight, bits)
+    assert torch.equal(unpack(*pack(weight, bits), bits), weight)
+    weight[0, 0] *= 1 + 2**-20
+    assert not weight[0, 0] or not is_exact(weight, bits)
+
+
+@pytest.mark.parametrize("bits, group", [(8, None), (8, 4), (4, None), (4, 2), (4, 12)])
+@pytest.mark.parametrize("rows", [0, 1, 3, 9, 130])
+def test_product_and_gradient(bits, group, rows):
+    layer = PackedLinear.of(nn.Linear(36, 71), bits, group)
+    plain = layer.dequantize().double()
+    x = weights(rows, 36).requires_grad_()
+    y = layer(x)
+    exact = x.detach().double().requires_grad_()
+    expected = plain(exact)
+    assert y.shape == (rows, 71)
+    grad = weights(rows, 71, 1)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    (expected_dx,) = torch.autograd.grad(expected, exact, grad.double())
+    if rows:
+        assert relative_error(y, expected) < 1e-6
+        assert relative_error(dx, expected_dx) < 1e-6
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_block_at_a_time(bits, monkeypatch):
+    """More blocks than one, the last one smaller; both backends; other dtypes."""
+    from hf_rnn_kernels.packed_linear import cpu
+
+    for module in (cpu, reference):
+        monkeypatch.setattr(module, "blocks", lambda packed, bits: [slice(n, n + 7) for n in range(0, len(packed), 7)])
+    packed, scale = pack(weights(31, 64), bits)
+    x, plain = weights(10, 64, 3), unpack(packed, scale, bits).double()
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.02)):
+        y = packed_linear(x.to(dtype)[None], packed, scale, bits)
+        assert y.dtype == dtype and y.shape == (1, 10, 31)
+        assert relative_error(y[0], x.double() @ plain.t()) < bound
+
+
+def test_compiled_and_exported():
+    layer = PackedLinear.of(nn.Linear(16, 5), 8)
+    x = weights(3, 16)
+    torch.library.opcheck(torch.ops.hf_rnn.packed_linear, (x, layer.packed, layer.scale, 8))
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), layer(x))
+
+
+def test_nothing_can_be_merged_into_it():
+    layer = PackedLinear.of(nn.Linear(16, 5), 8)
+    assert layer.weight.shape == (5, 16) and layer.weight.isnan().all()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        layer.weight.data += torch.ones(5, 16)
+
+
+def test_bad_input():
+    for bits in (3, 16, True, "8", 8.5):
+        with pytest.raises(ValueError, match="bits: expected 8 or 4, got"):
+            pack(weights(2, 8), bits)
+    for group in (1, 0, -4, 2.0, True):
+        with pytest.raises(ValueError, match="group_size: expected an integer of at least 2"):
+            pack(weights(2, 8), 8, group)
+    with pytest.raises(ValueError, match="group_size: expected a divisor of the 8 inputs of weight, got 3"):
+        pack(weights(2, 8), 8, 3)
+    with pytest.raises(ValueError, match="group_size: expected an even divisor of the 9 inputs of layer, got 3"):
+        choose_group(9, 4, 3, "layer")
+    with pytest.raises(ValueError, match="layer: 4 bits want an even number of inputs, got 9"):
+        choose_group(9, 4, None, "layer")
+    packed, scale = pack(weights(2, 8), 8)
+    with pytest.raises(ValueError, match=r"x: expected \(..., 8\), got \(3, 7\)"):
+        packed_linear(weights(3, 7), packed, scale, 8)
+    with pytest.raises(ValueError, match=r"scale: expected \(O, I / group_size\)"):
+        packed_linear(weights(3, 8), packed, scale[:1], 8)
