@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -11,7 +11,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rnn.compression.quantizer import METHOD as CODED
-from hf_rnn_kernels.packed_linear import PackedLinear, check_bits, choose_group, is_exact
+from hf_rnn_kernels.packed_linear import PackedLinear, PackedMatrix, check_bits, choose_group, is_exact
 
 METHOD = "hf_rnn_packed"
 logger = logging.get_logger(__name__)
@@ -22,8 +22,8 @@ class WeightOnlyConfig(QuantizationConfigMixin):
     """`quantization_config` of a model whose linear layers are integers, each group of them with a scale.
 
     Symmetric, the nearest integers; sums and states stay float32. Tokens on a CPU are multiplied from the integers as
-    they lie, prompts and other devices unpack a block of them at a time. The embedding, a head tied to it, recurrent
-    weights of heads, norms, biases and exponential gates stay float32.
+    they lie, prompts and other devices unpack a block of them at a time. The embedding, a head tied to it, convolutions,
+    norms, biases and exponential gates stay float32.
 
     Args:
         bits: 8 or 4.
@@ -67,35 +67,58 @@ def packed_from_coded(model_class: Any, source: Any, kwargs: dict) -> tuple[Weig
     return (asked, rest) if method == CODED else (None, kwargs)
 
 
-def _layers(model: nn.Module, config: WeightOnlyConfig) -> dict[str, nn.Linear]:
-    """Linear layers to pack, by name."""
+RECURRENT = "recurrent_weight"  # (heads, O, I), a mixer's own parameter
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return module if isinstance(module, Tensor) else module.weight  # type: ignore[return-value]
+
+
+def _replace(model: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
+    parent, _, own = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    delattr(owner, own)
+    setattr(owner, own, part)
+
+
+def _layers(model: nn.Module, config: WeightOnlyConfig) -> dict[str, nn.Linear | nn.Parameter]:
+    """Linear layers and recurrent weights to pack, by name."""
     plain = {f"{name}.{part}" for name, m in model.named_modules() for part in getattr(m, "exact_parts", ())}
     plain |= {name.rpartition(".")[0] for name in getattr(model, "all_tied_weights_keys", None) or {}}
     kept = tuple(config.modules_to_not_convert or ())
-    found = {}
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and name not in plain:
-            if not any(name == k or name.endswith(f".{k}") for k in kept):
-                found[name] = module
-    return found
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    recurrent = {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == RECURRENT}
+    return {
+        name: part
+        for name, part in (linears | recurrent).items()  # type: ignore[operator]
+        if name not in plain and not any(name == k or name.endswith(f".{k}") for k in kept)
+    }
 
 
 def _pack(model: PreTrainedModel, config: WeightOnlyConfig, exact: bool = False) -> list[str]:
     """Pack a model's layers, one after another; returns their names."""
     layers = _layers(model, config)
-    for name, linear in layers.items():  # all, before the first is changed
-        choose_group(linear.in_features, config.bits, config.group_size, name)
-        if not linear.weight.isfinite().all():
-            raise ValueError(f"{name}.weight: expected finite numbers, got NaN or infinity")
+    for name, part in layers.items():  # all, before the first is changed
+        choose_group(_weight(part).shape[-1], config.bits, config.group_size, name)
+        if not _weight(part).isfinite().all():
+            raise ValueError(f"{name}: expected finite weights, got NaN or infinity")
     names = []
     for name in list(layers):
-        linear = layers.pop(name)  # its weights are freed before the next one is packed
-        if exact and not is_exact(linear.weight, config.bits, config.group_size):
-            logger.warning(f"{name}: more than {config.bits} bits; it stays {linear.weight.dtype}")
+        part = layers.pop(name)  # its weights are freed before the next one is packed
+        if exact and not is_exact(_weight(part), config.bits, config.group_size):
+            logger.warning(f"{name}: more than {config.bits} bits; it stays {_weight(part).dtype}")
             continue
-        model.set_submodule(name, PackedLinear.of(linear, config.bits, config.group_size))
+        kind = PackedMatrix if isinstance(part, Tensor) else PackedLinear
+        packed = kind.of(part, config.bits, config.group_size)  # type: ignore[arg-type]
+        packed._is_hf_initialized = True  # type: ignore[assignment]  # as if its weights were plain ones
+        _replace(model, name, packed)
         names.append(name)
     return names
+
+
+def pack_model(model: PreTrainedModel, config: WeightOnlyConfig) -> PreTrainedModel:
+    """Pack a model that is in memory, as `from_pretrained` does what it loads; in place."""
+    return _mark(model, WeightOnlyQuantizer(config, pre_quantized=True), _pack(model, config))
 
 
 def packed_room(model: PreTrainedModel) -> PreTrainedModel:
@@ -114,17 +137,18 @@ def _make_room(model: PreTrainedModel, config: WeightOnlyConfig) -> None:
         own = name.removeprefix(prefix) if backbone else name
         if own == name and not hasattr(model, name.partition(".")[0]) and "." not in name:
             continue  # another head's
-        try:
-            linear = model.get_submodule(own)
-        except AttributeError:
-            linear = None
-        if type(linear) is not nn.Linear:
+        part = (dict(model.named_modules()) | dict(model.named_parameters())).get(own)
+        if type(part) not in (nn.Linear, nn.Parameter):
             raise ValueError(f"quantization_config: packed: no linear layer of this model is named {name!r}")
         with torch.device("meta"):
-            sizes = linear.in_features, linear.out_features, linear.bias is not None
-            layer = PackedLinear(*sizes, config.bits, config.group_size)
-        layer._is_hf_initialized = True  # type: ignore[assignment]  # as if its weights were plain ones
-        model.set_submodule(own, layer)
+            packed: nn.Module
+            if isinstance(part, nn.Linear):
+                sizes = part.in_features, part.out_features, part.bias is not None
+                packed = PackedLinear(*sizes, config.bits, config.group_size)
+            else:
+                packed = PackedMatrix(part.shape, config.bits, config.group_size)  # type: ignore[union-attr, arg-type]
+        packed._is_hf_initialized = True  # type: ignore[assignment]
+        _replace(model, own, packed)
 
 
 def _mark(model: PreTrainedModel, quantizer: HfQuantizer, names: list[str]) -> PreTrainedModel:
@@ -149,14 +173,16 @@ class WeightOnlyQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return _mark(model, self, _pack(model, self.quantization_config))
         for name, module in model.named_modules():
-            if isinstance(module, PackedLinear) and not module.scale.isfinite().all():
+            if isinstance(module, PackedLinear | PackedMatrix) and not module.scale.isfinite().all():  # type: ignore
                 raise ValueError(f"{name}.scale: expected finite numbers, got NaN or infinity; get the file again")
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
-                model.set_submodule(name, module.dequantize().to(dtype))
+                _replace(model, name, module.dequantize().to(dtype))
+            elif isinstance(module, PackedMatrix):
+                _replace(model, name, nn.Parameter(module.dequantize().to(dtype)))
         return model
 
     def is_serializable(self) -> bool:

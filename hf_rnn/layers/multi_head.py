@@ -6,6 +6,7 @@ from transformers import initialization as init
 
 from hf_rnn.layers.mixer import RecurrentMixer
 from hf_rnn_kernels.fused_step.program import Op, Program, Vector
+from hf_rnn_kernels.packed_linear import plain
 
 
 class MultiHeadMixer(RecurrentMixer):
@@ -45,7 +46,7 @@ class MultiHeadMixer(RecurrentMixer):
     def operands(self, x: Tensor) -> dict[str, Any]:
         """The op's arguments but states and layout. The op takes x and both weights and picks what computes, unless the
         input projection is more than a linear layer: with an adapter, hooks or a quantizer it speaks for itself."""
-        weights = dict(weight=self.recurrent_weight, bias=self.recurrent_bias)
+        weights = dict(weight=plain(self.recurrent_weight), bias=self.recurrent_bias)
         if not is_bare(self.in_proj):
             return dict(x=self.in_proj(x), **weights)
         return dict(x=x, input_weight=self.in_proj.weight, input_bias=self.in_proj.bias, **weights)

@@ -26,6 +26,11 @@ def write_remote_code(config: Any, folder: str | Path) -> None:
     shutil.copyfile(__file__, Path(folder) / "modeling_hf_rnn.py")
 
 
+def plain(weight):
+    """A parameter's numbers: here none is packed."""
+    return weight
+
+
 def decode_fused(model, input_ids, cache):
     """Tokens take the ordinary path here."""
     return None

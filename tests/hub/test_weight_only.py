@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import hf_rnn
 from hf_rnn import WeightOnlyConfig
 from hf_rnn_kernels import threads
-from hf_rnn_kernels.packed_linear import PackedLinear
+from hf_rnn_kernels.packed_linear import PackedLinear, PackedMatrix
 
 
 @pytest.fixture
@@ -28,7 +28,12 @@ def load(folder, *bits, **options):
 
 
 def layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear | PackedMatrix)}
+
+
+def weight_of(model, name):
+    parameters = dict(model.named_parameters())
+    return parameters[name] if name in parameters else parameters[f"{name}.weight"]
 
 
 @torch.no_grad()
@@ -46,7 +51,7 @@ def test_loaded_saved_and_loaded(folder, ids, tmp_path):
         assert layers(again).keys() == layers(model).keys() and layers(model)
         assert torch.equal(again(ids).logits, logits)
         packed = {name: x.numel() for name, x in again.state_dict().items() if name.endswith(".packed")}
-        weights = {name: plain.get_submodule(name.removesuffix(".packed")).weight.numel() for name in packed}
+        weights = {name: weight_of(plain, name.removesuffix(".packed")).numel() for name in packed}
         assert packed == {name: count * bits // 8 for name, count in weights.items()}
         state = model(ids[:, :9], use_cache=True).past_key_values
         steps = [model(input_ids=ids[:, t : t + 1], past_key_values=state).logits for t in range(9, 17)]
@@ -69,7 +74,8 @@ def test_from_a_coded_checkpoint(make_model, ids, tmp_path):
         found = layers(packed)
         assert found or bits == 4
         for name, layer in found.items():
-            assert torch.equal(layer.dequantize().weight, plain.get_submodule(name).weight)
+            weight = layer.dequantize()
+            assert torch.equal(getattr(weight, "weight", weight), weight_of(plain, name))
         for name, p in packed.named_parameters():
             assert torch.equal(p, plain.get_parameter(name))
         assert relative_error(packed(ids).logits, plain(ids).logits) < 1e-5
@@ -126,7 +132,7 @@ def test_bad_input(make_model, folder, tmp_path):
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("inf")
     model.save_pretrained(tmp_path / "infinite")
-    with pytest.raises(ValueError, match="lm_head.weight: expected finite numbers"):
+    with pytest.raises(ValueError, match="lm_head: expected finite weights"):
         load(tmp_path / "infinite", 8)
 
 

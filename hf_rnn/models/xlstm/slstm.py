@@ -12,6 +12,7 @@ from hf_rnn.models.xlstm.mlstm import check_normalized, init_block_linear
 from hf_rnn_kernels import silu_gate, slstm_scan
 from hf_rnn_kernels.fused_step.program import Op, Pointwise, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
+from hf_rnn_kernels.packed_linear import plain
 
 
 class SLSTMCell(Mixer):
@@ -69,7 +70,7 @@ class SLSTMCell(Mixer):
         h, c, n, m, conv_state = state or (None,) * 5
         convolved, conv_state = self.conv(x, conv_state, layout)
         gates = self.gates(x, convolved)
-        h, last = slstm_scan(gates, self.recurrent_weight, self.recurrent_bias, h, c, n, m, layout)
+        h, last = slstm_scan(gates, plain(self.recurrent_weight), self.recurrent_bias, h, c, n, m, layout)
         return self.output(self._normalized(h), x), (*last, conv_state)
 
     def fuse_cell(self, program: Program, gates: Vector, states: list[Vector]) -> Vector:

@@ -93,8 +93,9 @@ def _few_rows(inputs, w, w0, o, end, x, x0, x_apart, y, y0, y_apart, rows):
 
 
 @row
-def _many_rows(bits, inputs, group, w, packed, scale, w0, o, end, x, x0, x_apart, y, y0, y_apart, rows):
-    """The same for many rows of x: a tile of the matrix stays in the cache while they pass by."""
+def _many_rows(bits, inputs, group, w, packed, scale, above, o, end, x, x0, x_apart, y, y0, y_apart, rows):
+    """The same for many rows of x: a tile of the matrix stays in the cache while they pass by. `above`: rows of the
+    matrix that are other groups'."""
     laid, panels = panels_of(rows, inputs, x, x0, x_apart)
     wide = panels * U(LANES)
     block = np.empty(TILE * wide, np.float32)
@@ -102,10 +103,10 @@ def _many_rows(bits, inputs, group, w, packed, scale, w0, o, end, x, x0, x_apart
     while o < end:
         count = min(TILE, end - o)
         if bits == _FLOAT:
-            times_panels(w, w0 + o * inputs, count, inputs, laid, panels, block)
+            times_panels(w, (above + o) * inputs, count, inputs, laid, panels, block)
         else:
             for k in range(count):
-                unpack_row(bits, inputs, group, packed, scale, o + k, plain, k * inputs)
+                unpack_row(bits, inputs, group, packed, scale, above + o + k, plain, k * inputs)
             times_panels(plain, U(0), count, inputs, laid, panels, block)
         for r in range(rows):
             for k in range(count):
@@ -127,20 +128,22 @@ def _linear(code, n, bases, first, rows, part, parts):
     if part + U(1) == parts:
         end = outputs
     for k in range(groups):
-        x0, y0, w0 = k * inputs, k * outputs, k * outputs * inputs
+        x0, y0, w0 = k * inputs, k * outputs, k * outputs * inputs  # y0: also rows of the matrix above this group's
         for r in range(rows):
             for d in range(o, end):
                 y[r * y_apart + y0 + d] = F32(0) if code[n, _FIRST + 7] == 0 else bias[y0 + d]
         if rows > FEW:
             _many_rows(
-                bits, inputs, group, w, packed, scale, w0, o, end, x, x0, x_apart, y, y0, y_apart, rows
+                bits, inputs, group, w, packed, scale, y0, o, end, x, x0, x_apart, y, y0, y_apart, rows
             )
         elif bits == _FLOAT:
             _few_rows(inputs, w, w0, o, end, x, x0, x_apart, y, y0, y_apart, rows)
         else:
             for d in range(o, end):
                 for r in range(rows):
-                    y[r * y_apart + d] += packed_dot(bits, inputs, group, packed, scale, d, x, r * x_apart)
+                    y[r * y_apart + y0 + d] += packed_dot(
+                        bits, inputs, group, packed, scale, y0 + d, x, r * x_apart + x0
+                    )
 
 
 @_sums

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_rnn_kernels.packed_linear import PackedLinear
+from hf_rnn_kernels.packed_linear import PackedLinear, PackedMatrix
 
 # Columns of an instruction: its code, whole numbers, then space, offset in bytes and row stride of each operand
 NUMBERS, OPERANDS = 6, 7
@@ -113,28 +113,39 @@ class Program:
         """nn.Linear, or one of packed integers."""
         if isinstance(module, PackedLinear):
             require(module, PackedLinear)
-            return self.packed_product(module, x, out)
+            return self.packed_product(module, (1, module.out_features, module.in_features), module.bias, x, out)
         if isinstance(module, nn.Identity):
             return x
         require(module, nn.Linear)
         return self.product(module.weight[None], module.bias, x, out)  # type: ignore[index, arg-type]
 
-    def product(self, weight: Tensor, bias: Tensor | None, x: Vector, out: Vector | None = None) -> Vector:
+    def product(
+        self, weight: Tensor | PackedMatrix, bias: Tensor | None, x: Vector, out: Vector | None = None
+    ) -> Vector:
         """weight (G, O, I): each of G groups of I numbers to O."""
+        if isinstance(weight, PackedMatrix):
+            return self.packed_product(weight, weight.shape, bias, x, out)
         groups, outputs, inputs = weight.shape
         y = self.vector(groups * outputs) if out is None else out
         self.bytes += weight.numel() * 4
         self.emit(Op.LINEAR, [x, self.weight(weight), self.weight(bias), y], [32, groups, outputs, inputs])
         return y
 
-    def packed_product(self, module: PackedLinear, x: Vector, out: Vector | None = None) -> Vector:
-        y = self.vector(module.out_features) if out is None else out
+    def packed_product(
+        self,
+        module: PackedLinear | PackedMatrix,
+        shape: Sequence[int],
+        bias: Tensor | None,
+        x: Vector,
+        out: Vector | None,
+    ) -> Vector:
+        y = self.vector(shape[0] * shape[1]) if out is None else out
         self.bytes += module.packed.numel()
         if module.packed.device.type != "cpu" or not module.packed.is_contiguous():
             raise NotFusable("packed weights that are not dense on a CPU")
         packed = Vector(WEIGHTS, module.packed.data_ptr(), 0, 0, module.packed.numel())
-        numbers = [module.bits, 1, module.out_features, module.in_features, module.group_size]
-        self.emit(Op.LINEAR, [x, packed, self.weight(module.bias), y, self.weight(module.scale)], numbers)
+        numbers = [module.bits, *shape, module.group_size]
+        self.emit(Op.LINEAR, [x, packed, self.weight(bias), y, self.weight(module.scale)], numbers)
         return y
 
     def block_linear(self, module: nn.Module, x: Vector) -> Vector:

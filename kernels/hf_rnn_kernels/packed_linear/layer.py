@@ -7,6 +7,32 @@ from hf_rnn_kernels.packed_linear.op import packed_linear
 from hf_rnn_kernels.packed_linear.packing import choose_group, pack, unpack
 
 
+class PackedMatrix(nn.Module):
+    """A parameter (G, O, I) as read-only integers: `packed` (G * O, I * bits / 8) and `scale` (G * O, I / group_size)."""
+
+    def __init__(self, shape: tuple[int, int, int], bits: int, group_size: int | None = None):
+        super().__init__()
+        groups, outputs, inputs = self.shape = tuple(shape)
+        self.bits, self.group_size = bits, choose_group(inputs, bits, group_size)
+        self.register_buffer("packed", torch.zeros(groups * outputs, inputs * bits // 8, dtype=torch.uint8))
+        self.register_buffer("scale", torch.zeros(groups * outputs, inputs // self.group_size))
+
+    @classmethod
+    def of(cls, weight: Tensor, bits: int, group_size: int | None = None) -> "PackedMatrix":
+        with torch.device("meta"):
+            matrix = cls(weight.shape, bits, group_size)  # type: ignore[arg-type]
+        matrix.packed, matrix.scale = pack(weight.flatten(0, 1), bits, matrix.group_size)
+        return matrix
+
+    def dequantize(self) -> Tensor:
+        return unpack(self.packed, self.scale, self.bits).view(self.shape)  # type: ignore[arg-type]
+
+
+def plain(weight: Tensor | PackedMatrix) -> Tensor:
+    """A parameter's numbers, packed or not."""
+    return weight.dequantize() if isinstance(weight, PackedMatrix) else weight
+
+
 class PackedLinear(nn.Linear):
     """A linear layer whose matrix is read-only integers: `packed` (O, I * bits / 8) and `scale` (O, I / group_size).
 
