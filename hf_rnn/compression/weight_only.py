@@ -27,7 +27,7 @@ class WeightOnlyConfig(QuantizationConfigMixin):
 
     Args:
         bits: 8 or 4.
-        group_size: neighbours in a row that share a scale; None: the whole row in 8 bits, at most 32 in 4.
+        group_size: neighbours in a row that share a scale; None: the whole row in 8 bits, in 4 the fewest from 64 on.
         modules_to_not_convert: names of linear layers, or their endings, that stay float32.
         packed: names of the layers that are packed; filled in when they are.
     """

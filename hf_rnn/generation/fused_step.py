@@ -38,6 +38,9 @@ class FusedStep:
         self._hooks = [getattr(m, name) for m in modules for name in _HOOKS]
         self._attributes = [vars(m) for m in modules]
         self._is_wrapped = self._wrapped()
+        # Reading a setting of a config takes microseconds
+        self._model_type = model.config.model_type
+        self._shapes = [[torch.Size(shape) for shape in layer.state_shapes] for layer in model.model.layers]
         self.program: Program | None = None
         self.reason = ""
         try:
@@ -55,8 +58,8 @@ class FusedStep:
             raise NotFusable("hooks, or a forward of its own")
         if wrong := [name for _, name, x, _ in self._tensors if type(x) not in (nn.Parameter, Tensor)]:
             raise NotFusable(f"{wrong[0]} is no plain parameter")
-        shapes = [shape for layer in model.model.layers for shape in layer.state_shapes]
-        program = Program([torch.Size(shape).numel() for shape in shapes], model.config.vocab_size)
+        widths = [shape.numel() for shapes in self._shapes for shape in shapes]
+        program = Program(widths, model.config.vocab_size)
         model.fuse(program)
         return program
 
@@ -73,6 +76,24 @@ class FusedStep:
             and all(d.get(name) is x and x.data_ptr() == address for d, name, x, address in self._tensors)
             and self._wrapped() == self._is_wrapped
         )
+
+    def is_training(self) -> bool:
+        return any(attributes["training"] for attributes in self._attributes)
+
+    def states_of(self, cache: RecurrentCache, batch: int) -> list[Tensor] | None:
+        """The state's tensors if they are this model's and may be written to where they lie."""
+        if cache.model_type != self._model_type or len(cache) != len(self._shapes) or not cache.is_writable:
+            return None
+        found = []
+        for state, shapes in zip(cache.states, self._shapes, strict=True):
+            if len(state) != len(shapes):  # type: ignore[arg-type]
+                return None
+            for x, shape in zip(state, shapes, strict=True):  # type: ignore[arg-type]
+                size = x.shape
+                if size[0] != batch or size[1:] != shape or x.dtype != torch.float32 or not x.is_contiguous():
+                    return None
+                found.append(x)
+        return found
 
     def __deepcopy__(self, memo: dict) -> None:
         return None  # another model's weights lie elsewhere
@@ -96,11 +117,13 @@ def reason_not_fused(model: Any) -> str:
 
 def decode_fused(model: Any, input_ids: Tensor, cache: RecurrentCache) -> Tensor | None:
     """Logits (B, 1, V) of one more token a row, and the state in `cache` after it; None where the ordinary path is to
-    take it: gradients, transforms, compilers, autocast, another device or dtype, modules without instructions."""
+    take it: gradients, transforms, compilers, autocast, another device or dtype, modules without instructions, and
+    whatever that path has an error for."""
     if (
         torch.is_grad_enabled()
-        or input_ids.device.type != "cpu"
         or type(input_ids) is not Tensor
+        or input_ids.dtype != torch.int64
+        or input_ids.device.type != "cpu"
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch.compiler.is_exporting()
@@ -115,27 +138,13 @@ def decode_fused(model: Any, input_ids: Tensor, cache: RecurrentCache) -> Tensor
         logger.warning_once(f"tokens take the ordinary path: {_FORKED}")
         return None
     step = fused_step(model)
-    if step.program is None or any(module.training for module in step._modules):
+    if step.program is None or step.is_training():
         return None
-    batch, states = input_ids.shape[0], _dense_states(model, cache, input_ids.shape[0])
-    if states is None or batch == 0:
+    ids = input_ids.reshape(-1).contiguous()
+    numbers, vocabulary, states = ids.tolist(), step.program.logits.width, step.states_of(cache, len(ids))
+    if states is None or not numbers or min(numbers) < 0 or max(numbers) >= vocabulary:
         return None
-    logits = torch.empty(batch, 1, model.config.vocab_size)
-    run(step.program, input_ids.to(torch.long).reshape(-1).contiguous(), states, logits)
+    logits = torch.empty(len(numbers), 1, vocabulary)
+    run(step.program, ids, states, logits)
     cache.seen_tokens += 1
     return logits
-
-
-def _dense_states(model: Any, cache: RecurrentCache, batch: int) -> list[Tensor] | None:
-    """The state's tensors if they are this model's and may be written to where they lie."""
-    if cache.model_type != model.config.model_type or len(cache) != len(model.model.layers) or not cache.is_writable:
-        return None
-    states = []
-    for layer, state in zip(model.model.layers, cache.states, strict=True):
-        if len(state) != len(layer.state_shapes):  # type: ignore[arg-type]
-            return None
-        for x, shape in zip(state, layer.state_shapes, strict=True):  # type: ignore[arg-type]
-            if x.shape != (batch, *shape) or x.dtype != torch.float32 or not x.is_contiguous():
-                return None
-            states.append(x)
-    return states

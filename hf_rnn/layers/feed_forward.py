@@ -3,7 +3,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from hf_rnn_kernels import swiglu
-from hf_rnn_kernels.fused_step.program import Pointwise, Program, Vector
+from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 
 
 class FeedForward(nn.Module):
@@ -18,7 +18,7 @@ class FeedForward(nn.Module):
         return self.down_proj(nn.functional.gelu(self.up_proj(x)))
 
     def fuse(self, program: Program, x: Vector) -> Vector:
-        return program.linear(self.down_proj, program.pointwise(Pointwise.GELU, program.linear(self.up_proj, x)))
+        return program.linear(self.down_proj, program.pointwise(Op.GELU, program.linear(self.up_proj, x)))
 
 
 class GatedFeedForward(nn.Module):
@@ -40,5 +40,5 @@ class GatedFeedForward(nn.Module):
     def fuse(self, program: Program, x: Vector) -> Vector:
         gate, up = program.linear(self.up_proj, x).chunk(2)
         silu = self.activation is nn.functional.silu
-        gated = program.pointwise(Pointwise.SILU_MULTIPLY if silu else Pointwise.GELU_MULTIPLY, up, gate)
+        gated = program.pointwise(Op.SILU_MULTIPLY if silu else Op.GELU_MULTIPLY, up, gate)
         return program.linear(self.down_proj, gated)

@@ -8,7 +8,7 @@ from transformers import initialization as init
 from hf_rnn.layers.causal_conv import CausalConv
 from hf_rnn.skeleton.configuration_block import RecurrentBlockConfig
 from hf_rnn_kernels import silu_gate
-from hf_rnn_kernels.fused_step.program import NotFusable, Pointwise, Program, Vector
+from hf_rnn_kernels.fused_step.program import NotFusable, Op, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
 
 
@@ -148,7 +148,7 @@ class RecurrentMixer(Mixer):
         inputs = x if self.conv is None else program.conv(self.conv, x, states[-1])
         h = self.fuse_recurrence(program, inputs, states[: self.num_states])
         if self.gate_proj is not None:
-            h = program.pointwise(Pointwise.SILU_MULTIPLY, h, program.linear(self.gate_proj, x))
+            h = program.pointwise(Op.SILU_MULTIPLY, h, program.linear(self.gate_proj, x))
         return program.linear(self.out_proj, h)
 
     def _output(self, h: Tensor, x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from hf_rnn.skeleton.integrity import check_files, find_damaged_file, find_wrong
 from hf_rnn.skeleton.memory import MemoryMixin
 from hf_rnn.skeleton.versions import STATE, STATE_NAMES, BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 from hf_rnn_kernels.checks import values_known
-from hf_rnn_kernels.fused_step.program import Pointwise, Program, Vector
+from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 from hf_rnn_kernels.layout import ROWS, SequenceLayout
 
 
@@ -90,7 +90,7 @@ class RecurrentBlock(GradientCheckpointingLayer):
                 *states, conv_state = states
                 program.add(x, program.conv(self.conv, x, conv_state))
             if self.mixer_norm is None:
-                program.pointwise(Pointwise.COPY, self.mixer.fuse(program, x, states), out=x)
+                program.pointwise(Op.COPY, self.mixer.fuse(program, x, states), out=x)
             else:
                 program.add(x, self.mixer.fuse(program, program.normalized(self.mixer_norm, x), states))
             if self.ff is not None:
@@ -430,17 +430,15 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
             TypeError, ValueError, IndexError: see `RecurrentModel.forward`.
         """
         state = state_of(cache, past_key_values)
-        alone = (
-            state is not None and input_ids is not None and input_ids.dim() == 2 and input_ids.shape[1] == 1
+        one_token = (
+            input_ids is not None and input_ids.dim() == 2 and input_ids.shape[1] == 1
+            and isinstance(state, RecurrentCache) and state.is_initialized and isinstance(logits_to_keep, int)
             and position_ids is None and inputs_embeds is None and labels is None and not kwargs
-            and isinstance(logits_to_keep, int) and not self.config.output_hidden_states
+            and not self.config.output_hidden_states
         )  # fmt: skip
-        if alone and isinstance(state, RecurrentCache) and state.is_initialized:
-            batch = input_ids.shape[0]  # type: ignore[union-attr]
-            if padding_mask(attention_mask, batch, 1, state.get_seq_length()) is None:
-                check_ids("input_ids", input_ids, self.config.vocab_size)  # type: ignore[arg-type]
-                if (logits := decode_fused(self, input_ids, state)) is not None:  # type: ignore[arg-type]
-                    return CausalLMOutput(logits=logits, **{STATE: state})  # type: ignore[arg-type]
+        if one_token and padding_mask(attention_mask, input_ids.shape[0], 1, state.seen_tokens) is None:  # type: ignore
+            if (logits := decode_fused(self, input_ids, state)) is not None:  # type: ignore[arg-type]
+                return CausalLMOutput(logits=logits, **{STATE: state})  # type: ignore[arg-type]
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids,

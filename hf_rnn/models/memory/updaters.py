@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hf_rnn.layers import FeedForward, RMSNorm
 from hf_rnn.models.memory.configuration_memory import MemoryRNNConfig
-from hf_rnn_kernels.fused_step.program import NotFusable, Op, Pointwise, Program, Vector
+from hf_rnn_kernels.fused_step.program import NotFusable, Op, Program, Vector
 
 
 class Attention(nn.Module):
@@ -84,12 +84,12 @@ class MLPUpdater(nn.Module):
     def fuse(self, program: Program, memory: Vector, token: Vector) -> Vector:
         inputs = program.vector(memory.width + token.width)
         for part, into in zip((memory, token), inputs.split(memory.width, token.width), strict=True):
-            program.pointwise(Pointwise.COPY, part, out=into)
+            program.pointwise(Op.COPY, part, out=into)
         x = program.linear(self.in_proj, inputs)
         for norm, layer in zip(self.norms, self.layers, strict=True):
-            normed = program.normalized(norm, program.pointwise(Pointwise.GELU, x))
+            normed = program.normalized(norm, program.pointwise(Op.GELU, x))
             x = program.add(x, program.linear(layer, normed))
-        return program.linear(self.memory_proj, program.pointwise(Pointwise.GELU, x))
+        return program.linear(self.memory_proj, program.pointwise(Op.GELU, x))
 
 
 class GRUUpdater(nn.Module):

@@ -9,7 +9,7 @@ from hf_rnn.layers import BlockLinear, CausalConv, Mixer, MultiHeadNorm
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
 from hf_rnn_kernels import mlstm_scan
 from hf_rnn_kernels.checks import values_known
-from hf_rnn_kernels.fused_step.program import Pointwise, Program, Vector
+from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
 
 FORGET_BIASES = (3.0, 6.0)  # from the first head's to the last's: heads that keep for 20 to 400 tokens at first
@@ -63,10 +63,10 @@ class MLSTM(Mixer):
         q, k, v, o = program.linear(self.in_proj, x).split(*self.split)
         gates = program.linear(self.gate_proj, x)
         if self.soft_cap is not None:
-            gates = program.pointwise(Pointwise.SOFT_CAP, gates, cap=self.soft_cap)
+            gates = program.pointwise(Op.SOFT_CAP, gates, cap=self.soft_cap)
         h = program.mlstm(q, k, v, gates, states, self.num_heads)
         normed = program.norm(h, self.norm.weight, self.norm.eps, self.num_heads, centred=True)
-        return program.linear(self.out_proj, program.pointwise(Pointwise.SIGMOID_MULTIPLY, normed, o))
+        return program.linear(self.out_proj, program.pointwise(Op.SIGMOID_MULTIPLY, normed, o))
 
 
 class UpProjectedMLSTM(Mixer):
@@ -123,7 +123,7 @@ class UpProjectedMLSTM(Mixer):
 
     def fuse(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
         inner, z = program.linear(self.up_proj, x).chunk(2)
-        convolved = program.pointwise(Pointwise.SILU, program.conv(self.conv, inner, states[3]))
+        convolved = program.pointwise(Op.SILU, program.conv(self.conv, inner, states[3]))
         qkv = program.vector(3 * inner.width)
         q, k, v = qkv.chunk(3)
         program.product(self.q_proj.weight, self.q_proj.bias, convolved, q)
@@ -131,8 +131,8 @@ class UpProjectedMLSTM(Mixer):
         program.product(self.v_proj.weight, self.v_proj.bias, inner, v)
         h = program.mlstm(q, k, v, program.linear(self.gate_proj, qkv), states[:3], self.num_heads)
         normed = program.norm(h, self.norm.weight, self.norm.eps, self.num_heads, centred=True)
-        skipped = program.pointwise(Pointwise.MULTIPLY, convolved, program.weight(self.skip))
-        gated = program.pointwise(Pointwise.SILU_MULTIPLY, program.add(normed, skipped), z)
+        skipped = program.pointwise(Op.MULTIPLY, convolved, program.weight(self.skip))
+        gated = program.pointwise(Op.SILU_MULTIPLY, program.add(normed, skipped), z)
         return program.linear(self.down_proj, gated)
 
 

@@ -17,7 +17,7 @@ from hf_rnn.skeleton.modeling_recurrent import (
     RecurrentModel,
     RecurrentPreTrainedModel,
 )
-from hf_rnn_kernels.fused_step.program import Pointwise, Program, Vector
+from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 
 register_checkpoint_conversion_mapping(XLSTMConfig.model_type, transformers_weights())
 
@@ -103,7 +103,7 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, RecurrentForCausalLM):
     def fuse_logits(self, program: Program, x: Vector) -> None:
         super().fuse_logits(program, x)
         if self.config.is_7b and self.config.logit_soft_cap is not None:
-            program.pointwise(Pointwise.SOFT_CAP, program.logits, out=program.logits, cap=self.config.logit_soft_cap)
+            program.pointwise(Op.SOFT_CAP, program.logits, out=program.logits, cap=self.config.logit_soft_cap)
 
 
 class XLSTMForSequenceClassification(XLSTMPreTrainedModel, RecurrentForSequenceClassification):

@@ -10,7 +10,7 @@ from hf_rnn.layers import BlockLinear, CausalConv, Mixer, MultiHeadNorm
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
 from hf_rnn.models.xlstm.mlstm import check_normalized, init_block_linear
 from hf_rnn_kernels import silu_gate, slstm_scan
-from hf_rnn_kernels.fused_step.program import Op, Pointwise, Program, Vector
+from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
 from hf_rnn_kernels.packed_linear import plain
 
@@ -106,7 +106,7 @@ class SLSTM(SLSTMCell):
         return h
 
     def fuse(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
-        convolved = program.pointwise(Pointwise.SILU, program.conv(self.conv, x, states[4]))
+        convolved = program.pointwise(Op.SILU, program.conv(self.conv, x, states[4]))
         gates, size = program.vector(4 * x.width), x.width // self.num_heads
         for head in range(self.num_heads):  # i and f, then z and o
             own, at = slice(head * size, (head + 1) * size), 4 * head * size
@@ -140,5 +140,5 @@ class GatedSLSTM(SLSTMCell):
     def fuse(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
         gates = program.linear(self.in_proj, program.conv(self.conv, x, states[4]))
         h = self.fuse_cell(program, gates, states)
-        gated = program.pointwise(Pointwise.SILU_MULTIPLY, h, program.linear(self.gate_proj, x))
+        gated = program.pointwise(Op.SILU_MULTIPLY, h, program.linear(self.gate_proj, x))
         return program.linear(self.out_proj, gated)

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from hf_rnn_kernels import threads
-from hf_rnn_kernels.fused_step.program import NotFusable, Op, Pointwise, Program, Vector, require
+from hf_rnn_kernels.fused_step.program import NotFusable, Op, Program, Vector, require
 
-__all__ = ["NotFusable", "Op", "Pointwise", "Program", "Vector", "require", "run"]
+__all__ = ["NotFusable", "Op", "Program", "Vector", "require", "run"]
 
-# Bytes of weights from which on more than one thread is faster, and numbers of products where rows are shared out:
-# docs/log.md, 2026-11-30
-SHARED_BYTES, SHARED_PRODUCTS = 2**22, 2**24
+# Products of a weight and a number of a row, from so many of which on threads share each matrix: below, waiting for one
+# another costs more than it saves (docs/log.md, 2026-11-30)
+SHARED_PRODUCTS = 2**22
 
 
 def run(program: Program, ids: Tensor, states: Sequence[Tensor], logits: Tensor) -> None:
@@ -27,16 +27,13 @@ def run(program: Program, ids: Tensor, states: Sequence[Tensor], logits: Tensor)
     from hf_rnn_kernels.fused_step import cpu
 
     rows, workers = ids.shape[0], torch.get_num_threads()
-    weights = program.bytes // 4
-    shares = min(rows, workers) if rows >= 2 * workers and rows * weights >= SHARED_PRODUCTS else 1
-    code, factors = program.bound(-(-rows // shares))
-    size = program.scratch_floats(-(-rows // shares))
-    scratch = np.empty(shares * size, np.float32)
-    addresses = [scratch.ctypes.data, 0, ids.data_ptr(), logits.data_ptr(), *(x.data_ptr() for x in states)]
-    bases = np.array(addresses)
-    if shares > 1:
-        threads.run(cpu.rows_apart, code, factors, bases, rows, shares, 4 * size)
-    elif workers > 1 and program.bytes >= SHARED_BYTES:
-        threads.run(cpu.weights_apart, code, factors, bases, rows, workers)
+    if rows not in program.bound:
+        code, factors = program.bind(rows)
+        program.bound[rows] = code, factors, np.array([cpu.address(Op(op)) for op in code[:, 0]])
+    code, factors, addresses = program.bound[rows]
+    scratch = np.empty(program.scratch_floats(rows), np.float32)
+    bases = np.array([scratch.ctypes.data, 0, ids.data_ptr(), logits.data_ptr(), *(x.data_ptr() for x in states)])
+    if workers > 1 and rows * program.weights >= SHARED_PRODUCTS:
+        threads.run(cpu.some_threads, code, factors, bases, addresses, rows, workers)
     else:
-        cpu.one_thread(code, factors, bases, rows)
+        cpu.one_thread(code, factors, bases, addresses, rows)

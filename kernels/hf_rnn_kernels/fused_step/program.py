@@ -21,11 +21,14 @@ MLSTM_EPS = 1e-6  # as `mlstm_scan`'s default
 
 
 class Op(IntEnum):
-    EMBED, LINEAR, NORM, POINTWISE, CONV, LSTM, GRU, SLSTM, MIN_GRU, MIN_LSTM, MLSTM = range(11)
+    """Products first: their outputs are shared out among threads."""
+
+    LINEAR_ONE, LINEAR, PACKED_ONE, PACKED = range(4)
+    EMBED, NORM, CONV, LSTM, GRU, SLSTM, MIN_GRU, MIN_LSTM, MLSTM = range(4, 13)
+    COPY, ADD, MULTIPLY, SILU, GELU, SILU_MULTIPLY, GELU_MULTIPLY, SIGMOID_MULTIPLY, SOFT_CAP = range(13, 22)
 
 
-class Pointwise(IntEnum):
-    COPY, ADD, MULTIPLY, SILU, GELU, SILU_MULTIPLY, GELU_MULTIPLY, SIGMOID_MULTIPLY, SOFT_CAP = range(9)
+_ONE_ROW = {Op.LINEAR: Op.LINEAR_ONE, Op.PACKED: Op.PACKED_ONE}
 
 
 class NotFusable(ValueError):
@@ -63,16 +66,17 @@ class Program:
         vocab_size: numbers a row of the logits.
 
     Attributes:
-        bytes: of all matrices, which a token reads once.
+        weights: numbers of all matrices, each read once a token.
+        bound: by the number of rows, what `run` has made of the instructions.
     """
 
     def __init__(self, state_widths: Sequence[int], vocab_size: int):
         self.states = [Vector(STATES + n, 0, width, 0, width) for n, width in enumerate(state_widths)]
         self.ids = Vector(IDS, 0, 2, 0, 1)  # int64: as wide as two floats
         self.logits = Vector(LOGITS, 0, vocab_size, 0, vocab_size)
-        self.bytes = 0
+        self.weights = 0
         self._code: list[tuple[int, list[int], list[float], list[Vector]]] = []
-        self._bound: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.bound: dict[int, tuple[np.ndarray, ...]] = {}
         self._used = self._most = 0
 
     def vector(self, width: int) -> Vector:
@@ -127,7 +131,7 @@ class Program:
             return self.packed_product(weight, weight.shape, bias, x, out)
         groups, outputs, inputs = weight.shape
         y = self.vector(groups * outputs) if out is None else out
-        self.bytes += weight.numel() * 4
+        self.weights += weight.numel()
         self.emit(Op.LINEAR, [x, self.weight(weight), self.weight(bias), y], [32, groups, outputs, inputs])
         return y
 
@@ -140,12 +144,12 @@ class Program:
         out: Vector | None,
     ) -> Vector:
         y = self.vector(shape[0] * shape[1]) if out is None else out
-        self.bytes += module.packed.numel()
+        self.weights += shape[0] * shape[1] * shape[2]
         if module.packed.device.type != "cpu" or not module.packed.is_contiguous():
             raise NotFusable("packed weights that are not dense on a CPU")
         packed = Vector(WEIGHTS, module.packed.data_ptr(), 0, 0, module.packed.numel())
         numbers = [module.bits, *shape, module.group_size]
-        self.emit(Op.LINEAR, [x, packed, self.weight(bias), y, self.weight(module.scale)], numbers)
+        self.emit(Op.PACKED, [x, packed, self.weight(bias), y, self.weight(module.scale)], numbers)
         return y
 
     def block_linear(self, module: nn.Module, x: Vector) -> Vector:
@@ -177,16 +181,16 @@ class Program:
         return self.norm(x, module.weight, module.eps, 1, isinstance(module, nn.LayerNorm))  # type: ignore[arg-type]
 
     def pointwise(
-        self, function: Pointwise, a: Vector, b: Vector | None = None, out: Vector | None = None, cap: float = 0.0
+        self, op: Op, a: Vector, b: Vector | None = None, out: Vector | None = None, cap: float = 0.0
     ) -> Vector:
-        """function(a, b) of each number; `b` may be a `weight`."""
+        """Of each number of a and, where the operation takes two, of b, which may be a `weight`."""
         y = self.vector(a.width) if out is None else out
-        self.emit(Op.POINTWISE, [a, a if b is None else b, y], [a.width, function], [cap])
+        self.emit(op, [a, a if b is None else b, y], [a.width], [cap])
         return y
 
     def add(self, a: Vector, b: Vector) -> Vector:
         """a + b, over a."""
-        return self.pointwise(Pointwise.ADD, a, b, a)
+        return self.pointwise(Op.ADD, a, b, a)
 
     def conv(self, module: nn.Module, x: Vector, state: Vector) -> Vector:
         """`hf_rnn.layers.CausalConv` with the K - 1 inputs before x, which move on."""
@@ -219,17 +223,12 @@ class Program:
     def scratch_floats(self, rows: int) -> int:
         return self._most * rows
 
-    def bound(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    def bind(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """The instructions for so many rows: (N, COLUMNS) int64 and (N, 2) float32 factors."""
-        if rows not in self._bound:
-            self._bound[rows] = self._bind(rows)
-        return self._bound[rows]
-
-    def _bind(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         code = np.zeros((len(self._code), COLUMNS), np.int64)
         factors = np.zeros((len(self._code), 2), np.float32)
         for line, row, (op, numbers, values, operands) in zip(code, factors, self._code, strict=True):
-            line[0], line[1 : 1 + len(numbers)] = op, numbers
+            line[0], line[1 : 1 + len(numbers)] = _ONE_ROW.get(op, op) if rows == 1 else op, numbers
             row[: len(values)] = values
             for n, x in enumerate(operands):
                 base = 4 * x.base * rows if x.space == SCRATCH else x.base

@@ -2,7 +2,10 @@
 
 import numpy as np
 import torch
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from torch import Tensor
 
 from hf_rnn_kernels.arrays import flat
@@ -12,9 +15,96 @@ from hf_rnn_kernels.threads import run
 from hf_rnn_kernels.vector_math import F32, FAST, U, parallel, row
 
 _sums = njit(fastmath=FAST | {"reassoc"}, error_model="numpy")  # sums in any order, so that they vectorise
-FEW = U(4)  # rows that are multiplied one by one; more go through `product`, which wants unpacked weights
+FEW = U(8)  # rows that are multiplied one by one; more go through `product`, which wants unpacked weights
 TILE = U(64)  # rows of the matrix that are unpacked at once
 _FOUR, _EIGHT = np.int32(4), np.int32(8)
+
+
+_UNROLLED = {8: 4, 4: 1}  # vectors of bytes in one turn: what was fastest (docs/log.md, 2026-11-30)
+
+
+def _vector_dot(bits):
+    """A row of packed weights times x, as LLVM vectors, which it does not make of bytes well by itself.
+
+    Sums of a group stay in lanes, and only their scaled sum over all groups is summed up in the end. Halves come as
+    they are, 8 too large: sums begin with what that adds, `start` in each lane.
+    """
+
+    @intrinsic
+    def dot(typing_context, w, w0, scale, s0, x, x0, start, groups, each):
+        def generate(context, builder, signature, arguments):
+            lane, float_ = ir.IntType(32), ir.FloatType()
+            floats, wide, narrow = (ir.VectorType(kind, LANES) for kind in (float_, lane, ir.IntType(8)))
+            w_at, scale_at, x_at, start_at = (
+                context.make_array(signature.args[n])(context, builder, arguments[n]).data for n in (0, 2, 4, 6)
+            )
+            _, w0, _, s0, _, x0, _, groups, each = arguments
+            size, unrolled = each.type, _UNROLLED[bits]
+
+            def load(data, index, kind):
+                value = builder.load(builder.bitcast(builder.gep(data, [index]), kind.as_pointer()))
+                value.align = 1 if kind is narrow else 4
+                return value
+
+            def spread(data, index):
+                """One number in all lanes."""
+                single = ir.Constant(floats, ir.Undefined)
+                single = builder.insert_element(single, builder.load(builder.gep(data, [index])), lane(0))
+                return builder.shuffle_vector(single, ir.Constant(floats, ir.Undefined), ir.Constant(wide, [0] * LANES))
+
+            def add_product(sums, a, b):
+                product = builder.fmul(a, b, flags=["contract"])
+                builder.store(builder.fadd(builder.load(sums), product, flags=["contract"]), sums)
+
+            def some(i, n):
+                """The vector of bytes at i times what of x belongs to it."""
+                byte = load(w_at, builder.add(w_here, i), narrow)
+                if bits == 8:
+                    number = builder.sitofp(builder.sext(byte, wide), floats)
+                    add_product(sums[n], number, load(x_at, builder.add(x_here, i), floats))
+                    return
+                byte, first = builder.zext(byte, wide), builder.add(x_here, i)
+                low = builder.and_(byte, ir.Constant(wide, [15] * LANES))
+                high = builder.lshr(byte, ir.Constant(wide, [4] * LANES))
+                add_product(sums[0], builder.sitofp(low, floats), load(x_at, first, floats))
+                add_product(sums[1], builder.sitofp(high, floats), load(x_at, builder.add(first, bytes_each), floats))
+
+            zero = ir.Constant(floats, [0.0] * LANES)
+            total, *sums = (cgutils.alloca_once(builder, floats) for _ in range(1 + max(unrolled, 2)))
+            builder.store(zero, total)
+            bytes_each = each if bits == 8 else builder.udiv(each, size(2))
+            with cgutils.for_range(builder, groups) as group:
+                for n, each_sum in enumerate(sums):
+                    begin = spread(start_at, group.index) if bits == 4 and n == 0 else zero
+                    builder.store(begin, each_sum)
+                w_here = builder.add(w0, builder.mul(group.index, bytes_each))
+                x_here = builder.add(x0, builder.mul(group.index, each))
+                step = size(LANES * unrolled)
+                whole = builder.udiv(bytes_each, step)
+                with cgutils.for_range(builder, whole) as turn:
+                    for n in range(unrolled):
+                        some(builder.add(builder.mul(turn.index, step), size(n * LANES)), n)
+                done = builder.mul(whole, step)
+                if unrolled > 1:
+                    rest = builder.udiv(builder.sub(bytes_each, done), size(LANES))
+                    with cgutils.for_range(builder, rest) as turn:
+                        some(builder.add(done, builder.mul(turn.index, size(LANES))), 0)
+                all_sums = builder.load(sums[0])
+                for other in sums[1:]:
+                    all_sums = builder.fadd(all_sums, builder.load(other))
+                add_product(total, all_sums, spread(scale_at, builder.add(s0, group.index)))
+            lanes, result = builder.load(total), float_(0.0)
+            for n in range(LANES):
+                result = builder.fadd(result, builder.extract_element(lanes, lane(n)))
+            return result
+
+        u64 = types.uint64
+        return types.float32(w, u64, scale, u64, x, u64, start, u64, u64), generate
+
+    return dot
+
+
+_bytes_vectors, _halves_vectors = _vector_dot(8), _vector_dot(4)
 
 
 @_sums
@@ -36,16 +126,33 @@ def _halves_dot(half, w, w0, x, x0):
 
 
 @row
-def packed_dot(bits, inputs, group, w, scale, o, x, x0):
-    """Row `o` of the matrix times x."""
-    total, groups, each = F32(0), inputs // group, group * bits // U(8)
-    for g in range(groups):
-        at = (o * groups + g) * each
+def starts(bits, inputs, group, x, x0):
+    """What sums of groups of halves begin with: -8 times the sum of their part of x, over the lanes."""
+    start = np.zeros(inputs // group if bits == U(4) else U(0), np.float32)
+    for g in range(U(start.size)):
+        for i in range(group):
+            start[g] += x[x0 + g * group + i]
+        start[g] *= F32(-8 / LANES)
+    return start
+
+
+@row
+def packed_dot(bits, inputs, group, w, scale, o, x, x0, start):
+    """Row `o` of the matrix times x, of which `start` comes."""
+    groups = inputs // group
+    each = group * bits // U(8)
+    w0, s0 = o * groups * each, o * groups
+    if each % U(LANES) == U(0):
         if bits == U(8):
-            dot = _bytes_dot(group, w, at, x, x0 + g * group)
+            return _bytes_vectors(w, w0, scale, s0, x, x0, start, groups, group)
+        return _halves_vectors(w, w0, scale, s0, x, x0, start, groups, group)
+    total = F32(0)
+    for g in range(groups):
+        if bits == U(8):
+            dot = _bytes_dot(group, w, w0 + g * each, x, x0 + g * group)
         else:
-            dot = _halves_dot(group // U(2), w, at, x, x0 + g * group)
-        total += scale[o * groups + g] * dot
+            dot = _halves_dot(each, w, w0 + g * each, x, x0 + g * group)
+        total += scale[s0 + g] * dot
     return total
 
 
@@ -66,15 +173,14 @@ def unpack_row(bits, inputs, group, w, scale, o, y, y0):
 
 
 @row
-def panels_of(rows, width, x, x0, apart):
-    """x (rows, width) with rows in the lanes, as `product` wants its right side: (panels, width, LANES)."""
-    panels = (rows + U(LANES - 1)) // U(LANES)
+def panels_of(panels, rows, width, x, x0, apart):
+    """x (rows, width) with rows in the lanes, as `product` wants its right side: (panels, width, LANES), or nothing."""
     y = np.zeros(panels * width * U(LANES), np.float32)
-    for r in range(rows):
+    for r in range(min(rows, panels * U(LANES))):
         at = (r // U(LANES)) * width * U(LANES) + r % U(LANES)
         for i in range(width):
             y[at + i * U(LANES)] = x[x0 + r * apart + i]
-    return y, panels
+    return y
 
 
 @row
@@ -93,10 +199,10 @@ def times_panels(w, w0, count, inputs, laid, panels, block):
 def _dots(sizes, packed, scale, x, y):
     """y (N, O), of few rows."""
     bits, outputs, inputs, group = sizes
-    rows = U(x.size) // inputs
-    for o in prange(outputs):
-        for r in range(rows):
-            y[r * outputs + U(o)] = packed_dot(bits, inputs, group, packed, scale, U(o), x, r * inputs)
+    for r in range(U(x.size) // inputs):
+        start = starts(bits, inputs, group, x, r * inputs)
+        for o in prange(outputs):
+            y[r * outputs + U(o)] = packed_dot(bits, inputs, group, packed, scale, U(o), x, r * inputs, start)
 
 
 @parallel
