@@ -23,6 +23,8 @@ from hf_rnn_kernels.vector_math import sigmoids, tanh
 _sums = njit(fastmath=FAST | {"reassoc"}, error_model="numpy")  # sums in any order, so that they vectorise
 _compiled = loop(fastmath=FAST, error_model="numpy")
 _FIRST, _COLUMNS, _PRODUCTS = int(FIRST), int(COLUMNS), int(Op.PACKED)
+_MANY = U(16)  # rows of a part that are shared out where there is no matrix, or one of at most `_SMALL` numbers
+_SMALL = U(2**19)
 _ALL = 2**40  # numbers behind an address: as many as one asks for
 
 _LONGS, _FLOATS = types.CPointer(types.int64), types.CPointer(types.float32)
@@ -31,8 +33,8 @@ _FUNCTIONS: dict[Op, Callable] = {}
 
 
 def _operation(op: Op) -> Callable[[Callable], Callable]:
-    """(line, factors, bases, rows, part, parts): an instruction's columns and factors, addresses of the spaces; of the
-    outputs of a product the `part` of `parts`."""
+    """(line, factors, bases, rows, part, parts): an instruction's columns and factors, addresses of the spaces; what is
+    done is the `part` of `parts`, of a product's outputs or of the rows."""
 
     def keep(function: Callable) -> Callable:
         _FUNCTIONS[op] = function
@@ -98,9 +100,9 @@ def one_thread(code, factors, bases, addresses, rows):
 
 @parallel
 def some_threads(code, factors, bases, addresses, rows, parts):
-    """Each thread has some of the outputs of every product."""
+    """Each thread has some of the outputs of every product, and of many rows some in everything else."""
     for n in range(U(addresses.size)):
-        if code[n, 0] <= _PRODUCTS:
+        if code[n, 0] <= _PRODUCTS or rows >= _MANY * parts:
             for part in prange(parts):
                 _call(addresses[n], code, factors, n, bases, U(rows), U(part), U(parts))
         else:
@@ -243,17 +245,21 @@ def _linear(line, factors, bases, rows, part, parts):
     w, _ = _operand(line, 1, bases)
     bias, _ = _operand(line, 2, bases)
     y, y_apart = _operand(line, 3, bases)
-    o, end = _range(outputs, part, parts)
+    o, end, first = U(0), outputs, U(0)
+    if rows >= _MANY * parts and outputs * inputs <= _SMALL:
+        first, rows = rows * part // parts, rows * (part + U(1)) // parts - rows * part // parts
+    else:
+        o, end = _range(outputs, part, parts)
     panels = U(0) if rows <= FEW else (rows + U(LANES - 1)) // U(LANES)
     block = np.empty(TILE * panels * U(LANES), np.float32)
     for k in range(groups):
-        above, x0 = k * outputs, k * inputs
-        _begin(o, end, y, above, y_apart, rows, bias, above, line[_FIRST + 7] != 0)
+        above, x0, y0 = k * outputs, first * x_apart + k * inputs, first * y_apart + k * outputs
+        _begin(o, end, y, y0, y_apart, rows, bias, above, line[_FIRST + 7] != 0)
         if rows <= FEW:
-            _few_rows(inputs, w, above * inputs, o, end, x, x0, x_apart, y, above, y_apart, rows)
+            _few_rows(inputs, w, above * inputs, o, end, x, x0, x_apart, y, y0, y_apart, rows)
         else:
             laid = panels_of(panels, rows, inputs, x, x0, x_apart)
-            _many_rows(inputs, w, above * inputs, o, end, laid, panels, block, y, above, y_apart, rows)
+            _many_rows(inputs, w, above * inputs, o, end, laid, panels, block, y, y0, y_apart, rows)
 
 
 @_operation(Op.PACKED_ONE)
@@ -300,7 +306,7 @@ def _embed(line, factors, bases, rows, part, parts):
     size, ids = U(line[1]), carray(_long_pointer(bases[line[_FIRST]]), _ALL)
     table, _ = _operand(line, 1, bases)
     y, y_apart = _operand(line, 2, bases)
-    for r in range(rows):
+    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
         at = U(ids[r]) * size
         for d in range(size):
             y[r * y_apart + d] = table[at + d]
@@ -327,7 +333,7 @@ def _norm(line, factors, bases, rows, part, parts):
     x, x_apart = _operand(line, 0, bases)
     weight, _ = _operand(line, 1, bases)
     y, y_apart = _operand(line, 2, bases)
-    for r in range(rows):
+    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
         for k in range(heads):
             _over_deviation(size, line[3], x, r * x_apart + k * size, factors[0], y, r * y_apart + k * size)
         if has_weight:
@@ -350,7 +356,7 @@ def _copy(line, factors, bases, rows, part, parts):
     size = U(line[1])
     a, a_apart = _operand(line, 0, bases)
     y, y_apart = _operand(line, 2, bases)
-    for r in range(rows):
+    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
         a0, y0 = r * a_apart, r * y_apart
         for d in range(size):
             y[y0 + d] = a[a0 + d]
@@ -362,7 +368,7 @@ def _add(line, factors, bases, rows, part, parts):
     a, a_apart = _operand(line, 0, bases)
     b, b_apart = _operand(line, 1, bases)
     y, y_apart = _operand(line, 2, bases)
-    for r in range(rows):
+    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
         a0, b0, y0 = r * a_apart, r * b_apart, r * y_apart
         for d in range(size):
             y[y0 + d] = a[a0 + d] + b[b0 + d]
@@ -374,7 +380,7 @@ def _multiply(line, factors, bases, rows, part, parts):
     a, a_apart = _operand(line, 0, bases)
     b, b_apart = _operand(line, 1, bases)
     y, y_apart = _operand(line, 2, bases)
-    for r in range(rows):
+    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
         a0, b0, y0 = r * a_apart, r * b_apart, r * y_apart
         for d in range(size):
             y[y0 + d] = a[a0 + d] * b[b0 + d]
@@ -385,7 +391,7 @@ def _silu(line, factors, bases, rows, part, parts):
     size = U(line[1])
     a, a_apart = _operand(line, 0, bases)
     y, y_apart = _operand(line, 2, bases)
-    for r in range(rows):
+    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
         a0, y0 = r * a_apart, r * y_apart
         for d in range(size):
             y[y0 + d] = a[a0 + d] * sigmoids(a[a0 + d])[1]
@@ -396,7 +402,7 @@ def _gelu(line, factors, bases, rows, part, parts):
     size = U(line[1])
     a, a_apart = _operand(line, 0, bases)
     y, y_apart = _operand(line, 2, bases)
-    for r in range(rows):
+    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
         a0, y0 = r * a_apart, r * y_apart
         for d in range(size):
             y[y0 + d] = _gelu_of(a[a0 + d])
@@ -408,7 +414,7 @@ def _silu_multiply(line, factors, bases, rows, part, parts):
     a, a_apart = _operand(line, 0, bases)
     b, b_apart = _operand(line, 1, bases)
     y, y_apart = _operand(line, 2, bases)
-    for r in range(rows):
+    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
         a0, b0, y0 = r * a_apart, r * b_apart, r * y_apart
         for d in range(size):
             y[y0 + d] = a[a0 + d] * b[b0 + d] * sigmoids(b[b0 + d])[1]
@@ -420,7 +426,7 @@ def _gelu_multiply(line, factors, bases, rows, part, parts):
     a, a_apart = _operand(line, 0, bases)
     b, b_apart = _operand(line, 1, bases)
     y, y_apart = _operand(line, 2, bases)
-    for r in range(rows):
+    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
         a0, b0, y0 = r * a_apart, r * b_apart, r * y_apart
         for d in range(size):
             y[y0 + d] = a[a0 + d] * _gelu_of(b[b0 + d])
@@ -432,7 +438,7 @@ def _sigmoid_multiply(line, factors, bases, rows, part, parts):
     a, a_apart = _operand(line, 0, bases)
     b, b_apart = _operand(line, 1, bases)
     y, y_apart = _operand(line, 2, bases)
-    for r in range(rows):
+    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
         a0, b0, y0 = r * a_apart, r * b_apart, r * y_apart
         for d in range(size):
             y[y0 + d] = a[a0 + d] * sigmoids(b[b0 + d])[1]
@@ -443,7 +449,7 @@ def _soft_cap(line, factors, bases, rows, part, parts):
     size, cap = U(line[1]), factors[0]
     a, a_apart = _operand(line, 0, bases)
     y, y_apart = _operand(line, 2, bases)
-    for r in range(rows):
+    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
         a0, y0 = r * a_apart, r * y_apart
         for d in range(size):
             y[y0 + d] = cap * tanh(a[a0 + d] / cap)
@@ -459,7 +465,7 @@ def _conv(line, factors, bases, rows, part, parts):
     state, s_apart = _operand(line, 3, bases)
     y, y_apart = _operand(line, 4, bases)
     history = taps - U(1)
-    for r in range(rows):
+    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
         x0, s0, y0 = r * x_apart, r * s_apart, r * y_apart
         for d in range(size):
             y[y0 + d] = bias[d] + weight[d * taps + history] * x[x0 + d]
@@ -481,7 +487,7 @@ def _lstm(line, factors, bases, rows, part, parts):
     h, h_apart = _operand(line, 2, bases)
     state, s_apart = _operand(line, 3, bases)
     c, c_apart = _operand(line, 4, bases)
-    for n in range(rows * heads):
+    for n in range(rows * part // parts * heads, rows * (part + U(1)) // parts * heads):
         r, k = n // heads, n % heads
         x0, r0 = r * x_apart + U(4) * k * size, r * r_apart + U(4) * k * size
         h0, s0, c0 = r * h_apart + k * size, r * s_apart + k * size, r * c_apart + k * size
@@ -503,7 +509,7 @@ def _gru(line, factors, bases, rows, part, parts):
     recurrent, r_apart = _operand(line, 1, bases)
     h, h_apart = _operand(line, 2, bases)
     state, s_apart = _operand(line, 3, bases)
-    for n in range(rows * heads):
+    for n in range(rows * part // parts * heads, rows * (part + U(1)) // parts * heads):
         r, k = n // heads, n % heads
         x0, r0 = r * x_apart + U(3) * k * size, r * r_apart + U(3) * k * size
         h0, s0 = r * h_apart + k * size, r * s_apart + k * size
@@ -526,7 +532,7 @@ def _slstm(line, factors, bases, rows, part, parts):
     cells, _ = _operand(line, 4, bases)
     normalizers, _ = _operand(line, 5, bases)
     tops, _ = _operand(line, 6, bases)
-    for n in range(rows * heads):
+    for n in range(rows * part // parts * heads, rows * (part + U(1)) // parts * heads):
         r, k = n // heads, n % heads
         x0, r0 = r * x_apart + U(4) * k * size, r * r_apart + U(4) * k * size
         h0, s0 = r * h_apart + k * size, r * s_apart + k * size
@@ -559,7 +565,7 @@ def _min_gru(line, factors, bases, rows, part, parts):
     state, s_apart = _operand(line, 1, bases)
     gate, g_apart = _operand(line, 2, bases)
     candidate, x_apart = _operand(line, 3, bases)
-    for r in range(rows):
+    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
         h0, s0, g0, x0 = r * h_apart, r * s_apart, r * g_apart, r * x_apart
         for p in range(size):
             rest, share = sigmoids(gate[g0 + p])
@@ -579,7 +585,7 @@ def _min_lstm(line, factors, bases, rows, part, parts):
     forget, f_apart = _operand(line, 2, bases)
     input_, i_apart = _operand(line, 3, bases)
     candidate, x_apart = _operand(line, 4, bases)
-    for r in range(rows):
+    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
         h0, s0, f0, i0, x0 = r * h_apart, r * s_apart, r * f_apart, r * i_apart, r * x_apart
         for p in range(size):
             goal, f, i = candidate[x0 + p], forget[f0 + p], input_[i0 + p]
@@ -608,7 +614,7 @@ def _mlstm(line, factors, bases, rows, part, parts):
     normalizer, n_apart = _operand(line, 6, bases)
     tops = carray(_float_pointer(bases[line[4]]), _ALL)
     root = ONE / np.sqrt(F32(keys))
-    for n in range(rows * heads):
+    for n in range(rows * part // parts * heads, rows * (part + U(1)) // parts * heads):
         r, k = n // heads, n % heads
         q0, k0, v0, g0 = r * q_apart + k * keys, r * k_apart + k * keys, r * v_apart + k * values, r * g_apart + k
         h0, c0, n0 = r * h_apart + k * values, r * c_apart + k * keys * values, r * n_apart + k * keys
