@@ -27,6 +27,8 @@ TITLES = {
     "layouts": "The gated layout beside the paper's",
     "xlstm": "xLSTM beside transformers' own class",
     "decoding": "Decoding",
+    "decoding_sizes": "A token over size and bits",
+    "weight_bits": "Bits a weight and bits a byte",
     "decoding_7b": "Decoding at seven billion parameters",
     "min_against_traditional": "Minimal cells against traditional ones",
     "zero_order": "Losses of many perturbed copies",
@@ -262,6 +264,39 @@ def state_tracking(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def decoding_sizes(results: Results) -> str:
+    parts = ["![milliseconds a token over parameters](pictures/decoding_sizes.png)"]
+    tokens = {title: rows for title, rows in results.items() if title != "resident"}
+    names = list(dict.fromkeys(name for rows in tokens.values() for name in rows))
+    lines = [
+        [title, *(number(rows[name]["ms"]) if "ms" in rows.get(name, {}) else "-" for name in names)]
+        for title, rows in tokens.items()
+    ]
+    parts.append("Milliseconds a token, one sequence:\n\n" + markdown(["", *names], lines))
+    parts.append("Ratios:\n\n" + generic(tokens))
+    if "resident" in results:
+        header = ["minGRU, bits", "bytes of the file", "resident beyond those of a small one", "share"]
+        rows = [
+            [bits, f"{row['file_bytes']:,}", f"{row['resident_bytes']:,}", f"{row['resident_bytes'] / row['file_bytes']:.2f}"]
+            for bits, row in results["resident"].items()
+        ]
+        parts.append(markdown(header, rows))
+    return "\n\n".join(parts)
+
+
+def weight_bits(results: Results) -> str:
+    kinds = [kind for kind, found in next(iter(results["models"].values())).items() if isinstance(found, dict)]
+    lines = [
+        [name, *(f"{row[kind]['bits_per_byte']:.4f} ({row[kind]['bits_per_weight']:.1f})" for kind in kinds)]
+        for name, row in results["models"].items()
+    ]
+    text = (
+        f"Models of 350,000 parameters after {results['steps']} steps, seed 0: bits per byte of held-out text, and in "
+        "parentheses bits a parameter, in memory, of the coded ones on disk. Embeddings are float32 but in coded ones."
+    )
+    return text + "\n\n" + markdown(["", *kinds], lines)
+
+
 def classification(results: Results) -> str:
     parts = [
         "Accuracy on others than were trained on, mean (worst) of 3 seeds. ListOps by Long Range Arena's rules, 20 to "
@@ -285,6 +320,8 @@ WRITERS = {
     "kernels": kernels,
     "training_step": training_step,
     "decoding": decoding,
+    "decoding_sizes": decoding_sizes,
+    "weight_bits": weight_bits,
     "quality": quality,
     "state_tracking": state_tracking,
 }
@@ -398,6 +435,17 @@ def pictures() -> None:
                 if "ms" in row and (who == "hf_rnn" or name == "LSTM"):
                     curves[batch].setdefault(name if who == "hf_rnn" else who, []).append((int(prefix), row["ms"]))
         draw("decoding", curves, "tokens before", "ms a token")
+    if record := load("decoding_sizes"):
+        lines = {}
+        for title, rows in record["results"].items():
+            name, _, size = title.partition(", ")
+            if name != "minGRU":
+                continue
+            for who, row in rows.items():
+                if "ms" in row:
+                    label = who.replace("hf_rnn", "minGRU, hf_rnn")
+                    lines.setdefault(label, []).append((int(size.split()[0].replace(",", "")), row["ms"]))
+        draw("decoding_sizes", {"one sequence": lines}, "parameters", "ms a token")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from hf_rnn.compression.quantizer import METHOD
+from hf_rnn.compression.weight_only import METHOD as PACKED
 from hf_rnn.remote_code.bundle import write_bundle
 
 
@@ -31,8 +32,8 @@ def is_ours(config: dict[str, Any]) -> bool:
 
 
 def is_coded(config: dict[str, Any]) -> bool:
-    """Whether `hf_rnn.save_compressed` wrote the weights, which only the package reads."""
-    return (config.get("quantization_config") or {}).get("quant_method") == METHOD
+    """Whether the weights are coded by `hf_rnn.save_compressed`, or packed: only the package reads them."""
+    return (config.get("quantization_config") or {}).get("quant_method") in (METHOD, PACKED)
 
 
 def bundle(folder: str | Path) -> Path:
@@ -50,5 +51,5 @@ def bundle(folder: str | Path) -> Path:
     if not is_ours(config):
         raise ValueError(f"checkpoint: expected a model of hf_rnn, got model_type {model_type!r}")
     if is_coded(config):
-        raise ValueError(f"checkpoint: the weights in {folder} are coded, and only hf_rnn reads them: no bundle helps")
+        raise ValueError(f"checkpoint: the weights in {folder} are coded or packed, and only hf_rnn reads them: no bundle helps")
     return write_bundle(CONFIG_MAPPING[model_type], folder)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import hf_rnn
 from hf_rnn import WeightOnlyConfig
 from hf_rnn_kernels import threads
 from hf_rnn_kernels.packed_linear import PackedLinear, PackedMatrix
+from hf_rnn_trainers.model_card import make_card
 
 
 @pytest.fixture
@@ -160,6 +161,14 @@ def test_training_is_refused_and_lora_on_top_is_not(folder, ids, tmp_path):
                for name, layer in layers(adapted).items())  # fmt: skip
     with pytest.raises(RuntimeError):
         adapted.merge_and_unload()
+
+
+@pytest.mark.parametrize("architecture", ["gru"], indirect=True)
+def test_the_card_says_so(folder):
+    plain, packed = load(folder), load(folder, 4)
+    card = make_card("me/packed", packed).content
+    assert "integers of 4 bits" in card and "`model.dequantize()`" in card
+    assert f"{plain.num_parameters():,} parameters" in card
 
 
 @pytest.mark.parametrize("architecture", ["lstm"], indirect=True)

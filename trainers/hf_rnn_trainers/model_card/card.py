@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from hf_rnn_kernels.packed_linear import PackedLinear, PackedMatrix
 from hf_rnn_trainers.model_card.papers import ARCHITECTURES, BIBTEX, Architecture
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -39,6 +40,10 @@ print(model(**tokenizer("The text", return_tensors="pt")).last_hidden_state)""",
 _NOTE = (
     "Without the package, more slowly: `from_pretrained(..., trust_remote_code=True)`, where the checkpoint has been "
     "pushed, or bundled (`hf-rnn bundle`)."
+)
+_NOTE_PACKED = (
+    "The matrices are integers of {bits} bits, multiplied as they lie (`hf_rnn.WeightOnlyConfig`): transformers reads them "
+    "where hf_rnn is imported. `model.dequantize()` makes plain weights of them, to train on; LoRA adapts them as they are."
 )
 _NOTE_CODED = "The weights are coded: transformers reads them where hf_rnn is imported, and refuses them elsewhere."
 
@@ -88,6 +93,12 @@ def task(model: PreTrainedModel) -> str:
 def architecture_of(model: PreTrainedModel) -> Architecture:
     """What is known of a model's architecture; of those outside the package the name alone."""
     return ARCHITECTURES.get(model.config.model_type) or Architecture(str(model.config.model_type), "", ())
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Packed ones as well, of which transformers knows nothing."""
+    packed = (m for m in model.modules() if isinstance(m, PackedLinear | PackedMatrix))
+    return model.num_parameters() + sum(m.packed.numel() * 8 // m.bits for m in packed)  # type: ignore[operator, union-attr]
 
 
 def citations(keys: Iterable[str]) -> str:
@@ -149,15 +160,16 @@ def make_card(
         tags=list(dict.fromkeys([*["hf_rnn", "recurrent"] * ours, model.config.model_type, *tags])),
     )
     snippet = _SNIPPETS[what].format(name=name)
+    bits = next((module.bits for module in model.modules() if isinstance(module, PackedLinear)), None)
     where = f"{processes} processes, each on " if processes > 1 else ""
     return render(
         data,
         name.rstrip("/").split("/")[-1],
         known,
-        f"{known.name} for {what.replace('-', ' ')}: {model.num_parameters():,} parameters, a vocabulary of "
+        f"{known.name} for {what.replace('-', ' ')}: {count_parameters(model):,} parameters, a vocabulary of "
         f"{model.config.get_text_config().vocab_size:,} tokens.",
         f"# pip install hf-rnn\nimport hf_rnn\n{snippet}" if ours or coded else snippet,
-        _NOTE_CODED if coded else _NOTE if ours else "",
+        _NOTE_PACKED.format(bits=bits) if bits else _NOTE_CODED if coded else _NOTE if ours else "",
         training,
         evaluations,
         where + hardware(),
