@@ -122,7 +122,9 @@ def main() -> None:
     for name in [name for name in MODELS if "transformers" not in name and name != "minGRU"]:
         title = f"{name}, {LARGEST:,} parameters"
         results[title] = parts.run(title, token, name, LARGEST, False)
-    results = {title: rows for title, rows in results.items() if rows} | (parts.run("resident", resident, LARGEST) or {})
+    results = {title: rows for title, rows in results.items() if rows} | (
+        parts.run("resident", resident, LARGEST) or {}
+    )
     parts.finish(results)
 
 

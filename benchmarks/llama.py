@@ -56,7 +56,11 @@ def write_gguf(path: Path, parameters: int, kind: str, vocabulary: int = 256) ->
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("no_vocab")
     generator, total = np.random.default_rng(0), 0
-    tensors = {"token_embd.weight": (vocabulary, width), "output_norm.weight": (width,), "output.weight": (vocabulary, width)}
+    tensors = {
+        "token_embd.weight": (vocabulary, width),
+        "output_norm.weight": (width,),
+        "output.weight": (vocabulary, width),
+    }
     tensors |= {f"blk.{n}.{name}": shape for n in range(LAYERS) for name, shape in mamba_sizes(width).items()}
     for name, shape in tensors.items():
         x = generator.standard_normal(shape, np.float32) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)

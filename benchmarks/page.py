@@ -277,7 +277,12 @@ def decoding_sizes(results: Results) -> str:
     if "resident" in results:
         header = ["minGRU, bits", "bytes of the file", "resident beyond those of a small one", "share"]
         rows = [
-            [bits, f"{row['file_bytes']:,}", f"{row['resident_bytes']:,}", f"{row['resident_bytes'] / row['file_bytes']:.2f}"]
+            [
+                bits,
+                f"{row['file_bytes']:,}",
+                f"{row['resident_bytes']:,}",
+                f"{row['resident_bytes'] / row['file_bytes']:.2f}",
+            ]
             for bits, row in results["resident"].items()
         ]
         parts.append(markdown(header, rows))

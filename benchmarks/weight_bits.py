@@ -50,7 +50,9 @@ def train(name: str, learning_rate: float, data: str | None) -> PreTrainedModel:
 
 def weight_bits(model: PreTrainedModel) -> float:
     """Bits in memory for each parameter of the plain model, scales included."""
-    count = sum(x.numel() * x.element_size() for x in {**dict(model.named_parameters()), **dict(model.named_buffers())}.values())
+    count = sum(
+        x.numel() * x.element_size() for x in {**dict(model.named_parameters()), **dict(model.named_buffers())}.values()
+    )
     return 8 * count
 
 

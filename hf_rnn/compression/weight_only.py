@@ -22,8 +22,8 @@ class WeightOnlyConfig(QuantizationConfigMixin):
     """`quantization_config` of a model whose linear layers are integers, each group of them with a scale.
 
     Symmetric, the nearest integers; sums and states stay float32. Tokens on a CPU are multiplied from the integers as
-    they lie, prompts and other devices unpack a block of them at a time. The embedding, a head tied to it, convolutions,
-    norms, biases and exponential gates stay float32.
+    they lie, prompts and other devices unpack a block of them at a time. The embedding, a head tied to it,
+    convolutions, norms, biases and exponential gates stay float32.
 
     Args:
         bits: 8 or 4.
@@ -70,8 +70,8 @@ def packed_from_coded(model_class: Any, source: Any, kwargs: dict) -> tuple[Weig
 RECURRENT = "recurrent_weight"  # (heads, O, I), a mixer's own parameter
 
 
-def _weight(module: nn.Module) -> Tensor:
-    return module if isinstance(module, Tensor) else module.weight  # type: ignore[return-value]
+def _weight(part: nn.Linear | nn.Parameter) -> Tensor:
+    return part.weight if isinstance(part, nn.Linear) else part
 
 
 def _replace(model: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
@@ -124,7 +124,9 @@ def pack_model(model: PreTrainedModel, config: WeightOnlyConfig) -> PreTrainedMo
 def packed_room(model: PreTrainedModel) -> PreTrainedModel:
     """The model with packed layers, empty ones, where its config says so."""
     config = getattr(model.config, "quantization_config", None)
-    config = WeightOnlyConfig.from_dict(config) if isinstance(config, dict) and config["quant_method"] == METHOD else config
+    config = (
+        WeightOnlyConfig.from_dict(config) if isinstance(config, dict) and config["quant_method"] == METHOD else config
+    )
     if isinstance(config, WeightOnlyConfig):
         _make_room(model, config)
     return model

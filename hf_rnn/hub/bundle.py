@@ -51,5 +51,7 @@ def bundle(folder: str | Path) -> Path:
     if not is_ours(config):
         raise ValueError(f"checkpoint: expected a model of hf_rnn, got model_type {model_type!r}")
     if is_coded(config):
-        raise ValueError(f"checkpoint: the weights in {folder} are coded or packed, and only hf_rnn reads them: no bundle helps")
+        raise ValueError(
+            f"checkpoint: the weights in {folder} are coded or packed, and only hf_rnn reads them: no bundle helps"
+        )
     return write_bundle(CONFIG_MAPPING[model_type], folder)  # type: ignore[arg-type]

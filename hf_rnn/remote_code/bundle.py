@@ -105,7 +105,9 @@ def is_package(module: str) -> bool:
 def portable(definition: Definition) -> Definition:
     """What takes a definition's place where there are no kernels: another one, or itself."""
     module, name = definition
-    if name in ("write_remote_code", "decode_fused", "packed_from_coded", "packed_room") or (module.startswith("hf_rnn_kernels") and name in source(PORTABLE).definitions):
+    if name in ("write_remote_code", "decode_fused", "packed_from_coded", "packed_room") or (
+        module.startswith("hf_rnn_kernels") and name in source(PORTABLE).definitions
+    ):
         return Definition(PORTABLE, name)
     if module.startswith("hf_rnn_kernels.") and is_package(package := module.removesuffix(".op")):
         reference = f"{package}.reference"

@@ -33,7 +33,7 @@ def plain(weight):
 
 def decode_fused(model, input_ids, cache):
     """Tokens take the ordinary path here."""
-    return None
+    return
 
 
 def packed_room(model):

@@ -436,9 +436,12 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
             and position_ids is None and inputs_embeds is None and labels is None and not kwargs
             and not self.config.output_hidden_states
         )  # fmt: skip
-        if one_token and padding_mask(attention_mask, input_ids.shape[0], 1, state.seen_tokens) is None:  # type: ignore
-            if (logits := decode_fused(self, input_ids, state)) is not None:  # type: ignore[arg-type]
-                return CausalLMOutput(logits=logits, **{STATE: state})  # type: ignore[arg-type]
+        if (
+            one_token
+            and padding_mask(attention_mask, input_ids.shape[0], 1, state.seen_tokens) is None  # type: ignore
+            and (logits := decode_fused(self, input_ids, state)) is not None  # type: ignore[arg-type]
+        ):
+            return CausalLMOutput(logits=logits, **{STATE: state})  # type: ignore[arg-type]
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids,

@@ -155,7 +155,8 @@ def test_training_is_refused_and_lora_on_top_is_not(folder, ids, tmp_path):
         assert relative_error(adapted(ids).logits, expected) > 1e-3
         tokens = adapted.generate(input_ids=ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
         assert torch.equal(
-            tokens, adapted.generate(input_ids=ids, max_new_tokens=5, do_sample=False, eos_token_id=None, use_cache=False)
+            tokens,
+            adapted.generate(input_ids=ids, max_new_tokens=5, do_sample=False, eos_token_id=None, use_cache=False),
         )
     assert all(torch.equal(layer.packed, before[name.removeprefix("base_model.model.").replace(".base_layer", "")])
                for name, layer in layers(adapted).items())  # fmt: skip

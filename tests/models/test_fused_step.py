@@ -146,7 +146,9 @@ def test_threads_of_a_step(name, batch, monkeypatch):
         alone = step(model, ids[:, :1], states[0])
         monkeypatch.setattr(fused_step, "SHARED_PRODUCTS", 0)
         assert torch.equal(step(model, ids[:, :1], states[1]), alone)
-        pairs = [(x, y) for a, b in zip(*(state.states for state in states), strict=True) for x, y in zip(a, b, strict=True)]
+        pairs = [
+            (x, y) for a, b in zip(*(state.states for state in states), strict=True) for x, y in zip(a, b, strict=True)
+        ]
         assert all(torch.equal(x, y) for x, y in pairs)
     finally:
         torch.set_num_threads(before)
@@ -283,7 +285,9 @@ def test_after_a_fork(small, going_on):
             torch.set_num_threads(1)
             with torch.no_grad():
                 same = relative_error(going_on(), expected) < 1e-5
-            os._exit(0 if same and small.decoding.startswith("ordinary: numba is missing, or this process was forked") else 1)
+            os._exit(
+                0 if same and small.decoding.startswith("ordinary: numba is missing, or this process was forked") else 1
+            )
         except BaseException:
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
@@ -302,5 +306,3 @@ def test_the_state_of_another_kind(small, going_on):
 def test_the_memory_rnn_says_why():
     assert_ordinary(hf_rnn.MemoryRNNForCausalLM(hf_rnn.MemoryRNNConfig(vocab_size=11)), "updater='transformer'")
     assert_ordinary(build("minlstm-attention"), "a SlidingAttention")
-
-

@@ -82,7 +82,7 @@ class Memory(Mixer):
 
     def fuse(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
         memory, tokens = states[0], self.config.num_memory_tokens
-        new = self.updater.fuse(program, memory, program.normalized(self.token_norm, x))
+        new = self.updater.fuse(program, memory, program.normalized(self.token_norm, x))  # type: ignore[operator]
         program.norm(new, None, torch.finfo(torch.float32).eps, tokens, out=memory)
         y = program.linear(self.out_proj, memory)
         return program.add(y, self.ff.fuse(program, program.normalized(self.norm, y)))

@@ -17,8 +17,21 @@ from hf_rnn_kernels.cpu_cache import LoopCache, loop
 from hf_rnn_kernels.fused_step.program import COLUMNS, FIRST, Op
 from hf_rnn_kernels.matrix_product import LANES
 from hf_rnn_kernels.packed_linear.cpu import FEW, TILE, packed_dot, panels_of, starts, times_panels, unpack_row
-from hf_rnn_kernels.vector_math import F32, FAST, HALF, ONE, U, decay, exp, inline, log_sigmoid, parallel, row
-from hf_rnn_kernels.vector_math import sigmoids, tanh
+from hf_rnn_kernels.vector_math import (
+    F32,
+    FAST,
+    HALF,
+    ONE,
+    U,
+    decay,
+    exp,
+    inline,
+    log_sigmoid,
+    parallel,
+    row,
+    sigmoids,
+    tanh,
+)
 
 _sums = njit(fastmath=FAST | {"reassoc"}, error_model="numpy")  # sums in any order, so that they vectorise
 _compiled = loop(fastmath=FAST, error_model="numpy")
@@ -191,7 +204,9 @@ def _many_rows(inputs, w, w0, o, end, laid, panels, block, y, y0, y_apart, rows)
 
 
 @row
-def _packed_rows(bits, inputs, group, packed, scale, above, o, end, x, x0, x_apart, y, y0, y_apart, rows, laid, panels, block):
+def _packed_rows(
+    bits, inputs, group, packed, scale, above, o, end, x, x0, x_apart, y, y0, y_apart, rows, laid, panels, block
+):
     """Both with packed weights, some rows of which are unpacked at a time; `above` them lie other groups' rows."""
     tile = U(4) if rows <= FEW else TILE
     plain = np.empty(tile * inputs, np.float32)

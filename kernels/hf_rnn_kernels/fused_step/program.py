@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ class NotFusable(ValueError):
     """Why a model's token cannot be one compiled call."""
 
 
-class Vector(NamedTuple):
+@dataclass(frozen=True)
+class Vector:
     """`width` numbers of each row: columns `column` on of what lies `stride` apart from row to row."""
 
     space: int
@@ -44,9 +45,9 @@ class Vector(NamedTuple):
     column: int
     width: int
 
-    def __getitem__(self, at: slice) -> "Vector":  # type: ignore[override]
+    def __getitem__(self, at: slice) -> "Vector":
         start, stop, _ = at.indices(self.width)
-        return self._replace(column=self.column + start, width=stop - start)
+        return replace(self, column=self.column + start, width=stop - start)
 
     def split(self, *widths: int) -> list["Vector"]:
         ends = np.cumsum(widths).tolist()
@@ -75,7 +76,7 @@ class Program:
         self.ids = Vector(IDS, 0, 2, 0, 1)  # int64: as wide as two floats
         self.logits = Vector(LOGITS, 0, vocab_size, 0, vocab_size)
         self.weights = 0
-        self._code: list[tuple[int, list[int], list[float], list[Vector]]] = []
+        self._code: list[tuple[Op, list[int], list[float], list[Vector]]] = []
         self.bound: dict[int, tuple[np.ndarray, ...]] = {}
         self._used = self._most = 0
 
@@ -149,12 +150,8 @@ class Program:
             raise NotFusable("packed weights that are not dense on a CPU")
         packed = Vector(WEIGHTS, module.packed.data_ptr(), 0, 0, module.packed.numel())
         numbers = [module.bits, *shape, module.group_size]
-        self.emit(Op.PACKED, [x, packed, self.weight(bias), y, self.weight(module.scale)], numbers)
+        self.emit(Op.PACKED, [x, packed, self.weight(bias), y, self.weight(module.scale)], numbers)  # type: ignore[arg-type]
         return y
-
-    def block_linear(self, module: nn.Module, x: Vector) -> Vector:
-        """`hf_rnn.layers.BlockLinear`."""
-        return self.product(module.weight, module.bias, x)  # type: ignore[arg-type]
 
     def norm(
         self,

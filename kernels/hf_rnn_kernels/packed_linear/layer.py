@@ -8,7 +8,7 @@ from hf_rnn_kernels.packed_linear.packing import choose_group, pack, unpack
 
 
 class PackedMatrix(nn.Module):
-    """A parameter (G, O, I) as read-only integers: `packed` (G * O, I * bits / 8) and `scale` (G * O, I / group_size)."""
+    """A parameter (G, O, I) as read-only integers: `packed` (G * O, I * bits / 8), `scale` (G * O, I / group_size)."""
 
     def __init__(self, shape: tuple[int, int, int], bits: int, group_size: int | None = None):
         super().__init__()
@@ -36,8 +36,8 @@ def plain(weight: Tensor | PackedMatrix) -> Tensor:
 class PackedLinear(nn.Linear):
     """A linear layer whose matrix is read-only integers: `packed` (O, I * bits / 8) and `scale` (O, I / group_size).
 
-    An nn.Linear for those who adapt such: its `weight` has the shape, dtype and device of what there is not, and NaN for
-    numbers, so that nothing can be merged into it. `dequantize` gives the numbers.
+    An nn.Linear for those who adapt such: its `weight` has the shape, dtype and device of what there is not, and NaN
+    for numbers, so that nothing can be merged into it. `dequantize` gives the numbers.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, group_size: int | None = None):
@@ -46,7 +46,8 @@ class PackedLinear(nn.Linear):
         self.group_size = choose_group(in_features, bits, group_size)
         self.register_buffer("packed", torch.zeros(out_features, in_features * bits // 8, dtype=torch.uint8))
         self.register_buffer("scale", torch.zeros(out_features, in_features // self.group_size))
-        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+        zeros = nn.Parameter(torch.zeros(out_features), requires_grad=False)
+        self.bias = zeros if bias else None  # type: ignore[assignment]
 
     @classmethod
     def of(cls, linear: nn.Linear, bits: int, group_size: int | None = None) -> "PackedLinear":
@@ -61,7 +62,7 @@ class PackedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         weight = self.scale.new_full((), float("nan")).expand(self.out_features, self.in_features)  # type: ignore
-        weight._is_hf_initialized = True  # transformers' initialisation passes it by
+        weight._is_hf_initialized = True  # type: ignore  # transformers' initialisation passes it by
         return weight
 
     def dequantize(self) -> nn.Linear:

@@ -47,7 +47,7 @@ def _exact_step(groups: Tensor, bits: int) -> Tensor:
 
 
 def is_exact(weight: Tensor, bits: int, group_size: int | None = None) -> bool:
-    """Whether `pack` keeps every number as it is: multiples of a power of two, few enough, as coded checkpoints have."""
+    """Whether `pack` keeps every number: multiples of a power of two, few enough, as coded checkpoints have."""
     groups = weight.detach().float().unflatten(-1, (-1, choose_group(weight.shape[-1], bits, group_size)))
     q = groups / _exact_step(groups, bits)
     return bool((q == q.round()).all()) and bool(weight.isfinite().all())
@@ -83,8 +83,6 @@ def pack(weight: Tensor, bits: int, group_size: int | None = None) -> tuple[Tens
 def unpack(packed: Tensor, scale: Tensor, bits: int) -> Tensor:
     """(O, I) float32."""
     groups = packed.unflatten(-1, (scale.shape[-1], -1))
-    if bits == 8:
-        q = groups.view(torch.int8)
-    else:
-        q = torch.cat([groups & 15, groups >> 4], -1).to(torch.int8) - 8
+    halves = [] if bits == 8 else [groups & 15, groups >> 4]
+    q = torch.cat(halves, -1).to(torch.int8) - 8 if halves else groups.view(torch.int8)
     return (q.float() * scale[..., None]).flatten(1)

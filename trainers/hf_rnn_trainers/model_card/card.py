@@ -42,8 +42,9 @@ _NOTE = (
     "pushed, or bundled (`hf-rnn bundle`)."
 )
 _NOTE_PACKED = (
-    "The matrices are integers of {bits} bits, multiplied as they lie (`hf_rnn.WeightOnlyConfig`): transformers reads them "
-    "where hf_rnn is imported. `model.dequantize()` makes plain weights of them, to train on; LoRA adapts them as they are."
+    "The matrices are integers of {bits} bits, multiplied as they lie (`hf_rnn.WeightOnlyConfig`): transformers reads "
+    "them where hf_rnn is imported. `model.dequantize()` makes plain weights of them, to train on; LoRA adapts them as "
+    "they are."
 )
 _NOTE_CODED = "The weights are coded: transformers reads them where hf_rnn is imported, and refuses them elsewhere."
 
