@@ -21,9 +21,14 @@ def prune(
 
     Returns:
         `zeros`, the share of zeros now, and with `evaluate` what it said `before` and `after`.
+
+    Raises:
+        ValueError: a ratio outside [0, 1], a quantized model.
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio: expected a share in [0, 1], got {ratio}")
+    if getattr(model, "is_quantized", False):
+        raise ValueError("model: expected plain weights, these are quantized; dequantize() them first")
     parameters = coded_parameters(model, exclude)
     found = {} if evaluate is None else {"before": float(evaluate())}
     magnitudes = torch.cat([p.detach().abs().float().flatten() for p in parameters.values()])

@@ -58,13 +58,25 @@ class WeightOnlyConfig(QuantizationConfigMixin):
 def packed_from_coded(model_class: Any, source: Any, kwargs: dict) -> tuple[WeightOnlyConfig | None, dict]:
     """A `WeightOnlyConfig` for a checkpoint of coded integers, taken out of from_pretrained's arguments: transformers
     takes one quantization from a file and none beside it."""
-    asked = kwargs.get("quantization_config")
-    if not isinstance(asked, WeightOnlyConfig):
+    asked = _config_of(kwargs.get("quantization_config"))
+    if asked is None or source is None:
         return None, kwargs
     rest = {name: x for name, x in kwargs.items() if name != "quantization_config"}
-    config = rest.get("config") or model_class.config_class.from_pretrained(source, **rest)
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    return (asked, rest) if method == CODED else (None, kwargs)
+    dicts = model_class.config_class.get_config_dict(source, **{k: x for k, x in rest.items() if k != "config"})
+    there = dicts[0].get("quantization_config") or {}
+    if there.get("quant_method") == METHOD and there.get("bits") != asked.bits:
+        raise ValueError(
+            f"quantization_config: {source} is packed in {there.get('bits')} bits, asked for are {asked.bits}; leave "
+            "it out, or dequantize() the model and pack it anew"
+        )
+    return (asked, rest) if there.get("quant_method") == CODED else (None, kwargs)
+
+
+def _config_of(x: Any) -> WeightOnlyConfig | None:
+    """A `WeightOnlyConfig`, also as the dict that it is in a file."""
+    if isinstance(x, dict) and x.get("quant_method") == METHOD:
+        return WeightOnlyConfig.from_dict(x)
+    return x if isinstance(x, WeightOnlyConfig) else None
 
 
 RECURRENT = "recurrent_weight"  # (heads, O, I), a mixer's own parameter
@@ -77,8 +89,11 @@ def _weight(part: nn.Linear | nn.Parameter) -> Tensor:
 def _replace(model: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
     parent, _, own = name.rpartition(".")
     owner = model.get_submodule(parent)
+    if isinstance(part, nn.Module):
+        part.train(owner.training)
     delattr(owner, own)
     setattr(owner, own, part)
+    model.__dict__.pop("_fused_step", None)  # which holds the weights of before
 
 
 def _layers(model: nn.Module, config: WeightOnlyConfig) -> dict[str, nn.Linear | nn.Parameter]:
@@ -88,9 +103,19 @@ def _layers(model: nn.Module, config: WeightOnlyConfig) -> dict[str, nn.Linear |
     kept = tuple(config.modules_to_not_convert or ())
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     recurrent = {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == RECURRENT}
+    found: dict[str, nn.Linear | nn.Parameter] = {**linears, **recurrent}
+    for k in kept:
+        if not any(name == k or name.endswith(f".{k}") for name in found):
+            raise ValueError(f"modules_to_not_convert: no linear layer or recurrent weight is named {k!r}")
+    for name, part in found.items():
+        if config.bits == 4 and config.group_size is None and _weight(part).shape[-1] % 2:
+            logger.warning(
+                f"{name}: an odd number of inputs, {_weight(part).shape[-1]}; it stays {_weight(part).dtype}"
+            )
+            plain.add(name)
     return {
         name: part
-        for name, part in (linears | recurrent).items()  # type: ignore[operator]
+        for name, part in found.items()
         if name not in plain and not any(name == k or name.endswith(f".{k}") for k in kept)
     }
 
@@ -117,17 +142,20 @@ def _pack(model: PreTrainedModel, config: WeightOnlyConfig, exact: bool = False)
 
 
 def pack_model(model: PreTrainedModel, config: WeightOnlyConfig) -> PreTrainedModel:
-    """Pack a model that is in memory, as `from_pretrained` does what it loads; in place."""
+    """Pack a model that is in memory, as `from_pretrained` does what it loads; in place.
+
+    Raises:
+        ValueError: one that has a quantizer already.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("model: expected plain weights, these have a quantizer of their own; dequantize() them first")
     return _mark(model, WeightOnlyQuantizer(config, pre_quantized=True), _pack(model, config))
 
 
 def packed_room(model: PreTrainedModel) -> PreTrainedModel:
     """The model with packed layers, empty ones, where its config says so."""
-    config = getattr(model.config, "quantization_config", None)
-    config = (
-        WeightOnlyConfig.from_dict(config) if isinstance(config, dict) and config["quant_method"] == METHOD else config
-    )
-    if isinstance(config, WeightOnlyConfig):
+    config = _config_of(getattr(model.config, "quantization_config", None))
+    if config is not None:
         _make_room(model, config)
     return model
 
@@ -136,10 +164,11 @@ def _make_room(model: PreTrainedModel, config: WeightOnlyConfig) -> None:
     prefix = f"{model.base_model_prefix}."
     backbone = not hasattr(model, model.base_model_prefix)
     for name in config.packed or []:
-        own = name.removeprefix(prefix) if backbone else name
-        if own == name and not hasattr(model, name.partition(".")[0]) and "." not in name:
+        if "." not in name and not hasattr(model, name):
             continue  # another head's
-        part = (dict(model.named_modules()) | dict(model.named_parameters())).get(own)
+        parts = dict(model.named_modules()) | dict(model.named_parameters())
+        own = name.removeprefix(prefix) if backbone else name if name in parts else prefix + name
+        part = parts.get(own)
         if type(part) not in (nn.Linear, nn.Parameter):
             raise ValueError(f"quantization_config: packed: no linear layer of this model is named {name!r}")
         with torch.device("meta"):

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.utils import logging, output_capturing
@@ -18,7 +19,13 @@ logger = logging.get_logger(__name__)
 _TORCH = {nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.ModuleList}
 _CAPTURING = output_capturing.__name__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_SETTINGS = ("eps", "max_norm", "soft_cap")  # what programs read of modules beside parameters
 _FORKED = "numba is missing, or this process was forked from one in which compiled loops had run"
+
+
+def _place(x: Tensor | None) -> tuple | None:
+    """Where a tensor's numbers lie and how."""
+    return None if x is None or x.is_meta else (x.data_ptr(), x.shape, x.stride(), x.dtype)
 
 
 class FusedStep:
@@ -34,9 +41,11 @@ class FusedStep:
         self._modules = modules
         self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         named = [(d, name, x) for m in modules for d in (m._parameters, m._buffers) for name, x in d.items()]
-        self._tensors = [(d, name, x, x.data_ptr()) for d, name, x in named if x is not None and not x.is_meta]
+        self._tensors = [(d, name, x, _place(x)) for d, name, x in named]
         self._hooks = [getattr(m, name) for m in modules for name in _HOOKS]
         self._attributes = [vars(m) for m in modules]
+        self._settings = [(d, name, d[name]) for d in self._attributes for name in _SETTINGS if name in d]
+        self._config, self._config_was = vars(model.config), dict(vars(model.config))
         self._is_wrapped = self._wrapped()
         # Reading a setting of a config takes microseconds
         self._model_type = model.config.model_type
@@ -56,7 +65,7 @@ class FusedStep:
                 raise NotFusable(f"a {kind.__name__} of {kind.__module__}")
         if self._is_wrapped:
             raise NotFusable("hooks, or a forward of its own")
-        if wrong := [name for _, name, x, _ in self._tensors if type(x) not in (nn.Parameter, Tensor)]:
+        if wrong := [name for _, name, x, _ in self._tensors if type(x) not in (nn.Parameter, Tensor, type(None))]:
             raise NotFusable(f"{wrong[0]} is no plain parameter")
         widths = [shape.numel() for shapes in self._shapes for shape in shapes]
         program = Program(widths, model.config.vocab_size)
@@ -67,13 +76,15 @@ class FusedStep:
         hooks = (hook for hooks in self._hooks if hooks for hook in hooks.values())
         # Those of transformers that capture hidden states stay when they were once asked for
         others = any(hook.__module__ != _CAPTURING for hook in hooks)
-        return others or any("forward" in attributes for attributes in self._attributes)
+        return others or any("forward" in attributes or "logits" in attributes for attributes in self._attributes)
 
     def is_current(self) -> bool:
-        """Whether the model still is what it was: its modules, hooks, parameters and where these lie."""
+        """Whether the model still is what it was: its modules, hooks and settings, parameters and where these lie."""
         return (
             all(d.get(name) is child for d, name, child in self._children)
-            and all(d.get(name) is x and x.data_ptr() == address for d, name, x, address in self._tensors)
+            and all(d.get(name) is x and _place(x) == place for d, name, x, place in self._tensors)
+            and all(d.get(name) == value for d, name, value in self._settings)
+            and self._config == self._config_was
             and self._wrapped() == self._is_wrapped
         )
 
@@ -90,7 +101,9 @@ class FusedStep:
                 return None
             for x, shape in zip(state, shapes, strict=True):  # type: ignore[arg-type]
                 size = x.shape
-                if size[0] != batch or size[1:] != shape or x.dtype != torch.float32 or not x.is_contiguous():
+                if size[0] != batch or size[1:] != shape or x.dtype != torch.float32:
+                    return None
+                if not (x.is_cpu and x.is_contiguous()):
                     return None
                 found.append(x)
         return found
@@ -112,7 +125,16 @@ def fused_step(model: Any) -> FusedStep:
 
 def reason_not_fused(model: Any) -> str:
     """Why a model's tokens take the ordinary path; "" where they do not."""
-    return fused_step(model).reason if threads.available() else _FORKED
+    if not threads.available():
+        return _FORKED
+    step = fused_step(model)
+    if step.reason:
+        return step.reason
+    if step.is_training():
+        return "training mode; model.eval() ends it"
+    if model.config.output_hidden_states:
+        return "config.output_hidden_states"
+    return "autocast" if torch.is_autocast_enabled("cpu") else ""
 
 
 def decode_fused(model: Any, input_ids: Tensor, cache: RecurrentCache) -> Tensor | None:
@@ -141,10 +163,13 @@ def decode_fused(model: Any, input_ids: Tensor, cache: RecurrentCache) -> Tensor
     if step.program is None or step.is_training():
         return None
     ids = input_ids.reshape(-1).contiguous()
-    numbers, vocabulary, states = ids.tolist(), step.program.logits.width, step.states_of(cache, len(ids))
-    if states is None or not numbers or min(numbers) < 0 or max(numbers) >= vocabulary:
+    numbers, states = ids.tolist(), step.states_of(cache, len(ids))
+    if states is None or not numbers or min(numbers) < 0 or max(numbers) >= step.program.num_embeddings:
         return None
-    logits = torch.empty(len(numbers), 1, vocabulary)
+    logits = torch.empty(len(numbers), 1, step.program.logits.width, dtype=torch.float32, device="cpu")
     run(step.program, ids, states, logits)
+    if not torch.is_inference_mode_enabled():
+        for state in states:  # autograd is told, as of any write
+            increment_version(state)
     cache.seen_tokens += 1
     return logits

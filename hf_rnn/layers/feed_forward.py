@@ -3,7 +3,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from hf_rnn_kernels import swiglu
-from hf_rnn_kernels.fused_step.program import Op, Program, Vector
+from hf_rnn_kernels.fused_step.program import NotFusable, Op, Program, Vector
 
 
 class FeedForward(nn.Module):
@@ -39,6 +39,8 @@ class GatedFeedForward(nn.Module):
 
     def fuse(self, program: Program, x: Vector) -> Vector:
         gate, up = program.linear(self.up_proj, x).chunk(2)
-        silu = self.activation is nn.functional.silu
-        gated = program.pointwise(Op.SILU_MULTIPLY if silu else Op.GELU_MULTIPLY, up, gate)
+        op = {nn.functional.silu: Op.SILU_MULTIPLY, nn.functional.gelu: Op.GELU_MULTIPLY}.get(self.activation)
+        if op is None:
+            raise NotFusable(f"an activation, {self.activation}, that has no instruction")
+        gated = program.pointwise(op, up, gate)
         return program.linear(self.down_proj, gated)

@@ -30,6 +30,7 @@ from hf_rnn.skeleton.versions import STATE, STATE_NAMES, BaseModelOutput, Causal
 from hf_rnn_kernels.checks import values_known
 from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 from hf_rnn_kernels.layout import ROWS, SequenceLayout
+from hf_rnn_kernels.packed_linear import PackedLinear
 
 
 class RecurrentBlock(GradientCheckpointingLayer):
@@ -193,6 +194,16 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         """
         super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)
         write_remote_code(self.config, save_directory)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As transformers'.
+
+        Raises:
+            ValueError: a head of packed integers, of which no rows can be added.
+        """
+        if isinstance(self.get_output_embeddings(), PackedLinear):
+            raise ValueError("resize_token_embeddings: the head is packed; dequantize() the model first")
+        return super().resize_token_embeddings(*args, **kwargs)
 
     def write_code(self, folder: str) -> None:
         """Write the code by which a checkpoint of this model in `folder` loads without this package."""
@@ -432,7 +443,8 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
         state = state_of(cache, past_key_values)
         one_token = (
             input_ids is not None and input_ids.dim() == 2 and input_ids.shape[1] == 1
-            and isinstance(state, RecurrentCache) and state.is_initialized and isinstance(logits_to_keep, int)
+            and isinstance(logits_to_keep, int) and logits_to_keep >= 0
+            and isinstance(state, RecurrentCache) and state.is_initialized
             and position_ids is None and inputs_embeds is None and labels is None and not kwargs
             and not self.config.output_hidden_states
         )  # fmt: skip

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_rnn
 from hf_rnn import WeightOnlyConfig
+from hf_rnn.compression.weight_only import pack_model
 from hf_rnn_kernels import threads
 from hf_rnn_kernels.packed_linear import PackedLinear, PackedMatrix
 from hf_rnn_trainers.model_card import make_card
@@ -25,7 +26,9 @@ def folder(make_model, tmp_path):
 
 def load(folder, *bits, **options):
     settings = dict(quantization_config=WeightOnlyConfig(*bits)) if bits else {}
-    return AutoModelForCausalLM.from_pretrained(folder, **settings | options).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, **settings | options)
+    assert not any(module.training for module in model.modules()), "as transformers leaves it, or tokens are slow"
+    return model
 
 
 def layers(model):
@@ -49,6 +52,7 @@ def test_loaded_saved_and_loaded(folder, ids, tmp_path):
         assert 0 < relative_error(logits, expected) < bound
         model.save_pretrained(tmp_path / str(bits))
         again = load(tmp_path / str(bits))
+        assert model.decoding == again.decoding == plain.decoding
         assert layers(again).keys() == layers(model).keys() and layers(model)
         assert torch.equal(again(ids).logits, logits)
         packed = {name: x.numel() for name, x in again.state_dict().items() if name.endswith(".packed")}
@@ -100,6 +104,51 @@ def test_what_stays_plain(make_model, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["gru"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_stay_as_they_are(make_model, ids, tmp_path, dtype):
+    """What makes a model's numbers smaller leaves those of packed layers alone: moving, saving, loading."""
+    make_model(hidden_size=32).to(dtype).save_pretrained(tmp_path / "plain")
+    packed = load(tmp_path / "plain", 8)
+    packed.save_pretrained(tmp_path / "packed")
+    for other in (load(tmp_path / "packed"), copy.deepcopy(packed).to(torch.float32).to(dtype)):
+        for name, layer in layers(other).items():
+            assert torch.equal(layer.scale, packed.get_submodule(name).scale) and layer.scale.dtype == torch.float32
+        assert torch.equal(other(ids).logits, packed(ids).logits)
+
+
+@pytest.mark.parametrize("architecture", ["gru"], indirect=True)
+def test_from_a_backbone(make_model, ids, tmp_path):
+    """Its packed layers in a model with a head of its own."""
+    make_model(hidden_size=32).save_pretrained(tmp_path / "plain")
+    backbone = hf_rnn.GRUModel.from_pretrained(tmp_path / "plain", quantization_config=WeightOnlyConfig(8))
+    backbone.save_pretrained(tmp_path / "packed")
+    for kind in (hf_rnn.GRUForCausalLM, hf_rnn.GRUForSequenceClassification):
+        model = kind.from_pretrained(tmp_path / "packed")
+        assert torch.equal(model.model(ids).last_hidden_state, backbone(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("architecture", ["gru"], indirect=True)
+def test_refused_with_a_reason(folder, tmp_path):
+    model = load(folder, 8)
+    for refused in (
+        lambda: pack_model(model, WeightOnlyConfig(4)),
+        lambda: hf_rnn.prune(model, 0.5),
+        lambda: hf_rnn.save_compressed(model, tmp_path / "coded"),
+        lambda: model.resize_token_embeddings(70),
+    ):
+        with pytest.raises(ValueError, match=r"dequantize\(\)"):
+            refused()
+    model.save_pretrained(tmp_path / "packed")
+    with pytest.raises(ValueError, match="is packed in 8 bits, asked for are 4"):
+        load(tmp_path / "packed", 4)
+    with pytest.raises(ValueError, match="modules_to_not_convert: .* named 'lm_heat'"):
+        load(folder, 8, None, ["lm_heat"])
+    hf_rnn.save_compressed(load(folder), tmp_path / "coded", step=2.0**-6)
+    as_dict = dict(quant_method="hf_rnn_packed", bits=8)
+    assert layers(AutoModelForCausalLM.from_pretrained(tmp_path / "coded", quantization_config=as_dict))
+
+
+@pytest.mark.parametrize("architecture", ["gru"], indirect=True)
 def test_bad_input(make_model, folder, tmp_path):
     with pytest.raises(ValueError, match="bits: expected 8 or 4, got 5"):
         WeightOnlyConfig(bits=5)
@@ -110,7 +159,7 @@ def test_bad_input(make_model, folder, tmp_path):
     load(folder, 4).save_pretrained(tmp_path / "packed")
     good, file = load_file(tmp_path / "packed/model.safetensors"), tmp_path / "packed/model.safetensors"
     name = next(name for name in good if name.endswith("out_proj.packed"))
-    scale = name.replace("packed", "scale")
+    scale = name.replace("packed", "scale_bits")
 
     def damaged(**changes):
         save_file({**good, **changes}, file, metadata={"format": "pt"})
@@ -118,8 +167,8 @@ def test_bad_input(make_model, folder, tmp_path):
 
     with pytest.raises(RuntimeError, match=name):
         damaged(**{name: good[name][:, :-1].contiguous()})()
-    with pytest.raises(ValueError, match=f"{scale}: expected finite numbers"):
-        damaged(**{scale: good[scale] * float("nan")})()
+    with pytest.raises(ValueError, match=f"{scale.removesuffix('_bits')}: expected finite numbers"):
+        damaged(**{scale: torch.full_like(good[scale], -1)})()
     save_file({n: x for n, x in good.items() if n != name}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="1 of the weights are missing"):
         load(tmp_path / "packed")

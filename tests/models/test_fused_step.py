@@ -196,6 +196,92 @@ def test_other_weights_are_seen(small, going_on):
                 assert relative_error(logits, going_on()) < 1e-6
 
 
+def test_what_does_not_fit_takes_the_ordinary_path(small, going_on):
+    """Nothing is read or written beyond what there is: parts of other sizes, states elsewhere."""
+    with torch.no_grad():
+        for name, part in (("lm_head", nn.Linear(48, 400)), ("lm_head", nn.Linear(48, 10)), ("norm", nn.RMSNorm(1))):
+            other = copy.deepcopy(small)
+            setattr(other if name == "lm_head" else other.model, name, part.eval())
+            assert other.decoding.startswith("ordinary: "), name
+            if name == "lm_head":
+                assert going_on(other).shape == (2, 1, part.out_features)
+        other = copy.deepcopy(small)
+        other.lm_head = nn.Linear(64, 61).eval()
+        with pytest.raises(RuntimeError):
+            going_on(other)
+        other = copy.deepcopy(small)
+        other.model.embed_tokens = nn.Embedding(10, 48).eval()
+        state = other(torch.tensor([[1, 2]])).past_key_values
+        with pytest.raises(IndexError):
+            other(input_ids=torch.tensor([[40]]), past_key_values=state)
+        state = small(torch.tensor([[1, 2]])).past_key_values
+        state.states = [tuple(x.to("meta") for x in layer) for layer in state.states]
+        with pytest.raises(ValueError, match="expected on the device of x, cpu, got meta"):
+            small(input_ids=torch.tensor([[40]]), past_key_values=state)
+
+
+def test_settings_are_seen(small, going_on):
+    """Of parts and of the config, changed between two tokens."""
+    for change in (
+        lambda: setattr(small.config, "use_g", not small.config.use_g),
+        lambda: setattr(small.model.norm, "eps", 0.5),
+        lambda: setattr(small.lm_head, "bias", nn.Parameter(torch.ones(61))),
+        lambda: setattr(small.model.embed_tokens, "max_norm", 0.01),
+        lambda: setattr(small, "logits", lambda x: small.lm_head(2 * x)),
+    ):
+        with torch.no_grad():
+            before = going_on()
+            change()
+            logits = going_on()
+            assert relative_error(logits, before) > 1e-4
+            hook = small.model.register_forward_hook(lambda *_: None)
+            assert relative_error(logits, going_on()) < 1e-6
+            hook.remove()
+    square = build(
+        "mingru", num_hidden_layers=1, vocab_size=48, pad_token_id=None, bos_token_id=None, eos_token_id=None
+    )
+    with torch.no_grad():
+        state = square(torch.tensor([[1]])).past_key_values
+        step(square, torch.tensor([[2]]), copy.deepcopy(state))
+        square.lm_head.weight.data = square.lm_head.weight.data.t()  # as many numbers at the same place
+        assert square.decoding.startswith("ordinary: weights")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype(small, dtype):
+    with torch.no_grad():
+        state = small(torch.tensor([[1, 2]])).past_key_values
+        expected = step(small, torch.tensor([[3]]), copy.deepcopy(state))
+        torch.set_default_dtype(dtype)
+        try:
+            logits = step(small, torch.tensor([[3]]), state)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(logits, expected)
+
+
+def test_autograd_is_told_of_the_state(small):
+    with torch.no_grad():
+        state = small(torch.tensor([[1, 2]])).past_key_values
+    shared = copy.copy(state)
+    shared.states = list(state.states)
+    loss = small(torch.tensor([[3, 4]]), past_key_values=shared).logits.sum()
+    step(small, torch.tensor([[5]]), state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_decoding_says_what_runs(small):
+    assert small.decoding == "fused"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_ordinary(small, "autocast")
+    small.config.output_hidden_states = True
+    assert_ordinary(small, "config.output_hidden_states")
+    small.config.output_hidden_states = False
+    assert_ordinary(small.train(), "training mode")
+    assert small.eval().decoding == "fused"
+
+
 def test_copies_have_their_own(small, going_on):
     with torch.no_grad():
         for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):

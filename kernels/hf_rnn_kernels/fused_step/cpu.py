@@ -154,14 +154,6 @@ def _dot(size, w, w0, x, x0):
     return total
 
 
-@_sums
-def _dot(size, w, w0, x, x0):
-    total = F32(0)
-    for i in range(size):
-        total += w[w0 + i] * x[x0 + i]
-    return total
-
-
 @row
 def _few_rows(inputs, w, w0, o, end, x, x0, x_apart, y, y0, y_apart, rows):
     """y += rows `o` to `end` of a matrix times each of a few rows of x: two at a time, the last one alone."""
@@ -366,108 +358,33 @@ def _gelu_of(x):
     return x - tail if x > F32(0) else tail
 
 
-@_operation(Op.COPY)
-def _copy(line, factors, bases, rows, part, parts):
-    size = U(line[1])
-    a, a_apart = _operand(line, 0, bases)
-    y, y_apart = _operand(line, 2, bases)
-    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
-        a0, y0 = r * a_apart, r * y_apart
-        for d in range(size):
-            y[y0 + d] = a[a0 + d]
+def _pointwise(op: Op, function: Callable) -> None:
+    """y = function(a, b, factor) of each number; where it takes one, b is a."""
+    function = inline(function)
+
+    def operation(line, factors, bases, rows, part, parts):
+        size, factor = U(line[1]), factors[0]
+        a, a_apart = _operand(line, 0, bases)
+        b, b_apart = _operand(line, 1, bases)
+        y, y_apart = _operand(line, 2, bases)
+        for r in range(rows * part // parts, rows * (part + U(1)) // parts):
+            a0, b0, y0 = r * a_apart, r * b_apart, r * y_apart
+            for d in range(size):
+                y[y0 + d] = function(a[a0 + d], b[b0 + d], factor)
+
+    operation.__qualname__ = op.name.lower()  # its name in the cache
+    _FUNCTIONS[op] = operation
 
 
-@_operation(Op.ADD)
-def _add(line, factors, bases, rows, part, parts):
-    size = U(line[1])
-    a, a_apart = _operand(line, 0, bases)
-    b, b_apart = _operand(line, 1, bases)
-    y, y_apart = _operand(line, 2, bases)
-    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
-        a0, b0, y0 = r * a_apart, r * b_apart, r * y_apart
-        for d in range(size):
-            y[y0 + d] = a[a0 + d] + b[b0 + d]
-
-
-@_operation(Op.MULTIPLY)
-def _multiply(line, factors, bases, rows, part, parts):
-    size = U(line[1])
-    a, a_apart = _operand(line, 0, bases)
-    b, b_apart = _operand(line, 1, bases)
-    y, y_apart = _operand(line, 2, bases)
-    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
-        a0, b0, y0 = r * a_apart, r * b_apart, r * y_apart
-        for d in range(size):
-            y[y0 + d] = a[a0 + d] * b[b0 + d]
-
-
-@_operation(Op.SILU)
-def _silu(line, factors, bases, rows, part, parts):
-    size = U(line[1])
-    a, a_apart = _operand(line, 0, bases)
-    y, y_apart = _operand(line, 2, bases)
-    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
-        a0, y0 = r * a_apart, r * y_apart
-        for d in range(size):
-            y[y0 + d] = a[a0 + d] * sigmoids(a[a0 + d])[1]
-
-
-@_operation(Op.GELU)
-def _gelu(line, factors, bases, rows, part, parts):
-    size = U(line[1])
-    a, a_apart = _operand(line, 0, bases)
-    y, y_apart = _operand(line, 2, bases)
-    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
-        a0, y0 = r * a_apart, r * y_apart
-        for d in range(size):
-            y[y0 + d] = _gelu_of(a[a0 + d])
-
-
-@_operation(Op.SILU_MULTIPLY)
-def _silu_multiply(line, factors, bases, rows, part, parts):
-    size = U(line[1])
-    a, a_apart = _operand(line, 0, bases)
-    b, b_apart = _operand(line, 1, bases)
-    y, y_apart = _operand(line, 2, bases)
-    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
-        a0, b0, y0 = r * a_apart, r * b_apart, r * y_apart
-        for d in range(size):
-            y[y0 + d] = a[a0 + d] * b[b0 + d] * sigmoids(b[b0 + d])[1]
-
-
-@_operation(Op.GELU_MULTIPLY)
-def _gelu_multiply(line, factors, bases, rows, part, parts):
-    size = U(line[1])
-    a, a_apart = _operand(line, 0, bases)
-    b, b_apart = _operand(line, 1, bases)
-    y, y_apart = _operand(line, 2, bases)
-    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
-        a0, b0, y0 = r * a_apart, r * b_apart, r * y_apart
-        for d in range(size):
-            y[y0 + d] = a[a0 + d] * _gelu_of(b[b0 + d])
-
-
-@_operation(Op.SIGMOID_MULTIPLY)
-def _sigmoid_multiply(line, factors, bases, rows, part, parts):
-    size = U(line[1])
-    a, a_apart = _operand(line, 0, bases)
-    b, b_apart = _operand(line, 1, bases)
-    y, y_apart = _operand(line, 2, bases)
-    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
-        a0, b0, y0 = r * a_apart, r * b_apart, r * y_apart
-        for d in range(size):
-            y[y0 + d] = a[a0 + d] * sigmoids(b[b0 + d])[1]
-
-
-@_operation(Op.SOFT_CAP)
-def _soft_cap(line, factors, bases, rows, part, parts):
-    size, cap = U(line[1]), factors[0]
-    a, a_apart = _operand(line, 0, bases)
-    y, y_apart = _operand(line, 2, bases)
-    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
-        a0, y0 = r * a_apart, r * y_apart
-        for d in range(size):
-            y[y0 + d] = cap * tanh(a[a0 + d] / cap)
+_pointwise(Op.COPY, lambda a, b, factor: a)
+_pointwise(Op.ADD, lambda a, b, factor: a + b)
+_pointwise(Op.MULTIPLY, lambda a, b, factor: a * b)
+_pointwise(Op.SILU, lambda a, b, factor: a * sigmoids(a)[1])
+_pointwise(Op.GELU, lambda a, b, factor: _gelu_of(a))
+_pointwise(Op.SILU_MULTIPLY, lambda a, b, factor: a * b * sigmoids(b)[1])
+_pointwise(Op.GELU_MULTIPLY, lambda a, b, factor: a * _gelu_of(b))
+_pointwise(Op.SIGMOID_MULTIPLY, lambda a, b, factor: a * sigmoids(b)[1])
+_pointwise(Op.SOFT_CAP, lambda a, b, factor: factor * tanh(a / factor))
 
 
 @_operation(Op.CONV)

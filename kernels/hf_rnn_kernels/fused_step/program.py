@@ -68,6 +68,7 @@ class Program:
 
     Attributes:
         weights: numbers of all matrices, each read once a token.
+        num_embeddings: ids are below it.
         bound: by the number of rows, what `run` has made of the instructions.
     """
 
@@ -75,7 +76,7 @@ class Program:
         self.states = [Vector(STATES + n, 0, width, 0, width) for n, width in enumerate(state_widths)]
         self.ids = Vector(IDS, 0, 2, 0, 1)  # int64: as wide as two floats
         self.logits = Vector(LOGITS, 0, vocab_size, 0, vocab_size)
-        self.weights = 0
+        self.weights = self.num_embeddings = 0
         self._code: list[tuple[Op, list[int], list[float], list[Vector]]] = []
         self.bound: dict[int, tuple[np.ndarray, ...]] = {}
         self._used = self._most = 0
@@ -97,12 +98,13 @@ class Program:
     def emit(self, op: Op, operands: Sequence[Vector], numbers: Sequence[int] = (), factors: Sequence[float] = ()):
         self._code.append((op, list(numbers), list(factors), list(operands)))
 
-    def weight(self, x: Tensor | None, name: str = "weights") -> Vector:
-        """A parameter's numbers, for operands that are the same for all rows."""
+    def weight(self, x: Tensor | None, width: int | None = None) -> Vector:
+        """A parameter's numbers, for operands that are the same for all rows; `width`: how many are expected."""
         if x is None:
             return Vector(WEIGHTS, 0, 0, 0, 0)
         if x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous():
-            raise NotFusable(f"{name} in {x.dtype} on {x.device}; expected dense float32 on a CPU")
+            raise NotFusable(f"weights in {x.dtype} on {x.device}; expected dense float32 on a CPU")
+        _check(width in (None, x.numel()), "weights", x.numel(), width)
         return Vector(WEIGHTS, x.data_ptr(), 0, 0, x.numel())
 
     # The parts of a model
@@ -110,6 +112,9 @@ class Program:
     def embed(self, module: nn.Module) -> Vector:
         """The token's row of nn.Embedding's weight."""
         require(module, nn.Embedding)
+        if module.max_norm is not None:
+            raise NotFusable("an embedding that scales its rows (max_norm)")
+        self.num_embeddings = int(module.num_embeddings)  # type: ignore[arg-type]
         y = self.vector(module.embedding_dim)  # type: ignore[arg-type]
         self.emit(Op.EMBED, [self.ids, self.weight(module.weight), y], [y.width])  # type: ignore[arg-type]
         return y
@@ -130,10 +135,17 @@ class Program:
         """weight (G, O, I): each of G groups of I numbers to O."""
         if isinstance(weight, PackedMatrix):
             return self.packed_product(weight, weight.shape, bias, x, out)
-        groups, outputs, inputs = weight.shape
+        y = self._result_of_product(weight.shape, x, out)
+        operands = [x, self.weight(weight), self.weight(bias, y.width), y]
+        self.emit(Op.LINEAR, operands, [32, *weight.shape])
+        return y
+
+    def _result_of_product(self, shape: Sequence[int], x: Vector, out: Vector | None) -> Vector:
+        groups, outputs, inputs = shape
         y = self.vector(groups * outputs) if out is None else out
-        self.weights += weight.numel()
-        self.emit(Op.LINEAR, [x, self.weight(weight), self.weight(bias), y], [32, groups, outputs, inputs])
+        _check(x.width == groups * inputs, "inputs", x.width, groups * inputs)
+        _check(y.width == groups * outputs, "outputs", groups * outputs, y.width)
+        self.weights += groups * outputs * inputs
         return y
 
     def packed_product(
@@ -144,13 +156,12 @@ class Program:
         x: Vector,
         out: Vector | None,
     ) -> Vector:
-        y = self.vector(shape[0] * shape[1]) if out is None else out
-        self.weights += shape[0] * shape[1] * shape[2]
+        y = self._result_of_product(shape, x, out)
         if module.packed.device.type != "cpu" or not module.packed.is_contiguous():
             raise NotFusable("packed weights that are not dense on a CPU")
         packed = Vector(WEIGHTS, module.packed.data_ptr(), 0, 0, module.packed.numel())
         numbers = [module.bits, *shape, module.group_size]
-        self.emit(Op.PACKED, [x, packed, self.weight(bias), y, self.weight(module.scale)], numbers)  # type: ignore[arg-type]
+        self.emit(Op.PACKED, [x, packed, self.weight(bias, y.width), y, self.weight(module.scale)], numbers)
         return y
 
     def norm(
@@ -164,8 +175,9 @@ class Program:
     ) -> Vector:
         """x over the root of its mean square (its deviation if `centred`), each head for itself, times the weight."""
         y = self.vector(x.width) if out is None else out
+        _check(y.width == x.width and x.width % heads == 0, "numbers of a norm", y.width, x.width)
         numbers = [x.width // heads, heads, centred, weight is not None]
-        self.emit(Op.NORM, [x, self.weight(weight), y], numbers, [eps])
+        self.emit(Op.NORM, [x, self.weight(weight, x.width), y], numbers, [eps])
         return y
 
     def normalized(self, module: nn.Module, x: Vector) -> Vector:
@@ -181,8 +193,9 @@ class Program:
         self, op: Op, a: Vector, b: Vector | None = None, out: Vector | None = None, cap: float = 0.0
     ) -> Vector:
         """Of each number of a and, where the operation takes two, of b, which may be a `weight`."""
-        y = self.vector(a.width) if out is None else out
-        self.emit(op, [a, a if b is None else b, y], [a.width], [cap])
+        y, b = self.vector(a.width) if out is None else out, a if b is None else b
+        _check(a.width == b.width == y.width, "numbers", b.width, a.width)
+        self.emit(op, [a, b, y], [a.width], [cap])
         return y
 
     def add(self, a: Vector, b: Vector) -> Vector:
@@ -192,25 +205,36 @@ class Program:
     def conv(self, module: nn.Module, x: Vector, state: Vector) -> Vector:
         """`hf_rnn.layers.CausalConv` with the K - 1 inputs before x, which move on."""
         y, taps = self.vector(x.width), module.weight.shape[1]  # type: ignore[union-attr, index]
-        operands = [x, self.weight(module.weight), self.weight(module.bias), state, y]  # type: ignore[arg-type]
+        _check(
+            bool(taps > 1 and state.width == (taps - 1) * x.width), "inputs before", state.width, (taps - 1) * x.width
+        )
+        weight = self.weight(module.weight, taps * x.width)  # type: ignore[arg-type, operator]
+        operands = [x, weight, self.weight(module.bias, x.width), state, y]  # type: ignore[arg-type]
         self.emit(Op.CONV, operands, [x.width, taps])  # type: ignore[list-item]
         return y
 
     def cell(self, op: Op, gates: Vector, recurrent: Vector, states: Sequence[Vector], heads: int) -> Vector:
         """LSTM, GRU or sLSTM: pre-activations of x and R h + b, head by head, to h; the states move on."""
         h = self.vector(states[0].width)
+        wide = (3 if op is Op.GRU else 4) * h.width
+        _check(gates.width == recurrent.width == wide and h.width % heads == 0, "pre-activations", gates.width, wide)
+        _check(all(state.width == h.width for state in states), "states", [s.width for s in states], h.width)
         self.emit(op, [gates, recurrent, h, *states], [h.width // heads, heads])
         return h
 
     def gated(self, op: Op, inputs: Sequence[Vector], state: Vector, *options: bool) -> Vector:
         """minGRU or minLSTM: pre-activations to h, which is the state."""
         h = self.vector(state.width)
+        _check(all(x.width == h.width for x in inputs), "pre-activations", [x.width for x in inputs], h.width)
         self.emit(op, [h, state, *inputs], [h.width, *options])
         return h
 
     def mlstm(self, q: Vector, k: Vector, v: Vector, gates: Vector, states: Sequence[Vector], heads: int) -> Vector:
         """q, k, v and i, f of all heads to h (heads * V); C, n and m move on."""
         h = self.vector(v.width)
+        widths = [k.width, gates.width, *(state.width for state in states)]
+        expected = [q.width, 2 * heads, q.width * v.width // heads, q.width, heads]
+        _check(widths == expected, "numbers of an mLSTM", widths, expected)
         numbers = [heads, q.width // heads, v.width // heads, states[2].space]
         self.emit(Op.MLSTM, [q, k, v, gates, h, states[0], states[1]], numbers, [MLSTM_EPS])
         return h
@@ -231,6 +255,11 @@ class Program:
                 base = 4 * x.base * rows if x.space == SCRATCH else x.base
                 line[FIRST + 3 * n : FIRST + 3 * n + 3] = x.space, base + 4 * x.column, x.stride
         return code, factors
+
+
+def _check(fits: bool, what: str, found: object, expected: object) -> None:
+    if not fits:
+        raise NotFusable(f"{what}: {found} where {expected} are expected")
 
 
 def require(module: nn.Module, *classes: type) -> None:

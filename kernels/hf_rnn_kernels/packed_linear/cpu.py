@@ -219,13 +219,13 @@ def _sizes(packed: Tensor, scale: Tensor, bits: int) -> tuple[U, U, U, U]:
 
 
 def _unpacked(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    y = torch.empty(packed.shape[0], packed.shape[1] * 8 // bits)
+    y = torch.empty(packed.shape[0], packed.shape[1] * 8 // bits, dtype=torch.float32, device="cpu")
     run(_unpack, _sizes(packed, scale, bits), packed.reshape(-1).numpy(), flat(scale), flat(y))
     return y.to(dtype)
 
 
 def forward(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
-    y = torch.empty(x.shape[0], packed.shape[0])
+    y = torch.empty(x.shape[0], packed.shape[0], dtype=torch.float32, device="cpu")
     if x.shape[0] <= FEW:
         run(_dots, _sizes(packed, scale, bits), packed.reshape(-1).numpy(), flat(scale), flat(x), flat(y))
         return y.to(x.dtype)

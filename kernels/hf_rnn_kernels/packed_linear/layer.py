@@ -7,21 +7,39 @@ from hf_rnn_kernels.packed_linear.op import packed_linear
 from hf_rnn_kernels.packed_linear.packing import choose_group, pack, unpack
 
 
-class PackedMatrix(nn.Module):
+class _Packed:
+    """`packed` and `scale` of a layer. Scales lie as their bits in an int32 buffer: what makes a model's numbers
+    bfloat16, `model.to` or a loader, leaves them as they are."""
+
+    def _make(self, rows: int, inputs: int, bits: int, group_size: int | None) -> None:
+        self.bits, self.group_size = bits, choose_group(inputs, bits, group_size)
+        self.register_buffer("packed", torch.zeros(rows, inputs * bits // 8, dtype=torch.uint8))  # type: ignore
+        scales = torch.zeros(rows, inputs // self.group_size, dtype=torch.int32)
+        self.register_buffer("scale_bits", scales)  # type: ignore[attr-defined]
+
+    def _fill(self, weight: Tensor) -> None:
+        self.packed, scale = pack(weight, self.bits, self.group_size)
+        self.scale_bits = scale.view(torch.int32)
+
+    @property
+    def scale(self) -> Tensor:
+        """(rows, I / group_size) float32."""
+        return self.scale_bits.view(torch.float32)
+
+
+class PackedMatrix(_Packed, nn.Module):
     """A parameter (G, O, I) as read-only integers: `packed` (G * O, I * bits / 8), `scale` (G * O, I / group_size)."""
 
     def __init__(self, shape: tuple[int, int, int], bits: int, group_size: int | None = None):
         super().__init__()
         groups, outputs, inputs = self.shape = tuple(shape)
-        self.bits, self.group_size = bits, choose_group(inputs, bits, group_size)
-        self.register_buffer("packed", torch.zeros(groups * outputs, inputs * bits // 8, dtype=torch.uint8))
-        self.register_buffer("scale", torch.zeros(groups * outputs, inputs // self.group_size))
+        self._make(groups * outputs, inputs, bits, group_size)
 
     @classmethod
     def of(cls, weight: Tensor, bits: int, group_size: int | None = None) -> "PackedMatrix":
         with torch.device("meta"):
             matrix = cls(weight.shape, bits, group_size)  # type: ignore[arg-type]
-        matrix.packed, matrix.scale = pack(weight.flatten(0, 1), bits, matrix.group_size)
+        matrix._fill(weight.flatten(0, 1))
         return matrix
 
     def dequantize(self) -> Tensor:
@@ -33,7 +51,7 @@ def plain(weight: Tensor | PackedMatrix) -> Tensor:
     return weight.dequantize() if isinstance(weight, PackedMatrix) else weight
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(_Packed, nn.Linear):
     """A linear layer whose matrix is read-only integers: `packed` (O, I * bits / 8) and `scale` (O, I / group_size).
 
     An nn.Linear for those who adapt such: its `weight` has the shape, dtype and device of what there is not, and NaN
@@ -42,10 +60,8 @@ class PackedLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, group_size: int | None = None):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        self.group_size = choose_group(in_features, bits, group_size)
-        self.register_buffer("packed", torch.zeros(out_features, in_features * bits // 8, dtype=torch.uint8))
-        self.register_buffer("scale", torch.zeros(out_features, in_features // self.group_size))
+        self.in_features, self.out_features = in_features, out_features
+        self._make(out_features, in_features, bits, group_size)
         zeros = nn.Parameter(torch.zeros(out_features), requires_grad=False)
         self.bias = zeros if bias else None  # type: ignore[assignment]
 
@@ -54,7 +70,7 @@ class PackedLinear(nn.Linear):
         """Its weights rounded to integers, its bias as it is."""
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features, linear.bias is not None, bits, group_size)
-        layer.packed, layer.scale = pack(linear.weight, bits, layer.group_size)
+        layer._fill(linear.weight)
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return layer.train(linear.training)
