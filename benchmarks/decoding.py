@@ -5,9 +5,9 @@
 Models of a million parameters (ten million on a GPU), one step from the state or the keys and values that are there.
 The states of ours are those after the prefix, read once; keys and values are random, since only their number matters,
 and so is Mamba's state, which does not grow. Then `generate()` with its defaults, a prompt of 128 and 64 new tokens,
-and ours with `compile_config=CompileConfig()`, which compiles the step at the first call, with its ordinary path, by a
-hook that does nothing, and around a model that returns ready logits: transformers' own loop. Then each architecture
-beside the same by others with the same weights (benchmarks/peers.py).
+and ours with `compile_config=CompileConfig()`, which compiles the step at the first call; and 256 new tokens, ours
+with its ordinary path, by a hook that does nothing, and around a model that returns ready logits: transformers' own
+loop. Then each architecture beside the same by others with the same weights (benchmarks/peers.py).
 """
 
 import copy
@@ -28,7 +28,7 @@ from hf_rnn.skeleton.versions import STATE, CausalLMOutput
 PARAMETERS, VOCABULARY = sized(cpu=1_000_000, gpu=10_000_000, dry=40_000), 256
 PREFIXES, BATCHES = sized(*2 * [((128, 1024, 8192, 65536), (1, 64))], dry=((5,), (2,)))
 LARGEST_CACHE = sized(cpu=4, gpu=40, dry=1) * 2**30  # bytes of keys and values
-PROMPT, NEW_TOKENS = sized(*2 * [(128, 64)], dry=(4, 2))
+PROMPT, NEW_TOKENS, LONG = sized(*2 * [(128, 64, 256)], dry=(4, 2, 2))
 OTHERS = [name for name in MODELS if "transformers" in name]
 ACCEPTED = {
     "Transformer (transformers)": "another architecture, which grows: it is left behind with longer prefixes",
@@ -102,23 +102,23 @@ def last_logits(model: nn.Module, ids: Tensor) -> Tensor:
     return copy.deepcopy(model).double()(ids, use_cache=False).logits[:, -1:]
 
 
-def generation(model: nn.Module, **settings) -> Callable[[], list[Tensor]]:
+def generation(model: nn.Module, tokens: int = NEW_TOKENS, batch: int = 1, **settings) -> Callable[[], list[Tensor]]:
     """New tokens by generate()."""
-    prompt = torch.ones(1, PROMPT, dtype=torch.long, device=DEVICE)
+    prompt = torch.ones(batch, PROMPT, dtype=torch.long, device=DEVICE)
 
     def run():
-        tokens = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+        made = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens,
             do_sample=False, pad_token_id=0, **settings,
         )  # fmt: skip
-        return [tokens]
+        return [made]
 
     return run
 
 
-def ready(model: nn.Module) -> nn.Module:
+def ready(model: nn.Module, batch: int) -> nn.Module:
     """The model with a forward that returns logits that it has."""
-    other, logits = copy.deepcopy(model), torch.randn(1, 1, VOCABULARY, device=DEVICE)
+    other, logits = copy.deepcopy(model), torch.randn(batch, 1, VOCABULARY, device=DEVICE)
     signature = inspect.signature(model.forward)
 
     def forward(**arguments):
@@ -172,10 +172,6 @@ def after(models: dict[str, nn.Module], errors: dict[str, float], batch: int, pr
 def generate(models: dict[str, nn.Module], name: str) -> dict[str, dict]:
     """generate() of one of ours, plain and with its step compiled, beside the others."""
     contestants = {"hf_rnn": generation(models[name])} | {other: generation(models[other]) for other in OTHERS}
-    contestants |= {
-        "transformers' loop alone": generation(ready(models[name])),
-        "hf_rnn, part by part": generation(ordinary(models[name])),
-    }
     references, seconds = {}, None
     if not DRY:  # the interpreter's kernels do not compile
         references["hf_rnn, compiled"] = contestants["hf_rnn"]()  # the same tokens
@@ -191,6 +187,15 @@ def generate(models: dict[str, nn.Module], name: str) -> dict[str, dict]:
         if "ms" in row:
             row["ms_per_token"] = row["ms"] / NEW_TOKENS
     table(title, results[title])
+    for batch in (1, 64):
+        title = f"{name}, generate() of {LONG} after {PROMPT}, batch {batch}"
+        contestants = {
+            "hf_rnn": generation(models[name], LONG, batch),
+            "hf_rnn, part by part": generation(ordinary(models[name]), LONG, batch),
+            "transformers' loop alone": generation(ready(models[name], batch), LONG, batch),
+        }
+        results[title] = ratios(measure(contestants, repeats=8, seconds=8), "hf_rnn", ACCEPTED)
+        table(title, results[title])
     return results
 
 
