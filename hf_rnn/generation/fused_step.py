@@ -23,11 +23,6 @@ _SETTINGS = ("eps", "max_norm", "soft_cap")  # what programs read of modules bes
 _FORKED = "numba is missing, or this process was forked from one in which compiled loops had run"
 
 
-def _place(x: Tensor | None) -> tuple | None:
-    """Where a tensor's numbers lie and how."""
-    return None if x is None or x.is_meta else (x.data_ptr(), x.shape, x.stride(), x.dtype)
-
-
 class FusedStep:
     """The program of a model's token and all that it depends on; or the reason why there is none.
 
@@ -41,7 +36,8 @@ class FusedStep:
         self._modules = modules
         self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         named = [(d, name, x) for m in modules for d in (m._parameters, m._buffers) for name, x in d.items()]
-        self._tensors = [(d, name, x, _place(x)) for d, name, x in named]
+        self._tensors = [(d, name, x) for d, name, x in named]
+        self._present = [(x, x.data_ptr(), x.numel(), x.dtype) for _, _, x in named if x is not None and not x.is_meta]
         self._hooks = [getattr(m, name) for m in modules for name in _HOOKS]
         self._attributes = [vars(m) for m in modules]
         self._settings = [(d, name, d[name]) for d in self._attributes for name in _SETTINGS if name in d]
@@ -65,7 +61,7 @@ class FusedStep:
                 raise NotFusable(f"a {kind.__name__} of {kind.__module__}")
         if self._is_wrapped:
             raise NotFusable("hooks, or a forward of its own")
-        if wrong := [name for _, name, x, _ in self._tensors if type(x) not in (nn.Parameter, Tensor, type(None))]:
+        if wrong := [name for _, name, x in self._tensors if type(x) not in (nn.Parameter, Tensor, type(None))]:
             raise NotFusable(f"{wrong[0]} is no plain parameter")
         widths = [shape.numel() for shapes in self._shapes for shape in shapes]
         program = Program(widths, model.config.vocab_size)
@@ -82,7 +78,11 @@ class FusedStep:
         """Whether the model still is what it was: its modules, hooks and settings, parameters and where these lie."""
         return (
             all(d.get(name) is child for d, name, child in self._children)
-            and all(d.get(name) is x and _place(x) == place for d, name, x, place in self._tensors)
+            and all(d.get(name) is x for d, name, x in self._tensors)
+            and all(  # in line: it is what a token costs beside the compiled call
+                x.data_ptr() == address and x.numel() == count and x.dtype is dtype and x.is_contiguous()
+                for x, address, count, dtype in self._present
+            )
             and all(d.get(name) == value for d, name, value in self._settings)
             and self._config == self._config_was
             and self._wrapped() == self._is_wrapped
