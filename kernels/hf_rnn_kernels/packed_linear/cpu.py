@@ -142,6 +142,10 @@ def packed_dot(bits, inputs, group, w, scale, o, x, x0, start):
     groups = inputs // group
     each = group * bits // U(8)
     w0, s0 = o * groups * each, o * groups
+    if bits == U(8) and groups == U(1):  # the last few numbers of a row are no vector
+        whole = each // U(LANES) * U(LANES)
+        rest = _bytes_dot(each - whole, w, w0 + whole, x, x0 + whole)
+        return _bytes_vectors(w, w0, scale, s0, x, x0, start, groups, whole) + scale[s0] * rest
     if each % U(LANES) == U(0):
         if bits == U(8):
             return _bytes_vectors(w, w0, scale, s0, x, x0, start, groups, group)
