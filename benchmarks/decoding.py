@@ -32,10 +32,6 @@ PROMPT, NEW_TOKENS, LONG = sized(*2 * [(128, 64, 256)], dry=(4, 2, 2))
 OTHERS = [name for name in MODELS if "transformers" in name]
 ACCEPTED = {
     "Transformer (transformers)": "another architecture, which grows: it is left behind with longer prefixes",
-    "Mamba (transformers)": "another architecture: alone a token costs its calls, and both make about as many",
-    "minGRU-pytorch": "a few calls: ours checks its arguments and copies its state; compiled it is ahead",
-    "torch.nn.GRU": "the same cell of torch's, by either way",
-    "transformers": "level: a token costs its calls, and both make about as many",
     "transformers' loop alone": "no model in it",
 }
 
