@@ -23,7 +23,7 @@ PACKAGE, NAME = "hf_rnn_kernels", "hf-rnn-kernels"
 BACKENDS = {"cuda": {"type": "cuda", "archs": ["8.0", "9.0"]}, "rocm": {"type": "rocm", "archs": ["gfx942"]}}
 BACKENDS["cpu"] = {"type": "cpu"}
 # numba's, and what reads and writes compressed checkpoints
-LEFT_OUT = re.compile(r"(^|/)(cpu\w*|vector_math|matrix_product|arrays)\.py$|^coding/")
+LEFT_OUT = re.compile(r"(^|/)(cpu\w*|vector_math|matrix_product|arrays)\.py$|^(coding|fused_step)/")
 THREADS = '''"""No compiled loops on a CPU here: they are in the package (`pip install hf-rnn[cpu]`)."""
 
 import torch
