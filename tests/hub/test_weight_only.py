@@ -165,7 +165,7 @@ def test_bad_input(make_model, folder, tmp_path):
         save_file({**good, **changes}, file, metadata={"format": "pt"})
         return lambda: load(tmp_path / "packed")
 
-    with pytest.raises(RuntimeError, match=name):
+    with pytest.raises((RuntimeError, ValueError), match=name):  # by transformers, or where it loads it by us
         damaged(**{name: good[name][:, :-1].contiguous()})()
     with pytest.raises(ValueError, match=f"{scale.removesuffix('_bits')}: expected finite numbers"):
         damaged(**{scale: torch.full_like(good[scale], -1)})()

@@ -13,13 +13,21 @@ class _Packed:
 
     def _make(self, rows: int, inputs: int, bits: int, group_size: int | None) -> None:
         self.bits, self.group_size = bits, choose_group(inputs, bits, group_size)
-        self.register_buffer("packed", torch.zeros(rows, inputs * bits // 8, dtype=torch.uint8))  # type: ignore
-        scales = torch.zeros(rows, inputs // self.group_size, dtype=torch.int32)
-        self.register_buffer("scale_bits", scales)  # type: ignore[attr-defined]
+        self._sizes = dict(packed=(rows, inputs * bits // 8), scale_bits=(rows, inputs // self.group_size))
+        for name, dtype in (("packed", torch.uint8), ("scale_bits", torch.int32)):
+            self.register_buffer(name, torch.zeros(self._sizes[name], dtype=dtype))  # type: ignore[attr-defined]
 
     def _fill(self, weight: Tensor) -> None:
         self.packed, scale = pack(weight, self.bits, self.group_size)
         self.scale_bits = scale.view(torch.int32)
+
+    def check(self, name: str) -> None:
+        """Raise ValueError unless what was loaded has its shape and finite scales; `name`: the layer's."""
+        for part, size in self._sizes.items():
+            if (found := tuple(getattr(self, part).shape)) != size:
+                raise ValueError(f"{name}.{part}: expected shape {size}, got {found}; get the file again")
+        if not self.scale.isfinite().all():
+            raise ValueError(f"{name}.scale: expected finite numbers, got NaN or infinity; get the file again")
 
     @property
     def scale(self) -> Tensor:
