@@ -30,7 +30,9 @@ ROOMS = [
     ["hf_rnn.remote_code", "hf_rnn.tokenization", "hf_rnn.tasks"],
     ["hf_rnn.skeleton"],
     ["hf_rnn.layers", "hf_rnn.compression", "hf_rnn.generation"],
-    ["hf_rnn.skeleton.modeling_recurrent"],  # blocks made of layers, which know the config and the state
+    ["hf_rnn.skeleton.block"],  # blocks made of layers, which know the config and the state
+    ["hf_rnn.skeleton.pretrained"],
+    ["hf_rnn.skeleton.modeling_recurrent"],
     ["hf_rnn.exchange"],
     ["hf_rnn.models"],
     ["hf_rnn"],  # the public names

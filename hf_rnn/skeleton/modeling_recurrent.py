@@ -1,223 +1,28 @@
 """The skeleton every architecture shares: embedding -> blocks -> norm -> head.
 
-A block is pre-norm residual: x += conv(x), x += mixer(norm(x)), x += feed_forward(norm(x)), the first and the last
-where the configuration has them. An architecture gives what mixes tokens (a `Mixer`) and its config.
+An architecture gives what mixes tokens (a `Mixer`) and its config.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_rnn.compression.weight_only import packed_from_coded, packed_room
 from hf_rnn.generation.fused_step import decode_fused, reason_not_fused
-from hf_rnn.layers import CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm, SlidingAttention
-from hf_rnn.remote_code.loader import write_remote_code
+from hf_rnn.layers import CausalConv, FeedForward, RecurrentMixer, RMSNorm, SlidingAttention
+from hf_rnn.skeleton.block import RecurrentBlock
 from hf_rnn.skeleton.cache import RecurrentCache
 from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
 from hf_rnn.skeleton.generation import RecurrentGenerationMixin
 from hf_rnn.skeleton.inputs import check_ids, check_known, packed_offsets, padding_mask, state_of
-from hf_rnn.skeleton.integrity import check_files, find_damaged_file, find_wrong_shape
 from hf_rnn.skeleton.memory import MemoryMixin
-from hf_rnn.skeleton.versions import STATE, STATE_NAMES, BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
+from hf_rnn.skeleton.pretrained import RecurrentPreTrainedModel
+from hf_rnn.skeleton.versions import STATE, BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 from hf_rnn_kernels.checks import values_known
-from hf_rnn_kernels.fused_step.program import Op, Program, Vector
-from hf_rnn_kernels.layout import ROWS, SequenceLayout
-from hf_rnn_kernels.packed_linear import PackedLinear
-
-
-class RecurrentBlock(GradientCheckpointingLayer):
-    """One block of parts that `RecurrentModel.make_block` chooses; all but the mixer may be missing."""
-
-    def __init__(
-        self,
-        layer_idx: int,
-        mixer: Mixer,
-        mixer_norm: nn.Module | None = None,
-        conv: CausalConv | None = None,
-        ff_norm: nn.Module | None = None,
-        ff: nn.Module | None = None,
-        dropout: float = 0.0,
-    ):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.conv = conv
-        self.mixer_norm = mixer_norm
-        self.mixer = mixer
-        self.ff_norm = ff_norm
-        self.ff = ff
-        self.dropout = nn.Dropout(dropout)
-        self.state_shapes = list(mixer.state_shapes) + ([] if conv is None else [conv.state_shape])
-
-    def forward(self, x: Tensor, layout: SequenceLayout = ROWS, cache: RecurrentCache | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D); reads and writes its layer's state in `cache` where there is one."""
-        state = None if cache is None else cache[self.layer_idx]
-        new_state: tuple[Any, ...] = ()
-        if self.conv is not None:
-            y, conv_state = self.conv(x, None if state is None else state[-1], layout)
-            x = x + self._drop(y)
-            state = None if state is None else state[:-1]
-            new_state = (conv_state,)
-        y, mixer_state = self.mixer(self._normalized(x), state, layout)
-        if cache is not None:
-            cache.update((*mixer_state, *new_state), self.layer_idx)
-        return self._after_mixer(x, y)
-
-    def _normalized(self, x: Tensor) -> Tensor:
-        return x if self.mixer_norm is None else self.mixer_norm(x)
-
-    def _after_mixer(self, x: Tensor, y: Tensor) -> Tensor:
-        x = self._drop(y) if self.mixer_norm is None else x + self._drop(y)
-        return x if self.ff is None else x + self._drop(self.ff(self.ff_norm(x)))
-
-    def _drop(self, y: Tensor) -> Tensor:
-        return self.dropout(y) if self.training else y  # calls are what a token costs
-
-    def read(self, x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-        """What `forward` gave for the token x (B, T, D), of the states (B, T, ...) after it."""
-        return self._after_mixer(x, self.mixer.read(state, self._normalized(x)))
-
-    def fuse(self, program: Program, x: Vector, states: list[Vector]) -> None:
-        """What `forward` does for one token a row, as instructions; over x."""
-        with program.scratch():
-            if self.conv is not None:
-                *states, conv_state = states
-                program.add(x, program.conv(self.conv, x, conv_state))
-            if self.mixer_norm is None:
-                program.pointwise(Op.COPY, self.mixer.fuse(program, x, states), out=x)
-            else:
-                program.add(x, self.mixer.fuse(program, program.normalized(self.mixer_norm, x), states))
-            if self.ff is not None:
-                program.add(x, self.ff.fuse(program, program.normalized(self.ff_norm, x)))  # type: ignore
-
-
-class RecurrentPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation. The state is a `RecurrentCache` under the names of `STATE_NAMES`."""
-
-    config: RecurrentConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["RecurrentBlock"]
-    _skip_keys_device_placement = list(STATE_NAMES)
-    _can_compile_fullgraph = True
-    _is_stateful = True  # no rollback: generate() refuses assisted decoding
-    _can_record_outputs = {"hidden_states": RecurrentBlock}
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the model makes its own
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
-        """Nothing to register: every config carries the auto_map, and saving writes the module it names."""
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        """As for transformers' own models. For others it passes by modules without parameters of their own, such as
-        mixers that initialise those of their projections, in case they overwrite loaded ones; ours do not."""
-        super()._initialize_weights(module, is_custom_code=False)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, Mixer):
-            module.init_weights()
-        elif isinstance(module, nn.Linear) and std is None:
-            init.normal_(module.weight, std=module.in_features**-0.5)
-        elif isinstance(module, CausalConv):
-            if std is None:  # torch's convolutions
-                bound = module.kernel_size**-0.5
-                init.uniform_(module.weight, -bound, bound)
-            else:
-                init.normal_(module.weight, std=std)
-            init.zeros_(module.bias)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As transformers', with errors that name file and tensor where something is damaged.
-
-        Raises:
-            ValueError: weights are missing, but for a head on another's backbone (with `output_loading_info` or a
-                `state_dict` that is the caller's to judge); an index of shards names files elsewhere.
-            OSError: a file that is no safetensors file, or no JSON.
-            RuntimeError: a tensor of another shape.
-        """
-        source = Path(str(pretrained_model_name_or_path)) / kwargs.get("subfolder", "")
-        if pretrained_model_name_or_path is not None:
-            check_files(source)
-        coded_as, kwargs = packed_from_coded(cls, pretrained_model_name_or_path, kwargs)
-        try:
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except SafetensorError as error:
-            file = find_damaged_file(source)
-            raise OSError(f"{file}: the weights cannot be read ({error}); copy or download the file again") from error
-        except (AttributeError, KeyError, TypeError) as error:
-            if (file := find_damaged_file(source)) == source:
-                raise
-            raise OSError(f"{file}: expected a JSON object ({error}); copy or download the file again") from error
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):
-                raise
-            config: Any = kwargs.get("config") or cls.config_class.from_pretrained(  # type: ignore[union-attr]
-                pretrained_model_name_or_path, **kwargs
-            )
-            with torch.device("meta"):
-                raise RuntimeError(find_wrong_shape(source, packed_room(cls(config))) or str(error)) from error
-        if coded_as is not None:
-            coded_as.pack_exactly(loaded[0])
-        if output_loading_info:
-            return loaded
-        model, info = loaded
-        missing = sorted(info["missing_keys"])
-        if cls.__name__ not in (model.config.architectures or []) and hasattr(model, cls.base_model_prefix):
-            missing = [name for name in missing if name.startswith(f"{cls.base_model_prefix}.")]  # else: a new head
-        if missing and kwargs.get("state_dict") is None:
-            raise ValueError(
-                f"{source}: {len(missing)} of the weights are missing, {missing[0]!r} the first; the checkpoint is "
-                "damaged, or another model's"
-            )
-        return model
-
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As transformers', plus the file by which `trust_remote_code=True` finds this package.
-
-        `save_original_format` is off: weights that came under other names are saved under this package's.
-        """
-        super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)
-        write_remote_code(self.config, save_directory)
-
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """As transformers'.
-
-        Raises:
-            ValueError: a head of packed integers, of which no rows can be added.
-        """
-        if isinstance(self.get_output_embeddings(), PackedLinear):
-            raise ValueError("resize_token_embeddings: the head is packed; dequantize() the model first")
-        return super().resize_token_embeddings(*args, **kwargs)
-
-    def write_code(self, folder: str) -> None:
-        """Write the code by which a checkpoint of this model in `folder` loads without this package."""
-        from hf_rnn.remote_code.bundle import write_bundle
-
-        write_bundle(type(self.config), folder)
-
-    def _upload_modified_files(self, working_dir, repo_id, *args, token=None, **kwargs):
-        """As transformers', to which every push comes: with the code and, where the repository has none, a card."""
-        from hf_rnn_trainers.model_card import write_first_card
-
-        self.write_code(working_dir)
-        write_first_card(self, working_dir, repo_id, token)
-        return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
+from hf_rnn_kernels.fused_step.program import Program, Vector
+from hf_rnn_kernels.layout import SequenceLayout
 
 
 class RecurrentModel(RecurrentPreTrainedModel):

@@ -26,10 +26,11 @@ _L0, _L1, _L2 = F32(0.99999994), F32(-0.499994934), F32(0.333190978)
 _L3, _L4, _L5 = F32(-0.24842982), F32(0.191060066), F32(-0.136632442)
 _L6, _L7, _L8 = F32(0.078225933), F32(-0.0295052268), F32(0.0052326913)
 
-# `inline` is for what stands in a loop that is to be vectorised, `row` for such a loop, `parallel` for what starts
-# them.
+# `inline` is for what stands in a loop that is to be vectorised, `row` and `sums` for such a loop, `parallel` for what
+# starts them.
 inline = njit(fastmath=FAST, error_model="numpy", inline="always")  # Python's check for division by zero stops LLVM
 row = njit(fastmath=FAST, error_model="numpy")
+sums = njit(fastmath=FAST | {"reassoc"}, error_model="numpy")  # in any order, so that they vectorise; not around `exp`
 parallel = loop(fastmath=FAST, error_model="numpy", parallel=True)
 
 
@@ -123,3 +124,11 @@ def prefetch(typing_context, array, index):
         return context.get_dummy_value()
 
     return types.void(array, types.uint64), generate
+
+
+@sums
+def dot(size, x, x0, y, y0):
+    total = F32(0)
+    for d in range(size):
+        total += x[x0 + d] * y[y0 + d]
+    return total

@@ -5,7 +5,7 @@ import torch
 from launch import TESTS, launch
 from transformers import AutoModelForCausalLM
 
-from hf_rnn.skeleton.modeling_recurrent import RecurrentBlock
+from hf_rnn.skeleton.block import RecurrentBlock
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk", "auto"])

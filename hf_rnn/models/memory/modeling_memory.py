@@ -10,12 +10,8 @@ from transformers import initialization as init
 from hf_rnn.layers import FeedForward, Mixer, RMSNorm
 from hf_rnn.models.memory.configuration_memory import MemoryRNNConfig
 from hf_rnn.models.memory.updaters import TransformerUpdater, make_updater
-from hf_rnn.skeleton.modeling_recurrent import (
-    RecurrentBlock,
-    RecurrentForCausalLM,
-    RecurrentForSequenceClassification,
-    RecurrentModel,
-)
+from hf_rnn.skeleton.block import RecurrentBlock
+from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from hf_rnn_kernels.fused_step.program import Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
 

@@ -10,13 +10,9 @@ from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
 from hf_rnn.models.xlstm.conversion_xlstm import check_complete, from_package, transformers_weights
 from hf_rnn.models.xlstm.mlstm import MLSTM, UpProjectedMLSTM
 from hf_rnn.models.xlstm.slstm import SLSTM, GatedSLSTM
-from hf_rnn.skeleton.modeling_recurrent import (
-    RecurrentBlock,
-    RecurrentForCausalLM,
-    RecurrentForSequenceClassification,
-    RecurrentModel,
-    RecurrentPreTrainedModel,
-)
+from hf_rnn.skeleton.block import RecurrentBlock
+from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from hf_rnn.skeleton.pretrained import RecurrentPreTrainedModel
 from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 
 register_checkpoint_conversion_mapping(XLSTMConfig.model_type, transformers_weights())

@@ -29,7 +29,7 @@ def run(program: Program, ids: Tensor, states: Sequence[Tensor], logits: Tensor)
     rows, workers = ids.shape[0], torch.get_num_threads()
     if rows not in program.bound:
         code, factors = program.bind(rows)
-        program.bound[rows] = code, factors, np.array([cpu.address(Op(op)) for op in code[:, 0]])
+        program.bound[rows] = code, factors, np.array([cpu.operation(Op(op)).address for op in code[:, 0]])
     code, factors, addresses = program.bound[rows]
     scratch = np.empty(program.scratch_floats(rows), np.float32)
     bases = np.array([scratch.ctypes.data, 0, ids.data_ptr(), logits.data_ptr(), *(x.data_ptr() for x in states)])

@@ -2,18 +2,16 @@
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from hf_rnn_kernels.arrays import empty, rows_apart
 from hf_rnn_kernels.threads import run
-from hf_rnn_kernels.vector_math import F32, FAST, ONE, U, parallel, sigmoids
-
-_sums = njit(fastmath=FAST | {"reassoc"}, error_model="numpy")  # sums in any order, so that they vectorise
+from hf_rnn_kernels.vector_math import F32, ONE, U, parallel, sigmoids, sums
 
 
-@_sums
-def _statistics(size, h, at, eps):
+@sums
+def statistics(size, h, at, eps):
     """Mean and 1 / standard deviation."""
     total, square = F32(0), F32(0)
     for d in range(size):
@@ -31,12 +29,12 @@ def _rows_forward(sizes, h, gate_rows, weight, eps, y):
     for i in prange(y.size // (heads * size)):
         for k in range(heads):
             at, w = (U(i) * heads + k) * size, k * size
-            mean, scale = _statistics(size, h, at, eps)
+            mean, scale = statistics(size, h, at, eps)
             for d in range(size):
                 y[at + d] = sigmoids(gate[U(i) * apart + w + d])[1] * (weight[w + d] * ((h[at + d] - mean) * scale))
 
 
-@_sums
+@sums
 def _means(size, grad, normed):
     total, product = F32(0), F32(0)
     for d in range(size):
@@ -58,7 +56,7 @@ def _rows_backward(sizes, h, gate_rows, weight, eps, grad, grad_h, grad_gate, gr
         for i in range(rows * U(share) // shares, rows * (U(share) + U(1)) // shares):
             for k in range(heads):
                 at, w, to = i * channels + k * size, k * size, U(share) * channels + k * size
-                mean, scale = _statistics(size, h, at, eps)
+                mean, scale = statistics(size, h, at, eps)
                 for d in range(size):
                     normed[d] = (h[at + d] - mean) * scale
                 for d in range(size):

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
@@ -12,9 +12,8 @@ from hf_rnn_kernels.arrays import flat
 from hf_rnn_kernels.matrix_product import LANES, product
 from hf_rnn_kernels.packed_linear.reference import blocks
 from hf_rnn_kernels.threads import run
-from hf_rnn_kernels.vector_math import F32, FAST, U, parallel, row
+from hf_rnn_kernels.vector_math import F32, U, parallel, row, sums
 
-_sums = njit(fastmath=FAST | {"reassoc"}, error_model="numpy")  # sums in any order, so that they vectorise
 FEW = U(8)  # rows that are multiplied one by one; more go through `product`, which wants unpacked weights
 TILE = U(64)  # rows of the matrix that are unpacked at once
 _FOUR, _EIGHT = np.int32(4), np.int32(8)
@@ -107,7 +106,7 @@ def _vector_dot(bits):
 _bytes_vectors, _halves_vectors = _vector_dot(8), _vector_dot(4)
 
 
-@_sums
+@sums
 def _bytes_dot(size, w, w0, x, x0):
     total = F32(0)
     for i in range(size):
@@ -115,7 +114,7 @@ def _bytes_dot(size, w, w0, x, x0):
     return total
 
 
-@_sums
+@sums
 def _halves_dot(half, w, w0, x, x0):
     """The first `half` of the numbers are the low halves of the bytes, the others the high ones."""
     total = F32(0)

@@ -2,28 +2,19 @@
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from hf_rnn_kernels.arrays import flat
 from hf_rnn_kernels.cpu_cache import loop
 from hf_rnn_kernels.threads import run
-from hf_rnn_kernels.vector_math import F32, U
+from hf_rnn_kernels.vector_math import U, dot, sums
 
 # Sums over a row may be taken in any order, so that they vectorise
-_sum = njit(fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
 _parallel = loop(fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", parallel=True)
 
 
-@_sum
-def dot(size, x, x0, y, y0):
-    total = F32(0)
-    for d in range(size):
-        total += x[x0 + d] * y[y0 + d]
-    return total
-
-
-@_sum
+@sums
 def add(size, y, y0, factor, x, x0):
     for d in range(size):
         y[y0 + d] += factor * x[x0 + d]

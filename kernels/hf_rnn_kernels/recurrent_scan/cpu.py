@@ -18,11 +18,11 @@ from torch import Tensor
 
 from hf_rnn_kernels.arrays import empty, flat
 from hf_rnn_kernels.matrix_product import LANES, pack, product
-from hf_rnn_kernels.perturbed.cpu import add, dot
+from hf_rnn_kernels.perturbed.cpu import add
 from hf_rnn_kernels.recurrent_scan.cpu_cells import KINDS, SLOTS, step, step_back
 from hf_rnn_kernels.recurrent_scan.reference import CELLS, STEPS_BACK
 from hf_rnn_kernels.threads import run
-from hf_rnn_kernels.vector_math import F32, U, parallel, prefetch, row
+from hf_rnn_kernels.vector_math import F32, U, dot, parallel, prefetch, row
 
 
 class _Sizes(NamedTuple):
