@@ -4,9 +4,10 @@
 
 One sequence, 16 steps from the state that is there, in turn; the table has a sixteenth. Ours at 1 to 100 million
 parameters in float32 and packed into 8 and 4 bits; the time in which `torch.sum` reads the same float32 weights;
-transformers' Mamba; and Mamba of llama.cpp (by llama-cpp-python) from a GGUF file with random weights in F32, Q8_0 and
-Q4_0. Four layers each, a vocabulary of 256, the width a multiple of 64, the nearest. At 100 million also the other
-architectures, and what stays resident of a model that was loaded packed, in a process of its own.
+transformers' Mamba; and, where llama-cpp-python is installed (by hand: pip compiles it), Mamba of llama.cpp from a GGUF
+file with random weights in F32, Q8_0 and Q4_0. Four layers each, a vocabulary of 256, the width a multiple of 64, the
+nearest. At 100 million also the other architectures, and what stays resident of a model that was loaded packed, in a
+process of its own.
 """
 
 import gc
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from decoding import Decoder
 from driver import DRY, Rows, measure, ratios, sized, table
-from llama import llama_step
+from llama import is_installed, llama_step
 from models import MODELS, width
 from resumable import Parts
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ def token(name: str, parameters: int, peers: bool) -> Rows:
     with tempfile.TemporaryDirectory() as folder:
         if peers:
             contestants |= {"Mamba (transformers)": step(build("Mamba (transformers)", parameters))}
-            for kind in () if DRY else FORMATS.values():
+            for kind in FORMATS.values() if is_installed() and not DRY else ():
                 contestants[f"llama.cpp, Mamba, {kind}"] = llama_step(Path(folder), parameters, kind)
         contestants = {name: repeated(run) for name, run in contestants.items()}
         rows = ratios(measure(contestants, repeats=sized(30, 30, 1), seconds=25), "hf_rnn", ACCEPTED)

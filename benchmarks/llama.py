@@ -2,6 +2,8 @@
 
 import ctypes
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -77,19 +79,30 @@ def write_gguf(path: Path, parameters: int, kind: str, vocabulary: int = 256) ->
     return total
 
 
+def is_installed() -> bool:
+    return find_spec("llama_cpp") is not None
+
+
+@cache
+def _silent():
+    """Its log is long; kept, since llama.cpp calls it later on."""
+    from llama_cpp import llama_log_callback
+
+    return llama_log_callback(lambda level, text, data: None)
+
+
 def llama_step(folder: Path, parameters: int, kind: str) -> Callable[[], None]:
     """A call decodes one more token and reads its logits.
 
     Raises:
-        ImportError: llama-cpp-python is missing.
-        RuntimeError: it does not take the file.
+        RuntimeError: llama.cpp does not take the file.
     """
     import llama_cpp
 
     path = folder / f"mamba-{kind}.gguf"
     count = write_gguf(path, parameters, kind)
     print(f"llama.cpp, {kind}: {count:,} parameters, {path.stat().st_size:,} bytes", flush=True)
-    llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(_silent(), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
     if not model:
@@ -107,15 +120,3 @@ def llama_step(folder: Path, parameters: int, kind: str) -> Callable[[], None]:
 
     run()
     return run
-
-
-def _silent(level, text, data) -> None:
-    """Its log is long."""
-
-
-try:
-    from llama_cpp import llama_log_callback
-
-    _SILENT = llama_log_callback(_silent)
-except ImportError:
-    pass
