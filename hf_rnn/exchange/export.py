@@ -29,9 +29,7 @@ class DecodingStep(nn.Module):
         """The state before the first token: float32 tensors (B, ...), layer by layer."""
         states: list[Tensor] = []
         for layer in self.layers:
-            states += layer.mixer.initial_states(batch_size)
-            if layer.conv is not None:
-                states.append(states[-1].new_zeros(batch_size, *layer.conv.state_shape))
+            states += layer.initial_states(batch_size)
         return tuple(x.detach().contiguous() for x in states)
 
     def forward(self, input_ids: Tensor, *states: Tensor) -> tuple[Tensor, ...]:

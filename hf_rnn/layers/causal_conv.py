@@ -15,7 +15,7 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, kernel_size))
         self.bias = nn.Parameter(torch.empty(channels))
 
-    def forward(self, x: Tensor, state: Tensor | None, layout: SequenceLayout) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, D) and the K - 1 inputs before it (B, K - 1, D), or None for zeros, to y (B, T, D) and the state
-        after the last real token, None where sequences are packed."""
+    def forward(self, x: Tensor, state: Tensor | None, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) and the K - 1 inputs before each sequence (N, K - 1, D), or None for zeros, to y (B, T, D) and
+        the state after the last real token."""
         return causal_conv(x, state, self.weight, self.bias, layout)

@@ -17,11 +17,13 @@ class Mixer(nn.Module, ABC):
 
     Attributes:
         state_shapes: shape of each state tensor without its batch dimension.
+        keeps_rows: where sequences are packed, the state is that of rows, (B, ...), not of sequences, (N, ...).
         exact_parts: linear layers that stay float32 where others are packed into few bits.
     """
 
     state_shapes: list[tuple[int, ...]]
     exact_parts: tuple[str, ...] = ()
+    keeps_rows = False
 
     @abstractmethod
     def forward(
@@ -129,7 +131,7 @@ class RecurrentMixer(Mixer):
         self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         inputs: Tensor = x
-        conv_states: tuple[Any, ...] = ()  # None where sequences are packed
+        conv_states: tuple[Tensor, ...] = ()
         if self.conv is not None:
             inputs, conv_state = self.conv(x, None if state is None else state[-1], layout)
             conv_states = (conv_state,)

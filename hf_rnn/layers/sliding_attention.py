@@ -18,6 +18,8 @@ class SlidingAttention(Mixer):
     never grow and padding is none.
     """
 
+    keeps_rows = True
+
     def __init__(self, config: HybridConfig):
         super().__init__()
         self.window, self.heads = config.sliding_window, config.num_attention_heads
@@ -38,13 +40,21 @@ class SlidingAttention(Mixer):
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        shape, x, mask = x.shape, layout.flat(x), layout.flat_mask()
+        shape, mask = x.shape, layout.mask
+        of_q = sequences(layout.flat(x), layout.flat_mask(), layout.offsets)
+        if layout.continues is None:
+            x, mask = layout.flat(x), layout.flat_mask()
+        else:  # each row's own sequences, from 0, which is the state's
+            of_q = of_q.view(x.shape[:2])
+            first = torch.where(of_q == _NONE, torch.iinfo(of_q.dtype).max, of_q).amin(1, keepdim=True)
+            of_q = torch.where(of_q == _NONE, _NONE, of_q - first)
         dtype = torch.promote_types(x.dtype, torch.float32)
         empty = (x.new_zeros(x.shape[0], *size, dtype=dtype) for size in self.state_shapes)
         keys, values, filled = empty if state is None else state
+        if layout.continues is not None:
+            filled = filled * layout.continues[:, None]
         q = self.q_proj(x).unflatten(-1, (self.heads, self.size))
         k, v = (project(x).unflatten(-1, (self.groups, self.size)) for project in (self.k_proj, self.v_proj))
-        of_q = sequences(x, mask, layout.offsets)
         k, v = torch.cat([keys.to(k.dtype), k], 1), torch.cat([values.to(v.dtype), v], 1)
         of_k = torch.cat([torch.where(filled > 0, 0, _NONE), of_q], 1)
         if mask is None:
@@ -55,9 +65,11 @@ class SlidingAttention(Mixer):
             k, v, of_k = (rows(y, kept) for y in (k, v, of_k))
             y = rows(self._attend(rows(q, order), k, v, rows(of_q, order), of_k), order.argsort(1))
         y = self.o_proj(y.flatten(-2)).view(shape)
-        if layout.offsets is not None:
+        if layout.offsets is not None and layout.continues is None:
             return y, ()
-        last = [z[:, -self.window :].to(keys.dtype, copy=True) for z in (k, v, of_k != _NONE)]
+        of_last = of_k[:, -1:] if layout.continues is not None else 0
+        seen = (of_k == of_last) & (of_k != _NONE)
+        last = [z[:, -self.window :].to(keys.dtype, copy=True) for z in (k, v, seen)]
         if state is None or not layout.in_place or any(z.requires_grad for z in last):
             return y, tuple(last)
         for old, new in zip(state, last, strict=True):

@@ -38,6 +38,8 @@ class RecurrentBlock(GradientCheckpointingLayer):
     def forward(self, x: Tensor, layout: SequenceLayout = ROWS, cache: RecurrentCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D); reads and writes its layer's state in `cache` where there is one."""
         state = None if cache is None else cache[self.layer_idx]
+        if layout.continues is not None and not self.mixer.keeps_rows:
+            state = self._of_sequences(state, layout)
         new_state: tuple[Any, ...] = ()
         if self.conv is not None:
             y, conv_state = self.conv(x, None if state is None else state[-1], layout)
@@ -46,8 +48,25 @@ class RecurrentBlock(GradientCheckpointingLayer):
             new_state = (conv_state,)
         y, mixer_state = self.mixer(self._normalized(x), state, layout)
         if cache is not None:
-            cache.update((*mixer_state, *new_state), self.layer_idx)
+            new_state = (*mixer_state, *new_state)
+            if layout.continues is not None and not self.mixer.keeps_rows:
+                new_state = tuple(layout.of_rows(s) for s in new_state)
+            cache.update(new_state, self.layer_idx)
         return self._after_mixer(x, y)
+
+    def initial_states(self, batch_size: int) -> tuple[Tensor, ...]:
+        """The state before the first token, (B, ...) each."""
+        states = self.mixer.initial_states(batch_size)
+        if self.conv is None:
+            return states
+        return *states, states[0].new_zeros(batch_size, *self.conv.state_shape)
+
+    def _of_sequences(self, state: tuple[Tensor, ...] | None, layout: SequenceLayout) -> tuple[Tensor, ...]:
+        """Each packed sequence's state, of that of the rows."""
+        initial = self.initial_states(layout.sequences(0))
+        if state is None:
+            return initial
+        return tuple(layout.spread(row, new) for row, new in zip(state, initial, strict=True))
 
     def _normalized(self, x: Tensor) -> Tensor:
         return x if self.mixer_norm is None else self.mixer_norm(x)

@@ -91,30 +91,43 @@ def packed_offsets(
     mask: Tensor | None,
     batch: int,
     time: int,
-) -> Tensor | None:
-    """Offsets (N + 1) of the sequences in the B * T tokens, or None where each row is one sequence.
+    goes_on: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Offsets (N + 1) of the sequences in the B * T tokens, and (B,) whether the first of a row goes on from a state;
+    None and None where each row is one sequence, which does.
 
-    A row holds several where a real token (`mask`) with position 0, or with another seq_idx, follows a real token.
+    A row holds several where a real token (`mask`) with position 0, or with another seq_idx, follows a real token. With
+    a state (`goes_on`) one starts where the first real token has position 0 as well.
+
+    Raises:
+        ValueError: other shapes; offsets or numbers of sequences with a state, of which they do not say whether it is
+            the first one's.
     """
+    if goes_on and (cu_seq_lens is not None or (seq_idx is not None and position_ids is None)):
+        raise ValueError(
+            "cache: seq_idx and cu_seq_lens_q do not say whether the first sequence goes on from the state; pass "
+            "position_ids, which are 0 where one starts"
+        )
     if cu_seq_lens is not None:
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q: packed sequences lie in a batch of one, got a batch of {batch}")
         check_offsets("cu_seq_lens_q", cu_seq_lens, time)
-        return cu_seq_lens
+        return cu_seq_lens, cu_seq_lens.new_zeros(1, dtype=torch.bool)
     if position_ids is not None:
         starts = _per_token("position_ids", position_ids, batch, time) == 0
     elif seq_idx is not None:
         seq_idx = _per_token("seq_idx", seq_idx, batch, time)
         starts = seq_idx != seq_idx.roll(1, dims=1)
     else:
-        return None
+        return None, None
     real = torch.ones_like(starts) if mask is None else mask
-    starts = starts & real
-    if not bool((starts & (real.cumsum(1) > 1)).any()):
-        return None
+    starts, count = starts & real, real.cumsum(1)
+    if not bool((starts & (count > (0 if goes_on else 1))).any()):
+        return None, None
+    continues = ~(starts & (count == 1)).any(1)
     starts[:, :1] = True
     first = starts.reshape(-1).nonzero().squeeze(1)
-    return torch.cat([first, first.new_tensor([batch * time])])
+    return torch.cat([first, first.new_tensor([batch * time])]), continues
 
 
 def _per_token(name: str, x: Tensor, batch: int, time: int) -> Tensor:

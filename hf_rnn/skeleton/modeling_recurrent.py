@@ -88,10 +88,12 @@ class RecurrentModel(RecurrentPreTrainedModel):
             attention_mask: (B, T), or longer with the past in front; zeros at padding, on either side or in between,
                 ones elsewhere. Padding changes neither the state nor any other token's output.
             position_ids: (B, T) or (1, T). A recurrent model needs no positions; a position 0 after the first token
-                starts a new sequence, so that packed batches (`DataCollatorWithFlattening`) work. Not under a
+                starts a new sequence, so that packed batches (`DataCollatorWithFlattening`) work; with a state to go on
+                from, also at the first token, where it leaves that state behind. Not under a
                 `torch.compile(fullgraph=True)`; `cu_seq_lens_q` is.
             cache, past_key_values: state to go on from, updated and returned; one argument under both the names that
-                transformers has for it.
+                transformers has for it. Where sequences are packed it is each row's: its first sequence goes on from
+                it, and the last leaves it.
             use_cache: return the state. Default: `config.use_cache`, but not in training nor for packed batches.
             kwargs: `cu_seq_lens_q` (N + 1) offsets of packed sequences in a batch of one, as the collator gives with
                 `return_flash_attn_kwargs=True`, or `seq_idx` (1, T), the number of each token's sequence;
@@ -122,9 +124,13 @@ class RecurrentModel(RecurrentPreTrainedModel):
         batch, time = inputs_embeds.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
         mask = padding_mask(attention_mask, batch, time, past)
-        offsets = packed_offsets(position_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"), mask, batch, time)
+        goes_on = isinstance(cache, RecurrentCache) and cache.is_initialized
+        offsets, continues = packed_offsets(
+            position_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"), mask, batch, time, goes_on
+        )
         cache = self._state(cache, use_cache, batch, packed=offsets is not None)
-        layout = SequenceLayout(mask, offsets, in_place=cache is not None and cache.is_writable)
+        in_place = offsets is None and cache is not None and cache.is_writable
+        layout = SequenceLayout(mask, offsets, in_place, None if cache is None else continues)
 
         x = self.dropout(inputs_embeds) if self.training else inputs_embeds
         for layer in self.layers:
@@ -143,8 +149,6 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if cache is None:
             if checkpointed and use_cache:
                 raise ValueError("use_cache: gradient checkpointing drops the state; switch one of them off")
-            if packed and use_cache:
-                raise ValueError("use_cache: packed sequences have no one state to return; leave it out")
             if use_cache is None:
                 use_cache = self.config.use_cache and not self.training and not packed
             return RecurrentCache(len(self.layers)) if use_cache and not checkpointed else None
@@ -154,8 +158,6 @@ class RecurrentModel(RecurrentPreTrainedModel):
             raise ValueError("cache: gradient checkpointing drops the state; switch one of them off")
         if cache.model_type not in (None, self.config.model_type):
             raise ValueError(f"cache: expected the state of a {self.config.model_type}, got {cache.model_type}'s")
-        if packed:
-            raise ValueError("cache: packed sequences start from the initial state; pass no cache with them")
         if len(cache) != len(self.layers):
             raise ValueError(f"cache: expected the state of {len(self.layers)} layers, got one of {len(cache)}")
         for layer, state in zip(self.layers, cache.states, strict=True):

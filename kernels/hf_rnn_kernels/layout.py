@@ -21,11 +21,14 @@ class SequenceLayout(NamedTuple):
             row after row. None where each row is one sequence, N = B.
         in_place: the initial states that an op is given are buffers of one that decodes: where no gradient flows, it
             writes the last states to them and returns them.
+        continues: (B,) bool, of a model's packed rows, each of which begins with a sequence of its own: True where that
+            one goes on from the row's state. None where no state is carried.
     """
 
     mask: Tensor | None = None
     offsets: Tensor | None = None
     in_place: bool = False
+    continues: Tensor | None = None
 
     @classmethod
     def of(
@@ -52,6 +55,26 @@ class SequenceLayout(NamedTuple):
     def sequences(self, batch: int) -> int:
         """N, of `batch` rows."""
         return batch if self.offsets is None else self.offsets.shape[0] - 1
+
+    def spread(self, state: Tensor, initial: Tensor) -> Tensor:
+        """The state of each row (B, ...) at its first sequence, where that continues; elsewhere `initial` (N, ...)."""
+        assert self.offsets is not None and self.continues is not None
+        first = torch.searchsorted(self.offsets, self._ends() - self._ends()[0])
+        continues = self.continues.view(-1, *[1] * (state.dim() - 1))
+        return initial.index_copy(0, first, torch.where(continues, state, initial[first]))
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """What is of the last sequence of each row, (B, ...) of (N, ...)."""
+        assert self.offsets is not None
+        return x[torch.searchsorted(self.offsets, self._ends()) - 1]
+
+    def _ends(self) -> Tensor:
+        """Of each row, in tokens."""
+        assert self.offsets is not None and self.continues is not None
+        rows = len(self.continues)
+        return torch.arange(1, rows + 1, dtype=self.offsets.dtype, device=self.offsets.device) * (
+            self.offsets[-1] // max(rows, 1)
+        )
 
     def flat(self, x: Tensor) -> Tensor:
         """(B, T, ...) as the operators take it: rows that sequences run across as one, (1, B * T, ...)."""

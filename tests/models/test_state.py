@@ -70,18 +70,19 @@ def gradients(model, loss):
 
 
 # xLSTM's normaliser and norms over a head's 4 channels amplify rounding: its gradients in float32 are 1.4e-4 from those
-# in float64, split or whole (in float64 both agree to 1e-12). What is wrong differs by orders of magnitude more.
+# in float64, split or whole (in float64 both agree to 1e-12); the others' are up to 1.2e-5. What is wrong differs by
+# orders of magnitude more.
 
 
-def tolerance(model, for_xlstm=1e-4):
-    return for_xlstm if model.config.model_type == "hf_rnn_xlstm" else 1e-5
+def tolerance(model):
+    return 1e-4 if model.config.model_type == "hf_rnn_xlstm" else 1e-5
 
 
 def assert_same_gradients(model, loss, expected_loss):
     for name, grad in gradients(model, loss).items():
         expected = gradients(model, expected_loss())[name] if callable(expected_loss) else expected_loss[name]
         scale = expected.abs().max().clamp_min(1.0)
-        torch.testing.assert_close(grad / scale, expected / scale, rtol=0, atol=tolerance(model, 1e-3), msg=name)
+        torch.testing.assert_close(grad / scale, expected / scale, rtol=0, atol=10 * tolerance(model), msg=name)
 
 
 def fixed_weight(like):
@@ -140,6 +141,36 @@ def test_padding_anywhere(model, ids, data):
                 close(model, a[row], b[0])
         expected_loss = expected_loss + (alone.logits[0] * weight[row, mask[row].bool()]).sum()
     assert_same_gradients(model, (logits * weight).sum(), gradients(model, expected_loss))
+
+
+@settings(PROPERTY, max_examples=3)
+@given(data=st.data())
+def test_packed_rows_split_anywhere(model, ids, data):
+    """Rows of several sequences, padding among them: a piece's state is that of its rows' last sequences."""
+    padding = data.draw(st.sets(st.tuples(st.integers(0, 2), st.integers(0, 16)), max_size=8))
+    starts = data.draw(st.sets(st.tuples(st.integers(0, 2), st.integers(0, 16)), max_size=12))
+    mask, positions = torch.ones(3, 17, dtype=torch.long), torch.ones(3, 17, dtype=torch.long)
+    for at in padding:
+        mask[at] = 0
+    for at in starts:
+        positions[at] = 0
+    cuts = sorted(data.draw(st.sets(st.integers(1, 16), max_size=4)))
+    whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    state, pieces = RecurrentCache(2), []
+    for start, stop in pairwise([0, *cuts, 17]):
+        part = slice(start, stop)
+        piece = model(
+            ids[:, part], attention_mask=mask[:, part], position_ids=positions[:, part], past_key_values=state
+        )
+        pieces.append(piece.logits)
+    split = torch.cat(pieces, 1)
+    real = mask[..., None]
+    close(model, split * real, whole.logits * real)
+    for x, y in zip(state.states, whole.past_key_values.states, strict=True):
+        for a, b in zip(x, y, strict=True):
+            close(model, a, b)
+    weight = fixed_weight(split) * real
+    assert_same_gradients(model, (split * weight).sum(), gradients(model, (whole.logits * weight).sum()))
 
 
 @PROPERTY
@@ -321,8 +352,6 @@ def test_positions_of_a_padded_batch_are_no_packing(model, ids):
     output = model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
     assert output.past_key_values.batch_size == 3
     torch.testing.assert_close(output.logits[0, 5:], model(ids[:1, 5:]).logits[0], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="use_cache: packed"):
-        model(ids, position_ids=torch.arange(17)[None] % 5, use_cache=True)
 
 
 def test_inference_mode_states_go_on_elsewhere(model, ids):

@@ -58,7 +58,7 @@ class Memory(Mixer):
         self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if layout.offsets is not None:
-            return self._packed(x, layout), ()
+            return self._packed(x, state, layout)
         if state is None:
             dtype = torch.promote_types(x.dtype, torch.float32)
             memory = x.new_zeros(x.shape[0], *self.state_shapes[0], dtype=dtype)
@@ -83,7 +83,9 @@ class Memory(Mixer):
         y = program.linear(self.out_proj, memory)
         return program.add(y, self.ff.fuse(program, program.normalized(self.norm, y)))
 
-    def _packed(self, x: Tensor, layout: SequenceLayout) -> Tensor:
+    def _packed(
+        self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Packed sequences laid out as rows, run, and laid back."""
         assert layout.offsets is not None
         tokens, mask = x.flatten(0, 1), layout.mask
@@ -91,8 +93,8 @@ class Memory(Mixer):
         rows = nn.utils.rnn.pad_sequence(list(tokens.split(lengths)), batch_first=True)
         real = torch.ones_like(tokens[:, 0], dtype=torch.bool) if mask is None else mask.flatten()
         real = nn.utils.rnn.pad_sequence(list(real.split(lengths)), batch_first=True)
-        y, _ = self.forward(rows, None, SequenceLayout(real))
-        return torch.cat([row[:length] for row, length in zip(y, lengths, strict=True)]).view(x.shape)
+        y, last = self.forward(rows, state, SequenceLayout(real))
+        return torch.cat([row[:length] for row, length in zip(y, lengths, strict=True)]).view(x.shape), last
 
 
 class MemoryRNNModel(RecurrentModel):

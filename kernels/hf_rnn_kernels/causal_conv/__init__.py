@@ -13,12 +13,12 @@ from hf_rnn_kernels.transforms import tracked
 
 def causal_conv(
     x: Tensor, state: Tensor | None, weight: Tensor, bias: Tensor, layout: SequenceLayout = ROWS
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """y_t = bias + sum_j weight[:, j] * x_{t - (K - 1) + j}, each channel for itself.
 
     Args:
         x: (B, T, D), any floating dtype.
-        state: (B, K - 1, D), the inputs before x; zeros by default. None where sequences are packed.
+        state: (N, K - 1, D), the inputs before each sequence, N = B where rows are; zeros by default.
         weight: (D, K).
         bias: (D,).
         layout: which tokens are real and which sequences they make; rows by default. A token that is not real is passed
@@ -26,7 +26,7 @@ def causal_conv(
 
     Returns:
         y like x, and the state after the last real token, in float32 (float64 for float64 inputs): `state` itself,
-        written to, if `layout.in_place` and no gradient flows; None where sequences are packed.
+        written to, if `layout.in_place` and no gradient flows.
 
     Raises:
         TypeError, ValueError: an argument of another shape, dtype or device than above, named in the message.
@@ -34,22 +34,17 @@ def causal_conv(
     check_layout(layout)
     check_inputs({"x": x}, layout.mask, layout.offsets)
     batch, _, channels = x.shape
-    history = weight.shape[-1] - 1
-    shapes = {"state": (state, (batch, history, channels)), "weight": (weight, (channels, history + 1))}
+    history, sequences = weight.shape[-1] - 1, layout.sequences(batch)
+    shapes = {"state": (state, (sequences, history, channels)), "weight": (weight, (channels, history + 1))}
     check_tensors(shapes | {"bias": (bias, (channels,))}, x, "x")
-    if layout.offsets is not None:
-        if state is not None:
-            raise ValueError("state: expected None where sequences are packed, each of which starts from zeros")
-        if x.device.type == "cpu":  # again, for layouts made by hand or under torch.compile
-            check_offsets("layout.offsets", layout.offsets, batch * x.shape[1])
-    before = x.new_zeros(batch, history, channels) if state is None else state.to(x.dtype)
+    if layout.offsets is not None and x.device.type == "cpu":  # again, for layouts made by hand or under torch.compile
+        check_offsets("layout.offsets", layout.offsets, batch * x.shape[1])
+    before = x.new_zeros(sequences, history, channels) if state is None else state.to(x.dtype)
     if layout.mask is None and layout.offsets is None:
         y, ends = convolve(x, before, weight, bias)
-    elif layout.offsets is None:
-        y, ends = _with_gaps(x, before, weight, bias, layout)
     else:
-        y, _ = _with_gaps(layout.flat(x), before[:1], weight, bias, layout)
-        return y.view(x.shape), None
+        y, ends = _with_gaps(layout.flat(x), before, weight, bias, layout)
+        y = y.view(x.shape)
     if layout.in_place and state is not None and not tracked(x, state, weight, bias):
         return y, state.copy_(ends)
     # a copy: a view would keep the whole sequence alive
@@ -70,21 +65,30 @@ def convolve(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
 def _with_gaps(
     x: Tensor, before: Tensor, weight: Tensor, bias: Tensor, layout: SequenceLayout
 ) -> tuple[Tensor, Tensor]:
-    """Real tokens laid out without gaps, K - 1 zeros between packed sequences, convolved, and read back."""
+    """Real tokens laid out without gaps, behind what is before them, convolved, and read back."""
     history, room = before.shape[1], x.shape[1]
     mask = layout.flat_mask()
     real = x.new_ones(x.shape[:2], dtype=torch.long) if mask is None else mask.long()
     place = real.cumsum(1) - 1
-    if layout.offsets is not None:
-        token = torch.arange(room, device=x.device)
-        place = place + history * torch.searchsorted(layout.offsets[1:].long(), token, right=True)
-        room = room + history * (layout.offsets.shape[0] - 1)
+    within = torch.arange(history, device=x.device)
+    last = real.sum(1, keepdim=True) + within
+    if layout.offsets is not None:  # each sequence behind its own, in one row
+        bounds, token = layout.offsets.long(), torch.arange(room, device=x.device)
+        place = place + history * torch.searchsorted(bounds[1:], token, right=True)
+        count = torch.nn.functional.pad(real.cumsum(1), (1, 0))[0, bounds]  # real tokens up to each bound
+        shift = history * torch.arange(len(bounds), device=x.device)
+        starts = (count + shift)[1:-1, None] + within - history
+        last = (count[1:] + shift[:-1])[:, None] + within
+        room = room + history * (len(bounds) - 2)
     index = _expand(place.clamp(min=0), x)
     laid = x.new_zeros(x.shape[0], room, x.shape[2])
     laid = laid.scatter_add(1, index, x * real[..., None])  # padding adds zero
+    if layout.offsets is not None:
+        laid = laid.scatter_add(1, _expand(starts.reshape(1, -1), x), before[1:].reshape(1, -1, x.shape[2]))
+        before, last = before[:1], last.reshape(1, -1)
     y = convolve(laid, before, weight, bias)[0].gather(1, index)
-    last = real.sum(1, keepdim=True) + torch.arange(history, device=x.device)
-    return y, torch.cat([before, laid], 1).gather(1, _expand(last, x))
+    ends = torch.cat([before, laid], 1).gather(1, _expand(last, x))
+    return y, ends if layout.offsets is None else ends.view(-1, history, x.shape[2])
 
 
 def _expand(index: Tensor, like: Tensor) -> Tensor:

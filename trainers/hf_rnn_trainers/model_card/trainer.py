@@ -136,6 +136,9 @@ class ModelCardMixin(Trainer):
         if names := others(str(self.args.output_dir)):
             logger.warning(f"not pushed: output_dir holds {', '.join(names[:5])}, which no checkpoint is made of")
             return
+        pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if pushing and not self.args.hub_always_push:
+            return  # as Trainer does, but before the files that are on their way are written anew
         self._write_code()
         self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
