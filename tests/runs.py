@@ -1,6 +1,7 @@
 """Small runs of every trainer, with dropout and epochs of six batches, for tests of what runs survive."""
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 import hf_rnn
@@ -15,6 +16,11 @@ TRAINERS = {
         hf_rnn.RateConstrainedTrainer,
         hf_rnn.RateConstrainedConfig,
         dict(rate_shrink=0.03, rate_every=2, target_bits=2.0, rate_finetune=0.3, quantization_aware=True),
+    ),
+    "stream": (
+        RecurrentTrainer,
+        RecurrentTrainingArguments,
+        dict(gradient_accumulation_steps=2, stream=True, stream_length=6, backprop="chunked", chunk_size=4),
     ),
 }
 
@@ -42,7 +48,7 @@ def stop(control):
     control.should_save = control.should_training_stop = True
 
 
-def make_trainer(folder, name="backpropagation", base=None, callbacks=None, stream=False, **settings):
+def make_trainer(folder, name="backpropagation", base=None, callbacks=None, unknown_length=False, **settings):
     trainer_class, args_class, own = TRAINERS[name]
     torch.manual_seed(0)
     sizes = dict(vocab_size=60, hidden_size=16, num_hidden_layers=1, hidden_dropout=0.2, conv_kernel=0)
@@ -51,13 +57,16 @@ def make_trainer(folder, name="backpropagation", base=None, callbacks=None, stre
     defaults = dict(max_steps=7, save_steps=2, per_device_train_batch_size=2, logging_steps=1, learning_rate=1e-2)
     defaults |= dict(report_to="none", use_cpu=True, disable_tqdm=True, output_dir=str(folder))
     data = [{"input_ids": row, "labels": row} for row in rows]
-    rows = data[:3]
+    held_out = data[:3]
     options = {}
-    data = Rows(data) if stream else data
+    if name == "stream":  # documents of 12 and 24 tokens
+        documents = [*rows[:5].tolist(), *rows[5:].reshape(-1, 24).tolist()]
+        data, held_out = (Dataset.from_dict({"input_ids": some}) for some in (documents, documents[:2]))
+    data = Rows(data) if unknown_length else data
     if name == "dmt":
         options["teacher"] = hf_rnn.SMTTeacher.for_student(model, hidden_size=16, encoder_layers=1, decoder_layers=1)
     args = args_class(**defaults | own | settings)
-    return (base or trainer_class)(model, args, train_dataset=data, eval_dataset=rows, callbacks=callbacks, **options)
+    return (base or trainer_class)(model, args, train_dataset=data, eval_dataset=held_out, callbacks=callbacks, **options)
 
 
 def same(a, b):

@@ -196,6 +196,10 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
+    def new_cache(self) -> RecurrentCache:
+        """The state before the first token, which `forward` takes and goes on with."""
+        return RecurrentCache(len(self.model.layers))
+
     def logits(self, x: Tensor) -> Tensor:
         """(B, T, hidden_size) to (B, T, vocab_size)."""
         return self.lm_head(x)

@@ -19,7 +19,7 @@ import hf_rnn
 from hf_rnn_trainers.base.sharding import check_fsdp, refuse_sharding
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # minutes on a busy machine
-KINDS = ["backpropagation", "zo", "zo-data", "smt", "dmt", "rate"]
+KINDS = ["backpropagation", "chunked", "stream", "zo", "zo-data", "smt", "dmt", "rate"]
 LOSS, WEIGHT = dict(rtol=1e-5, atol=1e-5), dict(rtol=0, atol=6 * 1e-2 * 1e-3)
 
 

@@ -39,12 +39,14 @@ class TestExactResume:
         assert same(straight, resumed)
 
     @pytest.mark.parametrize("step", [2, 3, 5])
-    def test_streams(self, step, tmp_path):
-        """Of a length that nobody knows, in the second pass over it as well."""
-        straight = make_trainer(tmp_path / "a", save_strategy="no", stream=True)
+    @pytest.mark.parametrize("name", ["backpropagation", "stream"])
+    def test_of_a_length_that_nobody_knows(self, name, step, tmp_path):
+        """In the second pass over it as well."""
+        settings = dict(save_strategy="no", unknown_length=True)
+        straight = make_trainer(tmp_path / "a", name, **settings)
         straight.train()
-        make_trainer(tmp_path / "b", callbacks=[At(step, stop)], save_strategy="no", stream=True).train()
-        resumed = make_trainer(tmp_path / "b", save_strategy="no", stream=True)
+        make_trainer(tmp_path / "b", name, callbacks=[At(step, stop)], **settings).train()
+        resumed = make_trainer(tmp_path / "b", name, **settings)
         resumed.train(resume_from_checkpoint=True)
         assert resumed.state.global_step == 7 and same(straight, resumed)
 

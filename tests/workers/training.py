@@ -78,6 +78,11 @@ def make_trainer(kind: str, folder: Path, callbacks: list[TrainerCallback], save
     if kind.endswith("rate"):
         rate = dict(rate_shrink=0.3, target_bits=3.0, rate_every=2)
         return hf_rnn.RateConstrainedTrainer(model, hf_rnn.RateConstrainedConfig(**common | rate), **options)
+    pieces: dict = dict(backprop="chunked", chunk_size=4)
+    if kind == "stream":  # whose initial states are not met by each batch
+        pieces |= dict(stream=True, stream_length=7, ddp_find_unused_parameters=True)
+    if kind in ("chunked", "stream"):
+        return hf_rnn.RecurrentTrainer(model, hf_rnn.RecurrentTrainingArguments(**common | pieces), **options)
     return hf_rnn.RecurrentTrainer(model, TrainingArguments(**common), **options)  # backpropagation, and its models
 
 

@@ -60,6 +60,7 @@ class MemoryTrainer(RecurrentTrainer, ABC):
     state: Any
     config_class: type[MemoryTrainingConfig] = MemoryTrainingConfig
     card_papers = ("kumar2026smt",)
+    no_pieces = "each step is trained by itself, from a memory that a teacher made: no gradient runs through time"
 
     def __init__(self, model=None, args=None, teacher: SMTTeacher | str | Path | None = None, **kwargs):
         if model is not None:

@@ -63,6 +63,7 @@ class ZOTrainer(PerturbedLosses, RecurrentTrainer):
     optimizer: Any
     card_papers = ("chaubard2025zero",)
     config_class = ZOConfig
+    no_pieces = "zero-order training has no backward pass whose memory grows; it goes over time in chunks by itself"
 
     def __init__(self, model=None, args: ZOConfig | None = None, **kwargs):
         super().__init__(model, args, **kwargs)
