@@ -66,7 +66,9 @@ def make_trainer(folder, name="backpropagation", base=None, callbacks=None, unkn
     if name == "dmt":
         options["teacher"] = hf_rnn.SMTTeacher.for_student(model, hidden_size=16, encoder_layers=1, decoder_layers=1)
     args = args_class(**defaults | own | settings)
-    return (base or trainer_class)(model, args, train_dataset=data, eval_dataset=held_out, callbacks=callbacks, **options)
+    return (base or trainer_class)(
+        model, args, train_dataset=data, eval_dataset=held_out, callbacks=callbacks, **options
+    )
 
 
 def same(a, b):

@@ -87,6 +87,14 @@ def byte_ends(text: str, count: int, offsets: list[tuple[int, int]] | None) -> n
     return start - (first - number) * (before[last] - start) // sharing
 
 
+def cut_documents(stream: np.ndarray, separator: int | None):
+    """A stream as a `datasets.Dataset` of documents, each with the separator at its end; None: one document."""
+    from datasets import Dataset
+
+    ends = np.zeros(0, int) if separator is None else np.flatnonzero(stream[:-1] == separator) + 1
+    return Dataset.from_dict({"input_ids": np.split(stream, ends)})
+
+
 def blocks(stream: np.ndarray, block_size: int):
     """Cut a stream into a `datasets.Dataset` of `block_size` tokens a row; what is left over at the end is dropped.
 

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_rnn.cli.data import read_documents, tokenize
 from hf_rnn.cli.device import add_device, find_device
-from hf_rnn.tasks.evaluation import bits_per_byte
+from hf_rnn.cli.plot import plot_positions
+from hf_rnn.tasks.evaluation import bits_per_byte, loss_by_position
 from hf_rnn.tokenization.reading import read_tokenizer
 
 
@@ -18,6 +19,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--split", default="test", help="split of a dataset")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--chunk", type=int, default=4096, help="tokens a forward pass")
+    parser.add_argument("--positions", metavar="PICTURE", help="also: loss over the distance from the start, as a PNG")
+    parser.add_argument("--rows", type=int, default=16, help="--positions: parts of the text, each read from its start")
+    parser.add_argument("--trained", type=int, help="--positions: the length of training sequences, which a line marks")
     add_device(parser)
     arguments = parser.parse_args(argv)
     device = find_device(arguments.device)
@@ -30,3 +34,9 @@ def main(argv: list[str]) -> None:
     stream, num_bytes = torch.from_numpy(ids), int(ends[-1] - ends[0])
     bits = bits_per_byte(model, stream, num_bytes, chunk=arguments.chunk, progress=True)
     print(f"bits per byte: {bits:.3f} over {num_bytes:,} bytes ({len(stream):,} tokens)")
+    if arguments.positions:
+        losses = loss_by_position(model, stream, arguments.rows, progress=True)
+        for first, nats in losses.items():
+            print(f"{nats:.3f} nats a token from {first:,} tokens after the start on")
+        if plot_positions(losses, arguments.trained, arguments.positions):
+            print(f"drawn in {arguments.positions}")

@@ -32,7 +32,7 @@ from hf_rnn import (
     ZOTrainer,
     byte_tokenizer,
 )
-from hf_rnn.cli.data import blocks, read_documents, tokenize
+from hf_rnn.cli.data import blocks, cut_documents, read_documents, tokenize
 from hf_rnn.cli.plot import plot_losses
 from hf_rnn.cli.settings import read_settings
 from hf_rnn.skeleton.configuration_hybrid import HybridConfig
@@ -91,7 +91,9 @@ class DataArguments:
     data: str = field(metadata={"help": "a text file, a folder saved by `datasets`, or a dataset's name on the Hub"})
     split: str = field(default="train", metadata={"help": "split of a dataset"})
     text_column: str = field(default="text", metadata={"help": "column of a dataset that holds the text"})
-    block_size: int = field(default=512, metadata={"help": "tokens of one training sequence"})
+    block_size: int = field(
+        default=512, metadata={"help": "tokens of one training sequence; with --stream, of each row of a batch"}
+    )
     held_out: float = field(default=0.05, metadata={"help": "share of the text, at its end, to evaluate on"})
 
     def __post_init__(self):
@@ -227,12 +229,20 @@ def train(
     if arguments.learning_rate is None:
         arguments.learning_rate = default_learning_rate(model.config)
     held_out = torch.from_numpy(stream[cut:])
+    if arguments.stream:
+        arguments.stream_length = data.block_size
+        separator = tokenizer.eos_token_id if len(documents) > 1 else None
+        sets = [cut_documents(part, separator) if len(part) else None for part in (stream[:cut], stream[cut:])]
+    else:
+        sets = [blocks(stream[:cut], data.block_size), None]
+        if len(held_out) > 1:
+            sets[1] = blocks(stream[cut:], min(data.block_size, len(held_out)))
     trainer_class = next((t for t, a in reversed(TRAINERS.values()) if isinstance(arguments, a)), RecurrentTrainer)
     trainer = trainer_class(
         model=model,
         args=arguments,
-        train_dataset=blocks(stream[:cut], data.block_size),
-        eval_dataset=blocks(stream[cut:], min(data.block_size, len(held_out))) if len(held_out) > 1 else None,
+        train_dataset=sets[0],
+        eval_dataset=sets[1],
         data_collator=default_data_collator,
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -249,7 +259,8 @@ def train(
     if trainer.is_world_process_zero():
         plot_losses(trainer.state.log_history, folder / "loss.png")
     local = Path(data.data).exists()
-    words = f"{Path(data.data).name if local else data.data} in sequences of {data.block_size} tokens, the last "
+    layout = f"as {arguments.train_batch_size * arguments.world_size} streams" if arguments.stream else "in sequences"
+    words = f"{Path(data.data).name if local else data.data} {layout} of {data.block_size} tokens, the last "
     about: dict[str, Any] = dict(
         dataset=f"{words}{100 * data.held_out:g}% held out", dataset_tags=None if local else data.data
     )

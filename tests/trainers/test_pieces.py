@@ -153,7 +153,9 @@ class TestChunked:
     @pytest.mark.parametrize("architecture", ["lstm"], indirect=True)
     def test_compiled(self, make_model, tmp_path):
         rows = torch.randint(0, 58, (4, T))
-        settings = dict(max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, backprop="chunked", chunk_size=8)
+        settings = dict(
+            max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, backprop="chunked", chunk_size=8
+        )
         settings |= dict(train_dataset=[dict(input_ids=row, labels=row) for row in rows])
         models = [make_model() for _ in range(2)]
         make_trainer(models[0], tmp_path / "a", **settings).train()

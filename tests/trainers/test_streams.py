@@ -112,7 +112,9 @@ class TestLayout:
 
 class TestTraining:
     @pytest.mark.parametrize("reset", [True, False])
-    @pytest.mark.parametrize("pieces", [{}, dict(backprop="chunked", chunk_size=4), dict(backprop="truncated", chunk_size=3)])
+    @pytest.mark.parametrize(
+        "pieces", [{}, dict(backprop="chunked", chunk_size=4), dict(backprop="truncated", chunk_size=3)]
+    )
     def test_against_a_loop(self, reset, pieces, tmp_path):
         """Three steps of two accumulated batches: state and loss of each row as one reads documents by hand."""
         options = pieces or dict(backprop="full", chunk_size=None)

@@ -51,7 +51,8 @@ class RecurrentTrainingArguments(TrainingArguments):
     )
     stream_length: int = field(default=512, metadata={"help": "stream: tokens of each row of a batch"})
     reset_at_documents: bool = field(
-        default=True, metadata={"help": "stream: each document starts from the initial state; False: from the last one's"}
+        default=True,
+        metadata={"help": "stream: each document starts from the initial state; False: from the last one's"},
     )
 
     def __post_init__(self):

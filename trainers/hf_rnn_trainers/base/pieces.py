@@ -78,7 +78,9 @@ class BackpropOverPieces(Trainer):
             )
         if self.compute_loss_func is not None or self.label_smoother is not None:
             what = "compute_loss_func" if self.label_smoother is None else "label_smoothing_factor"
-            raise ValueError(f"{what}: it shifts labels within a piece, and would lose the one between two; leave it out")
+            raise ValueError(
+                f"{what}: it shifts labels within a piece, and would lose the one between two; leave it out"
+            )
         if self.args.n_gpu > 1:
             raise ValueError(f"{name}: DataParallel splits no state; start a process for each GPU")
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

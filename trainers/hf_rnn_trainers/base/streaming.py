@@ -38,7 +38,9 @@ class StreamingTrainer(BackpropOverPieces):
             raise ValueError("ignore_data_skip: a stream goes on where it stood; leave it out")
 
     def get_train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_dataset, self._train_batch_size) if self.streams else super().get_train_dataloader()
+        return (
+            self._loader(self.train_dataset, self._train_batch_size) if self.streams else super().get_train_dataloader()
+        )
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         if not self.streams:

@@ -173,4 +173,3 @@ def as_streams(documents: Any, rows: int, length: int, reset_at_documents: bool)
     """The layout that a corpus's kind has."""
     kind = OpenStreams if isinstance(documents, ArrowStream | IterableDataset) else Streams
     return kind(documents, rows, length, reset_at_documents)
-

@@ -119,3 +119,6 @@ class ZOConfig(RecurrentTrainingArguments):
         rate = next(row[1 if num_directions == 96 else 2] for row in _PAPER if num_parameters <= row[0])
         preset = dict(estimator="cd", directions="rademacher", num_directions=num_directions)
         return cls(**preset | dict(learning_rate=rate, epsilon=rate) | settings)  # type: ignore[arg-type]
+
+    def _check_pieces(self) -> None:
+        """Its chunks are of forward passes; `ZOTrainer` refuses to go back through any."""
