@@ -4,8 +4,8 @@
 
 minGRU and LSTM of a million parameters, one row of bytes, a step of AdamW by `RecurrentTrainer`, each case in a process
 of its own: backpropagation through the whole row, until it does not fit; chunked, in pieces of 1,024 tokens, all states
-between them kept, and about the square root of their number; `ZOTrainer` with SGD and 4 directions; and a Transformer of
-as many parameters with gradient checkpointing. Memory is the process's, at its peak, and what of it was there before
+between them kept, and about the square root of their number; `ZOTrainer` with SGD and 4 directions; and a Transformer
+of as many parameters with gradient checkpointing. Memory is the process's, at its peak, and what of it was there before
 the step. Then whole rows and pieces in turn at 8,192 tokens, in one process.
 """
 

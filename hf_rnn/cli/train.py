@@ -13,7 +13,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
     default_data_collator,
     set_seed,
 )
@@ -211,7 +210,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     documents: list[str],
     data: DataArguments,
-    arguments: TrainingArguments,
+    arguments: RecurrentTrainingArguments,
     callbacks: list | None = None,
     **options: Any,
 ) -> dict[str, float]:
@@ -232,7 +231,7 @@ def train(
     if arguments.stream:
         arguments.stream_length = data.block_size
         separator = tokenizer.eos_token_id if len(documents) > 1 else None
-        sets = [cut_documents(part, separator) if len(part) else None for part in (stream[:cut], stream[cut:])]
+        sets = [cut_documents(part, separator) if len(part) > 1 else None for part in (stream[:cut], stream[cut:])]
     else:
         sets = [blocks(stream[:cut], data.block_size), None]
         if len(held_out) > 1:

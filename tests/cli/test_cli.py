@@ -19,7 +19,7 @@ from hf_rnn.cli.baselines import lzma_bits_per_byte, ngram_bits_per_byte
 from hf_rnn.cli.data import tokenize
 from hf_rnn.cli.main import main
 from hf_rnn.cli.train import default_learning_rate
-from hf_rnn.tasks.evaluation import bits_per_byte, stream_loss
+from hf_rnn.tasks.evaluation import bits_per_byte, loss_by_position, stream_loss
 
 TEXT = "the cat sat on the mat. the dog sat on the log. " * 120
 ON_A_DEVICE = [["generate", "nowhere/checkpoint"], ["eval", "nowhere/checkpoint", "--data", "x"]]
@@ -274,3 +274,38 @@ def test_ngram_baselines():
         orders.append(total / len(held_out))
     assert ngram_bits_per_byte(train, held_out, 2) == pytest.approx(orders)
     assert lzma_bits_per_byte(b"abcdefgh" * 100, b"abcdefgh" * 100) < 1
+
+
+def test_streams(tmp_path, capsys):
+    """Documents in streams; loss over the distance from the start, printed and drawn."""
+    data = Dataset.from_dict({"text": [TEXT[i : i + 300] for i in range(0, 3000, 300)]})
+    DatasetDict(train=data, test=data).save_to_disk(tmp_path / "data")
+    arguments = ["train", "--model", "mingru", "--data", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
+    arguments += ["--config", "hidden_size=16,num_hidden_layers=1", "--use_cpu", "--max_steps", "6", "--held_out", "0.1"]
+    arguments += ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2", "--stream"]
+    arguments += ["--block_size", "32", "--eval_strategy", "steps", "--eval_steps", "3"]
+    assert main([*arguments, "--backprop", "truncated", "--chunk_size", "10"]) == 0
+    assert "held-out bits per byte" in capsys.readouterr().out
+    assert "as 4 streams of 32 tokens" in (tmp_path / "out/README.md").read_text()
+    picture = tmp_path / "positions.png"
+    arguments = ["eval", str(tmp_path / "out"), "--data", str(tmp_path / "data"), "--rows", "4", "--trained", "32"]
+    assert main([*arguments, "--positions", str(picture)]) == 0
+    assert "nats a token from 512 tokens after the start on" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_loss_by_position(checkpoint):
+    """Each range's mean over the whole parts' losses, in pieces of any size."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    ids = torch.tensor(AutoTokenizer.from_pretrained(checkpoint)(TEXT[:611])["input_ids"])
+    parts = ids[:609].view(3, 203)
+    nats = torch.nn.functional.cross_entropy(
+        model(parts).logits[:, :-1].flatten(0, 1), parts[:, 1:].flatten(), reduction="none"
+    ).view(3, 202)
+    for chunk in (7, 1000):
+        found = loss_by_position(model, ids, rows=3, chunk=chunk)
+        assert list(found) == [1, 2, 4, 8, 16, 32, 64, 128]
+        for first, loss in found.items():
+            assert loss == pytest.approx(nats[:, first - 1 : 2 * first - 1].mean().item(), rel=1e-4)
+    with pytest.raises(ValueError, match="ids: expected one sequence of at least 2 tokens for each of 16 rows, got 20"):
+        loss_by_position(model, ids[:20])

@@ -156,7 +156,11 @@ class TestArguments:
         options = dict(teacher=given.teacher) if name == "dmt" else {}
         assert type(trainer_class(given.model, **options).args) is args_class
         wrong = [{"max_steps": 3}]
-        wrong += [] if name == "backpropagation" else [TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)]
+        wrong += (
+            []
+            if name in ("backpropagation", "stream")
+            else [TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)]
+        )
         for args in wrong:
             with pytest.raises(TypeError, match=f"args: expected a .*, got {type(args).__name__}"):
                 trainer_class(given.model, args, **options)

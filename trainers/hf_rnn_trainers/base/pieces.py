@@ -35,7 +35,7 @@ class BackpropOverPieces(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         if hasattr(self.optimizer, "train"):
-            self.optimizer.train()
+            self.optimizer.train()  # type: ignore[union-attr]
         inputs = self._prepare_inputs(inputs)
         batch, time = tokens_of(inputs)
         if num_items_in_batch is None:
@@ -100,15 +100,14 @@ class _Steps:
 
     def chunked(self, state: State, kept: int | None) -> tuple[Tensor, State]:
         """The loss, its gradient added to the parameters', and the state at the end."""
-        backward_through(self.count, state, kept, self._advance, self._backward)
+        backward_through(self.count, state, kept, self._advance, self._backward, Shelf)
         return self.loss, self.last
 
     def truncated(self, state: State, reach: int) -> tuple[Tensor, State]:
         """The same with gradients that reach back through so many pieces."""
         for i in range(self.count):
             first = max(0, i - reach + 1)
-            span = slice(first * self.size, (i + 1) * self.size)
-            inputs = self._of(span)
+            inputs = self._of(slice(first * self.size, (i + 1) * self.size))
             inputs["shift_labels"][:, : (i - first) * self.size] = -100  # theirs have had their turn
             after = copy.deepcopy(state)
             with self._synchronised(i == self.count - 1), self._randomness(i):
@@ -142,10 +141,11 @@ class _Steps:
         trainer = self.trainer
         inputs |= {"past_key_values": state, "use_cache": True}
         with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(self.model, inputs, num_items_in_batch=self.targets)
+            loss: Any = trainer.compute_loss(self.model, inputs, num_items_in_batch=self.targets)
         pairs = [(x, g) for x, g in zip(tensors(state), gradient, strict=False) if g is not None and x.requires_grad]
         self.loss = self.loss + loss.detach()
-        trainer.accelerator.backward(_HandedOn.apply(loss, [g for _, g in pairs], *(x for x, _ in pairs)))
+        loss = _HandedOn.apply(loss, [g for _, g in pairs], *(x for x, _ in pairs))
+        trainer.accelerator.backward(loss)
 
     def _of(self, span: slice) -> dict[str, Any]:
         """The batch's tokens `span`."""
@@ -187,6 +187,7 @@ def backward_through(
     kept: int | None,
     advance: Callable[[int, State], State],
     backward: Callable[[int, State, Gradient], Gradient],
+    shelf: Callable[[int], Any] = lambda count: [],
 ) -> Gradient:
     """Go back through pieces 0 to count - 1, the first of which begins with `state`.
 
@@ -195,6 +196,7 @@ def backward_through(
             between groups of pieces, and each group is run once more to have its own (T. Chen et al., 1604.06174).
         advance: (i, the state before piece i) to the one after it.
         backward: (i, the state before piece i, the gradient of the one after it) to the gradient of the one before it.
+        shelf: makes the place of so many states, with a list's `append` and `pop`.
 
     Returns:
         The gradient of `state`.
@@ -204,17 +206,42 @@ def backward_through(
         if end - first == 1:
             return backward(first, state, gradient)
         size = 1 if kept is None else -(-(end - first) // kept)
-        states = [state]
-        for i in range(first, end - 1 - (end - first - 1) % size):
+        groups = -(-(end - first) // size)
+        states, before = shelf(groups - 1), state
+        for i in range(first, first + (groups - 1) * size):
             state = advance(i, state)
             if (i + 1 - first) % size == 0:
                 states.append(state)
-        for number in reversed(range(len(states))):
+        for number in reversed(range(groups)):
             start = first + number * size
-            gradient = through(start, min(start + size, end), states.pop(), gradient)
+            gradient = through(start, min(start + size, end), states.pop() if number else before, gradient)
         return gradient
 
     return through(0, count, state, [])
+
+
+class Shelf:
+    """A list of at most `count` states in one piece of memory: small ones that stay, between what comes and goes, would
+    keep a heap from giving anything back (330 MiB of minGRU's 128 states; docs/log.md, 2026-11-30)."""
+
+    def __init__(self, count: int):
+        self.count, self.size = count, 0
+        self.rows: list[Tensor] = []
+        self.like: State = None
+
+    def append(self, state: State) -> None:
+        if self.like is None:
+            self.like = state
+            self.rows = [x.new_empty(self.count, *x.shape) for x in tensors(state)]
+        for row, x in zip(self.rows, tensors(state), strict=True):
+            row[self.size].copy_(x)
+        self.size += 1
+
+    def pop(self) -> State:
+        self.size -= 1
+        state, rows = copy.deepcopy(self.like), iter(self.rows)
+        state.states = [tuple(next(rows)[self.size] for _ in layer) for layer in state.states]
+        return state
 
 
 def tensors(state: State) -> list[Tensor]:

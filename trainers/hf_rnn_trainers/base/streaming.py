@@ -166,6 +166,7 @@ class StreamingTrainer(BackpropOverPieces):
             nats, count = self.accelerator.reduce(self._read[1]).tolist()
         finally:
             self._read = None
+        assert output.metrics is not None
         output.metrics[f"{metric_key_prefix}_loss"] = nats / count if count else float("nan")
         return output
 

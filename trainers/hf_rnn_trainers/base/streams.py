@@ -107,9 +107,11 @@ class OpenStreams(IterableDataset):
             )
         rest = iter(self.documents)
         rows = [_Row(rest) for _ in range(self.rows)]
-        if not all(row.fill(2) for row in rows):
+        if any(row.fill(2) < 2 for row in rows):
             raise ValueError(f"stream: the documents end before {self.rows} rows have two tokens; lower the batch size")
-        while any([row.fill(self.length + 1) for row in rows]):
+        while True:
+            if not any([row.fill(self.length + 1) for row in rows]):  # noqa: C419 - all of them
+                return
             padded = any(len(row.ids) < self.length for row in rows)
             for row in rows:
                 yield row.take(self.length, self.reset, padded)
@@ -122,15 +124,15 @@ class _Row:
         self.documents = documents
         self.ids, self.positions = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
-    def fill(self, count: int) -> bool:
-        """Read on until there are `count` tokens, or no documents; whether there are any."""
+    def fill(self, count: int) -> int:
+        """Read on until there are `count` tokens, or no documents; how many there are."""
         parts, positions, size = [self.ids], [self.positions], len(self.ids)
         while size < count and (document := next(self.documents, None)) is not None:
             parts.append(np.asarray(document[COLUMN], dtype=np.int64))
             positions.append(np.arange(len(parts[-1])))
             size += len(parts[-1])
         self.ids, self.positions = np.concatenate(parts), np.concatenate(positions)
-        return size > 0
+        return size
 
     def take(self, length: int, reset: bool, padded: bool) -> dict[str, Tensor]:
         ids, positions = self.ids[: length + 1], self.positions[: length + 1]
@@ -141,7 +143,8 @@ class _Row:
 def as_window(
     ids: np.ndarray, positions: np.ndarray, starts: np.ndarray, length: int, reset: bool, padded: bool
 ) -> dict[str, Tensor]:
-    """An item: ids, where there is one with the token after the window; whether each but the first starts a document."""
+    """An item, of ids with the token after the window, where there is one; whether each but the first starts a
+    document."""
     real = len(positions)
     targets = np.full(length, -100)
     targets[: max(len(ids) - 1, 0)] = np.where(starts & reset, -100, ids[1:])
