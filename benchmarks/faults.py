@@ -1,9 +1,10 @@
 """Faults, injected into runs in processes of their own: what is lost, and which resumed run differs from one without.
 
-    python benchmarks/faults.py [--kills 100] [--trainers backpropagation zo smt rate]
+    python benchmarks/faults.py [--kills 100] [--trainers backpropagation stream zo smt rate]
 
 Every run is the same few steps with dropout, saved after each; the weights after each step of a run that nothing
 happens to are what every other has to come to, bit for bit (after a change of the number of processes to 1e-5).
+"stream" is backpropagation over pieces of streams, whose state is a part of each checkpoint.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from datasets import Dataset
 from driver import save
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -38,6 +40,11 @@ TRAINERS = {
     "zo": (hf_rnn.ZOTrainer, hf_rnn.ZOConfig, dict(num_directions=4, optim="adamw_torch")),
     "smt": (hf_rnn.SMTTrainer, hf_rnn.SMTConfig, dict(context_size=8, positions_per_sequence=4)),
     "rate": (hf_rnn.RateConstrainedTrainer, hf_rnn.RateConstrainedConfig, dict(rate_shrink=0.03, rate_every=2)),
+    "stream": (
+        hf_rnn.RecurrentTrainer,
+        hf_rnn.RecurrentTrainingArguments,
+        dict(optim="adamw_torch", stream=True, stream_length=8, backprop="chunked", chunk_size=3),
+    ),
 }
 
 
@@ -80,6 +87,8 @@ def make_trainer(name: str, folder: Path, watched: TrainerCallback, said: int | 
     defaults = dict(max_steps=STEPS, save_steps=1, save_total_limit=2, per_device_train_batch_size=2, logging_steps=1)
     defaults |= dict(learning_rate=1e-2, report_to="none", use_cpu=True, disable_tqdm=True, output_dir=str(folder))
     data = [{"input_ids": row, "labels": row} for row in rows]
+    if name == "stream":  # an epoch of five steps, one document longer than a step
+        data = Dataset.from_dict({"input_ids": [rows[:3].flatten().tolist(), *rows[3:7].tolist()]})
     return Told(model, args_class(**defaults | own | settings), train_dataset=data, callbacks=[watched])
 
 
@@ -370,17 +379,17 @@ def main() -> None:
                 print(f"{name:16} {kind:12} {row['faults']:4} faults, {row['lost']} lost, {row['wrong']} wrong")
                 for note in row["notes"]:
                     print(f"    {note}")
-            total = report(rows, options.output)
+            total = report(rows, options.output, options.trainers)
     sys.exit(bool(total["lost"] or total["wrong"]))
 
 
-def report(rows: list[dict], output: Path | None) -> dict[str, int]:
+def report(rows: list[dict], output: Path | None, trainers: list[str]) -> dict[str, int]:
     """Print and keep what there is so far: the whole takes long."""
     total = {key: sum(row[key] for row in rows) for key in ("faults", "lost", "wrong")}
     print(f"{total['faults']} faults injected, {total['lost']} checkpoints lost, {total['wrong']} wrong resumes")
     results = {"total": total, "rows": rows}
     if output is None:
-        save("faults", results)
+        save("faults" if trainers == list(TRAINERS) else "faults_" + "_".join(trainers), results)
     else:
         output.write_text(json.dumps(results, indent=1))
     return total

@@ -29,6 +29,8 @@ TITLES = {
     "decoding": "Decoding",
     "decoding_sizes": "A token over size and bits",
     "weight_bits": "Bits a weight and bits a byte",
+    "long_sequences": "Training steps of long sequences",
+    "streams": "What streams and long gradients teach",
     "decoding_7b": "Decoding at seven billion parameters",
     "min_against_traditional": "Minimal cells against traditional ones",
     "zero_order": "Losses of many perturbed copies",
@@ -320,7 +322,56 @@ def classification(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def long_sequences(results: Results) -> str:
+    lengths = list(dict.fromkeys(length for rows in results["memory"].values() for length in rows))
+
+    def cell(row: Results | None) -> str:
+        if row is None:
+            return "-"
+        return row.get("refused") or f"{row['mib']:,.0f} MiB, {row['us_per_token']:.0f} us"
+
+    text = (
+        "The process's memory at its peak, weights, optimizer and libraries included, and time per token, of one "
+        "training step of one row of so many tokens; pieces of 1,024. A case is not tried longer once it was refused."
+    )
+    rows = [[name, *(cell(row.get(length)) for length in lengths)] for name, row in results["memory"].items()]
+    header = ["", *(f"{int(length):,}" for length in lengths)]
+    parts = [text, markdown(header, rows), "Whole rows and pieces of 1,024 in turn, 8,192 tokens:"]
+    speed = [[name, f"{row['full']['ms']:.0f}", f"{row['chunked']['ms']:.0f}", f"{row['chunked']['ratio']:.2f}"]
+             for name, row in results["speed"].items()]  # fmt: skip
+    return "\n\n".join([*parts, markdown(["", "whole, ms", "chunked, ms", "times as long"], speed)])
+
+
+def streams(results: Results) -> str:
+    text = (
+        "8,192 tokens a step, 300 steps. windows: of 128 tokens, each from an empty state; truncated: streams whose "
+        "state goes on over 128 tokens a step, without its gradient; exact: streams with the gradient of 2,048. Bits "
+        "per byte of held-out text, mean (range) of 3 seeds: as one stream, of bytes more than 128 after the start of "
+        "one of four parts, and of windows of 128."
+    )
+    lines = []
+    for name, layouts in results["text"].items():
+        for layout, runs in layouts.items():
+            cells = []
+            for key in ("stream", "beyond", "windows"):
+                values = [run[key] for run in runs]
+                cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+            seconds = statistics.mean(run["seconds"] for run in runs)
+            lines.append([f"{name}, {layout}", *cells, f"{seconds:.0f}"])
+    parts = [text, markdown(["", "one stream", "beyond 128", "windows", "seconds"], lines)]
+    parts.append("Retrieval, accuracy of each seed (guessing: 0.125), the answer at least so many tokens back:")
+    distances = list(next(iter(next(iter(results["retrieval"].values())).values())))
+    lines = [
+        [f"{name}, {layout}", *(" ".join(f"{run['accuracy']:.2f}" for run in row[d]) for d in distances)]
+        for name, layouts in results["retrieval"].items()
+        for layout, row in layouts.items()
+    ]
+    return "\n\n".join([*parts, markdown(["", *distances], lines)])
+
+
 WRITERS = {
+    "long_sequences": long_sequences,
+    "streams": streams,
     "classification": classification,
     "kernels": kernels,
     "training_step": training_step,
@@ -440,6 +491,14 @@ def pictures() -> None:
                 if "ms" in row and (who == "hf_rnn" or name == "LSTM"):
                     curves[batch].setdefault(name if who == "hf_rnn" else who, []).append((int(prefix), row["ms"]))
         draw("decoding", curves, "tokens before", "ms a token")
+    if record := load("long_sequences"):
+        curves = {}
+        for case, rows in record["results"]["memory"].items():
+            name, _, how = case.partition(", ")
+            points = [(int(length), row["mib"]) for length, row in rows.items() if "mib" in row]
+            for panel in ("minGRU", "LSTM") if name == "Transformer" else (name,):
+                curves.setdefault(panel, {})[case if name == "Transformer" else how] = points
+        draw("long_sequences", curves, "tokens of a training step", "MiB of the process")
     if record := load("decoding_sizes"):
         lines = {}
         for title, rows in record["results"].items():

@@ -28,16 +28,17 @@ SPEED = [
     "layouts",
     "decoding",
     "decoding_sizes",
+    "long_sequences",
     "xlstm",
     "min_against_traditional",
 ]
 QUALITY = [
-    "demo", "quality", "weight_bits", "state_tracking", "classification", "language_model",
+    "demo", "quality", "weight_bits", "streams", "state_tracking", "classification", "language_model",
     "zero_order", "zero_order_memory", "zero_order_race",
     "memory_scaling", "memory_retrieval", "memory_drift", "memory_tasks", "memory_language", "rate_constrained",
     "coding", "planning", "faults",
 ]  # fmt: skip
-WITH_DATA = {"quality", "weight_bits"}  # questions about a text
+WITH_DATA = {"quality", "weight_bits", "streams"}  # questions about a text
 WORSE = 0.15
 TRIES = 3  # a busy neighbour on the same cores halves the speed of some for minutes, not of all (docs/log.md)
 

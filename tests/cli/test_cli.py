@@ -281,7 +281,15 @@ def test_streams(tmp_path, capsys):
     data = Dataset.from_dict({"text": [TEXT[i : i + 300] for i in range(0, 3000, 300)]})
     DatasetDict(train=data, test=data).save_to_disk(tmp_path / "data")
     arguments = ["train", "--model", "mingru", "--data", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
-    arguments += ["--config", "hidden_size=16,num_hidden_layers=1", "--use_cpu", "--max_steps", "6", "--held_out", "0.1"]
+    arguments += [
+        "--config",
+        "hidden_size=16,num_hidden_layers=1",
+        "--use_cpu",
+        "--max_steps",
+        "6",
+        "--held_out",
+        "0.1",
+    ]
     arguments += ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2", "--stream"]
     arguments += ["--block_size", "32", "--eval_strategy", "steps", "--eval_steps", "3"]
     assert main([*arguments, "--backprop", "truncated", "--chunk_size", "10"]) == 0

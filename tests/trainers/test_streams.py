@@ -102,6 +102,18 @@ class TestLayout:
         turned = rows_of(Streams(documents.select([2, 0]), 1, 4), 1, 4)[0]["input_ids"]
         assert turned == [*range(5), *range(3)]
 
+    @pytest.mark.parametrize("known", [True, False])
+    def test_labels_of_ones_own(self, known):
+        """As models take them, each that of the token before; two documents that windows cut."""
+        ids, labels = [[1, 2, 3], [4, 5, 6, 7]], [[-100, -100, 8], [-100, 9, -100, 8]]
+        documents = Dataset.from_dict(dict(input_ids=ids, labels=labels))
+        streams = Streams(documents, 1, 2) if known else OpenStreams(documents.to_iterable_dataset(), 1, 2)
+        found = rows_of(streams, 1, 2)[0]
+        assert found["input_ids"] == [*range(1, 8)] and found["labels"] == [-100, 8, -100, 9, -100, 8, -100]
+        documents = Dataset.from_dict(dict(input_ids=ids, labels=[[0], [0]]))
+        with pytest.raises(ValueError, match="stream: expected as many labels as input_ids"):
+            list(Streams(documents, 1, 2) if known else OpenStreams(documents.to_iterable_dataset(), 1, 2))
+
     @pytest.mark.parametrize("documents, message", [
         (Dataset.from_dict({"text": ["a"]}), r"stream: expected a column input_ids .* got \['text'\]"),
         (Dataset.from_dict({"input_ids": [[1, 2, 3], None]}), "stream: expected token ids in each row"),

@@ -11,7 +11,7 @@ from datasets import IterableDataset as ArrowStream
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-COLUMN = "input_ids"
+COLUMN, LABELS = "input_ids", "labels"
 
 
 class Streams(Dataset):
@@ -21,7 +21,8 @@ class Streams(Dataset):
     ones before ended. The last windows are padded; nothing is left out.
 
     Args:
-        documents: a `datasets.Dataset` with a column of token ids, `input_ids`, each row a document. It is not copied.
+        documents: a `datasets.Dataset` with a column of token ids, `input_ids`, each row a document, and where targets
+            are others than these one of `labels`, as models take them: -100 for what is none. It is not copied.
         rows: streams, over all processes.
         length: tokens of a window, T.
         reset_at_documents: each document starts from the initial state, and its first token is no target.
@@ -41,9 +42,14 @@ class Streams(Dataset):
             )
         if COLUMN not in documents.column_names:
             raise ValueError(f"stream: expected a column {COLUMN} of token ids, got {documents.column_names}")
-        self._chunks, lengths = _token_chunks(documents)
-        self._ends = np.cumsum([len(chunk) for chunk in self._chunks])
-        self._starts = np.append(0, np.cumsum(lengths))  # of documents, and the corpus's end
+        if documents._indices is not None:
+            documents = documents.flatten_indices()
+        self._ids = self._labels = _Column(documents, COLUMN)
+        if LABELS in documents.column_names:
+            self._labels = _Column(documents, LABELS)
+            if not np.array_equal(self._labels.lengths, self._ids.lengths):
+                raise ValueError(f"stream: expected as many {LABELS} as {COLUMN} in each document")
+        self._starts = np.append(0, np.cumsum(self._ids.lengths))  # of documents, and the corpus's end
         self.rows, self.length, self.reset = rows, length, reset_at_documents
         total = int(self._starts[-1])
         self.row_length = -(-total // rows)
@@ -64,21 +70,12 @@ class Streams(Dataset):
         place = np.arange(start, end)
         document = np.searchsorted(self._starts, place, side="right") - 1
         positions = place - np.maximum(self._starts[document], first)
-        ids = self._read(start, min(end + 1, total))  # the last token of a stream predicts the first of the next
-        after = np.arange(start + 1, start + len(ids))
+        # The last token of a stream predicts the first of the next
+        targets = self._labels.read(start + 1, min(end + 1, total))
+        after = np.arange(start + 1, start + 1 + len(targets))
         starts = self._starts[np.searchsorted(self._starts, after)] == after
         padded = (window + 1) * self.length > self._shortest
-        return as_window(ids, positions, starts, self.length, self.reset, padded)
-
-    def _read(self, start: int, end: int) -> np.ndarray:
-        """Tokens `start` to `end` of the corpus."""
-        parts, at = [], start
-        while at < end:
-            chunk = int(np.searchsorted(self._ends, at, side="right"))
-            before = int(self._ends[chunk]) - len(self._chunks[chunk])
-            parts.append(self._chunks[chunk][at - before : end - before])
-            at += len(parts[-1])
-        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+        return as_window(self._ids.read(start, end), targets, positions, starts, self.length, self.reset, padded)
 
 
 class OpenStreams(IterableDataset):
@@ -88,7 +85,8 @@ class OpenStreams(IterableDataset):
     a run that goes on reads again what it had read, to be where it was.
 
     Args:
-        documents: a `datasets.IterableDataset`, or anything that gives a dict with `input_ids` for each document.
+        documents: a `datasets.IterableDataset`, or anything that gives a dict with `input_ids`, and maybe `labels`, for
+            each document.
         others: see `Streams`.
     """
 
@@ -122,54 +120,76 @@ class _Row:
 
     def __init__(self, documents: Iterator):
         self.documents = documents
-        self.ids, self.positions = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self.ids = self.labels = self.positions = np.zeros(0, np.int64)
 
     def fill(self, count: int) -> int:
         """Read on until there are `count` tokens, or no documents; how many there are."""
-        parts, positions, size = [self.ids], [self.positions], len(self.ids)
+        parts, size = [(self.ids, self.labels, self.positions)], len(self.ids)
         while size < count and (document := next(self.documents, None)) is not None:
-            parts.append(np.asarray(document[COLUMN], dtype=np.int64))
-            positions.append(np.arange(len(parts[-1])))
-            size += len(parts[-1])
-        self.ids, self.positions = np.concatenate(parts), np.concatenate(positions)
+            ids, labels = (np.asarray(document[n], dtype=np.int64) for n in (COLUMN, _labels_of(document)))
+            if len(labels) != len(ids):
+                raise ValueError(f"stream: expected as many {LABELS} as {COLUMN} in each document")
+            parts.append((ids, labels, np.arange(len(ids))))
+            size += len(ids)
+        self.ids, self.labels, self.positions = map(np.concatenate, zip(*parts, strict=True))
         return size
 
     def take(self, length: int, reset: bool, padded: bool) -> dict[str, Tensor]:
-        ids, positions = self.ids[: length + 1], self.positions[: length + 1]
-        self.ids, self.positions = self.ids[length:], self.positions[length:]
-        return as_window(ids, positions[:length], positions[1:] == 0, length, reset, padded)
+        ids, targets, positions = self.ids[:length], self.labels[1 : length + 1], self.positions[: length + 1]
+        self.ids, self.labels, self.positions = self.ids[length:], self.labels[length:], self.positions[length:]
+        return as_window(ids, targets, positions[:length], positions[1:] == 0, length, reset, padded)
+
+
+def _labels_of(document: dict) -> str:
+    return LABELS if document.get(LABELS) is not None else COLUMN
 
 
 def as_window(
-    ids: np.ndarray, positions: np.ndarray, starts: np.ndarray, length: int, reset: bool, padded: bool
+    ids: np.ndarray,
+    targets: np.ndarray,
+    positions: np.ndarray,
+    starts: np.ndarray,
+    length: int,
+    reset: bool,
+    padded: bool,
 ) -> dict[str, Tensor]:
-    """An item, of ids with the token after the window, where there is one; whether each but the first starts a
-    document."""
-    real = len(positions)
-    targets = np.full(length, -100)
-    targets[: max(len(ids) - 1, 0)] = np.where(starts & reset, -100, ids[1:])
-    window = {COLUMN: _padded(ids[:real], length), "labels": targets, "shift_labels": targets}
+    """An item, of a window's ids, the target after each where there is one, and whether that starts a document."""
+    targets = np.where(starts & reset, -100, targets)
+    window = {COLUMN: _padded(ids, length)}
+    window[LABELS] = window["shift_labels"] = _padded(targets, length, -100)
     if reset:
         window["position_ids"] = _padded(positions, length)
     if padded:
-        window["attention_mask"] = (np.arange(length) < real).astype(np.int64)
+        window["attention_mask"] = (np.arange(length) < len(ids)).astype(np.int64)
     return {name: torch.from_numpy(x) for name, x in window.items()}
 
 
-def _padded(x: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(x, (0, length - len(x)))
+def _padded(x: np.ndarray, length: int, value: int = 0) -> np.ndarray:
+    return np.pad(x, (0, length - len(x)), constant_values=value)
 
 
-def _token_chunks(documents: ArrowDataset) -> tuple[list[np.ndarray], np.ndarray]:
-    """The tokens as arrays that lie one after another, as they are in files, and each document's length."""
-    if documents._indices is not None:
-        documents = documents.flatten_indices()
-    lists = documents.data.column(COLUMN).chunks
-    if any(chunk.null_count for chunk in lists):
-        raise ValueError(f"stream: expected token ids in each row of {COLUMN}, some have none")
-    tokens = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in lists]
-    lengths = [pyarrow.compute.list_value_length(chunk).to_numpy() for chunk in lists]
-    return [t for t in tokens if len(t)], np.concatenate([np.zeros(0, np.int64), *lengths])
+class _Column:
+    """A column of lists, one after another, as they lie in files."""
+
+    def __init__(self, documents: ArrowDataset, name: str):
+        lists = documents.data.column(name).chunks
+        if any(chunk.null_count for chunk in lists):
+            raise ValueError(f"stream: expected token ids in each row of {name}, some have none")
+        chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in lists]
+        self.chunks = [chunk for chunk in chunks if len(chunk)]
+        self.ends = np.cumsum([len(chunk) for chunk in self.chunks])
+        lengths = [pyarrow.compute.list_value_length(chunk).to_numpy() for chunk in lists]
+        self.lengths = np.concatenate([np.zeros(0, np.int64), *lengths])
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Numbers `start` to `end` of all."""
+        parts, at = [], start
+        while at < end:
+            chunk = int(np.searchsorted(self.ends, at, side="right"))
+            before = int(self.ends[chunk]) - len(self.chunks[chunk])
+            parts.append(self.chunks[chunk][at - before : end - before])
+            at += len(parts[-1])
+        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
 
 def as_streams(documents: Any, rows: int, length: int, reset_at_documents: bool) -> Streams | OpenStreams:
