@@ -148,13 +148,15 @@ def test_padding_anywhere(model, ids, data):
 def test_packed_rows_split_anywhere(model, ids, data):
     """Rows of several sequences, padding among them: a piece's state is that of its rows' last sequences."""
     padding = data.draw(st.sets(st.tuples(st.integers(0, 2), st.integers(0, 16)), max_size=8))
-    starts = data.draw(st.sets(st.tuples(st.integers(0, 2), st.integers(0, 16)), max_size=12))
+    starts = data.draw(st.sets(st.tuples(st.integers(0, 2), st.integers(0, 16)), min_size=4, max_size=12))
+    cuts = sorted(data.draw(st.sets(st.integers(1, 16), min_size=2, max_size=4)))
+    starts = (starts | {(0, cuts[0]), (1, cuts[0] - 1), (2, cuts[1])}) - {(1, cuts[0]), (2, cuts[0])}
+    padding -= {(row, cuts[0]) for row in range(3)}
     mask, positions = torch.ones(3, 17, dtype=torch.long), torch.ones(3, 17, dtype=torch.long)
     for at in padding:
         mask[at] = 0
     for at in starts:
         positions[at] = 0
-    cuts = sorted(data.draw(st.sets(st.integers(1, 16), max_size=4)))
     whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
     state, pieces = RecurrentCache(2), []
     for start, stop in pairwise([0, *cuts, 17]):

@@ -194,6 +194,15 @@ class TestTraining:
         data = trainer.eval_dataset.to_iterable_dataset() if unknown_length else None
         assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
+    def test_an_epoch_starts_from_the_initial_state(self, tmp_path):
+        """Where documents do not: with nothing learned, its loss is that of the first."""
+        settings = dict(reset_at_documents=False, learning_rate=0.0, gradient_accumulation_steps=1, stream_length=66)
+        trainer = make_trainer(tmp_path, "stream", save_strategy="no", max_steps=2, **settings)
+        trainer.model.model.layers[0].dropout.p = trainer.model.model.dropout.p = 0.0
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(losses) == 2 and losses[0] == losses[1]
+
     def test_a_bad_batch_leaves_the_state(self, tmp_path, monkeypatch):
         trainer = make_trainer(tmp_path, "stream", max_skipped_steps=1, max_steps=3, save_strategy="no")
         compute = RecurrentTrainer.compute_loss

@@ -64,6 +64,8 @@ class RecurrentTrainingArguments(TrainingArguments):
         self._check_pieces()
         if self.stream_length < 1:
             raise ValueError(f"stream_length: expected at least 1 token, got {self.stream_length}")
+        if self.stream:  # each process reads for itself: where one reads for all, random states are others on resuming
+            self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         if self.stream and self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size: a stream's rows are its batch's, and cannot become fewer in a run")
 
