@@ -261,3 +261,10 @@ def test_arguments(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         args = RecurrentTrainingArguments(str(tmp_path), stream=True, use_cpu=True, report_to="none", **settings)
         RecurrentTrainer(model, args, train_dataset=make_documents([100]))
+
+
+def test_a_collator_is_refused(tmp_path):
+    model = hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
+    args = RecurrentTrainingArguments(str(tmp_path), stream=True, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="data_collator: a stream's windows are all of one length"):
+        RecurrentTrainer(model, args, data_collator=list, train_dataset=make_documents([100]))

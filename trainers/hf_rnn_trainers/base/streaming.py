@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import default_data_collator
+from transformers import DataCollatorWithPadding, default_data_collator
 from transformers.utils import logging
 
 from hf_rnn_trainers.base.pieces import BackpropOverPieces, State
@@ -36,6 +36,9 @@ class StreamingTrainer(BackpropOverPieces):
         super().check_pieces()
         if self.streams and self.args.ignore_data_skip:
             raise ValueError("ignore_data_skip: a stream goes on where it stood; leave it out")
+        own = self.data_collator is not default_data_collator
+        if self.streams and own and not isinstance(self.data_collator, DataCollatorWithPadding):  # Trainer's
+            raise ValueError("data_collator: a stream's windows are all of one length; leave it out")
 
     def get_train_dataloader(self) -> DataLoader:
         return (
