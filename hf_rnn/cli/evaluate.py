@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_rnn.cli.data import read_documents, tokenize
 from hf_rnn.cli.device import add_device, find_device
-from hf_rnn.cli.plot import plot_positions
+from hf_rnn.cli.plot import check_picture, plot_positions
 from hf_rnn.tasks.evaluation import bits_per_byte, loss_by_position
 from hf_rnn.tokenization.reading import read_tokenizer
 
@@ -24,6 +24,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--trained", type=int, help="--positions: the length of training sequences, which a line marks")
     add_device(parser)
     arguments = parser.parse_args(argv)
+    if arguments.positions is None and (arguments.rows, arguments.trained) != (16, None):
+        raise ValueError("rows, trained: only with --positions")
+    if arguments.positions is not None:
+        check_picture(arguments.positions)
     device = find_device(arguments.device)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(device)  # type: ignore[arg-type]
     tokenizer = read_tokenizer(arguments.checkpoint)
@@ -35,7 +39,8 @@ def main(argv: list[str]) -> None:
     bits = bits_per_byte(model, stream, num_bytes, chunk=arguments.chunk, progress=True)
     print(f"bits per byte: {bits:.3f} over {num_bytes:,} bytes ({len(stream):,} tokens)")
     if arguments.positions:
-        losses = loss_by_position(model, stream, arguments.rows, progress=True)
+        chunk = max(1, arguments.chunk // arguments.rows)  # as many tokens a pass
+        losses = loss_by_position(model, stream, arguments.rows, chunk, progress=True)
         for first, nats in losses.items():
             print(f"{nats:.3f} nats a token from {first:,} tokens after the start on")
         if plot_positions(losses, arguments.trained, arguments.positions):

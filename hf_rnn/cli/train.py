@@ -229,7 +229,7 @@ def train(
         arguments.learning_rate = default_learning_rate(model.config)
     held_out = torch.from_numpy(stream[cut:])
     if arguments.stream:
-        arguments.stream_length = data.block_size
+        arguments.stream_length = arguments.stream_length or data.block_size
         separator = tokenizer.eos_token_id if len(documents) > 1 else None
         sets = [cut_documents(part, separator) if len(part) > 1 else None for part in (stream[:cut], stream[cut:])]
     else:
@@ -258,8 +258,9 @@ def train(
     if trainer.is_world_process_zero():
         plot_losses(trainer.state.log_history, folder / "loss.png")
     local = Path(data.data).exists()
+    length = arguments.stream_length or data.block_size
     layout = f"as {arguments.train_batch_size * arguments.world_size} streams" if arguments.stream else "in sequences"
-    words = f"{Path(data.data).name if local else data.data} {layout} of {data.block_size} tokens, the last "
+    words = f"{Path(data.data).name if local else data.data} {layout} of {length} tokens, the last "
     about: dict[str, Any] = dict(
         dataset=f"{words}{100 * data.held_out:g}% held out", dataset_tags=None if local else data.data
     )

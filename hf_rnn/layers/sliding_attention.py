@@ -64,6 +64,7 @@ class SlidingAttention(Mixer):
             kept = torch.cat([mask.new_ones(len(mask), self.window), mask], 1).long().argsort(dim=1, stable=True)
             k, v, of_k = (rows(y, kept) for y in (k, v, of_k))
             y = rows(self._attend(rows(q, order), k, v, rows(of_q, order), of_k), order.argsort(1))
+            y = y * mask[..., None, None]  # else padding would give what its place in a piece lets it see
         y = self.o_proj(y.flatten(-2)).view(shape)
         if layout.offsets is not None and layout.continues is None:
             return y, ()

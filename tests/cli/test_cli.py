@@ -291,8 +291,10 @@ def test_streams(tmp_path, capsys):
         "0.1",
     ]
     arguments += ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2", "--stream"]
-    arguments += ["--block_size", "32", "--eval_strategy", "steps", "--eval_steps", "3"]
-    assert main([*arguments, "--backprop", "truncated", "--chunk_size", "10"]) == 0
+    arguments += ["--eval_strategy", "steps", "--eval_steps", "3", "--backprop", "truncated"]
+    assert main([*arguments, "--block_size", "700", "--stream_length", "32", "--chunk_size", "33"]) == 1
+    assert "chunk_size: expected at most stream_length=32 tokens, got 33" in capsys.readouterr().err
+    assert main([*arguments, "--block_size", "32", "--chunk_size", "10"]) == 0
     assert "held-out bits per byte" in capsys.readouterr().out
     assert "as 4 streams of 32 tokens" in (tmp_path / "out/README.md").read_text()
     picture = tmp_path / "positions.png"
@@ -300,6 +302,12 @@ def test_streams(tmp_path, capsys):
     assert main([*arguments, "--positions", str(picture)]) == 0
     assert "nats a token from 512 tokens after the start on" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
+    for wrong, message in (
+        (["--positions", "no/x.png"], "positions: expected a .png"),
+        ([], "rows, trained: only with"),
+    ):
+        assert main([*arguments, *wrong]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_loss_by_position(checkpoint):

@@ -27,6 +27,10 @@ def make_batch(kind, rows=3):
         batch["attention_mask"] = torch.ones_like(ids)
         batch["attention_mask"][0, :9] = batch["attention_mask"][1, 14:] = batch["attention_mask"][2, 4:7] = 0
         batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    elif kind == "targets behind padding":  # the first token of a row, predicted from what is none; and padding itself
+        batch["attention_mask"] = torch.ones_like(ids)
+        batch["attention_mask"][0, :9] = batch["attention_mask"][1, 3:12] = batch["attention_mask"][2, :2] = 0
+        batch["labels"] = ids
     elif kind == "positions":
         batch["position_ids"] = torch.arange(T)[None].repeat(rows, 1)
         batch["position_ids"][1] = torch.arange(T) % 7
@@ -62,11 +66,11 @@ def distance(found, expected):
 
 
 class TestChunked:
-    @pytest.mark.parametrize("kind", ["plain", "padded", "positions", "numbers", "flattened"])
+    @pytest.mark.parametrize("kind", ["plain", "padded", "targets behind padding", "positions", "numbers", "flattened"])
     def test_is_the_whole_gradient(self, make_model, kind, tmp_path):
         model, batch = make_model().double(), make_batch(kind, 1 if kind == "numbers" else 3)
         loss, expected = step(model, batch, tmp_path)
-        for settings in SETTINGS if kind == "positions" else SETTINGS[:1]:
+        for settings in SETTINGS if kind in ("targets behind padding", "positions") else SETTINGS[:1]:
             found, gradients = step(model, batch, tmp_path, backprop="chunked", **settings)
             assert found == pytest.approx(loss, rel=1e-5) and distance(gradients, expected) < 1e-10, settings
 
@@ -190,30 +194,60 @@ class TestChunked:
 
     @pytest.mark.parametrize("architecture", ["gru"], indirect=True)
     def test_what_is_kept_for_backward_does_not_grow(self, make_model, tmp_path):
-        """Bytes that autograd holds at once, for 8 and for 32 pieces."""
-        model, most = make_model(), []
+        """Bytes that graphs hold at once, for 8 and for 32 pieces; of the whole row four times as many."""
+        model, most = make_model(), {}
         for pieces in (8, 32):
-            held = []
-            ids = torch.randint(0, 58, (1, 16 * pieces))
+            for settings in (dict(backprop="chunked", chunk_size=16), {}):
+                live = [0, 0]  # now, and at most
 
-            class Watched(RecurrentTrainer):
-                def compute_loss(self, *args, held=held, **kwargs):
-                    total = [0]
+                class Held:
+                    def __init__(self, x, live=live):
+                        self.x, self.live = x, live
+                        live[0] += x.nbytes
+                        live[1] = max(live)
 
-                    def pack(x):
-                        total[0] += x.numel() * x.element_size()
-                        return x
+                    def __del__(self):
+                        self.live[0] -= self.x.nbytes
 
-                    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                        loss = super().compute_loss(*args, **kwargs)
-                    held.append(total[0])
-                    return loss
+                ids = torch.randint(0, 58, (1, 16 * pieces))
+                with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.x):
+                    step(model, dict(input_ids=ids, labels=ids), tmp_path, **settings)
+                most[pieces, "backprop" in settings] = live[1]
+        assert most[32, True] <= 1.05 * most[8, True] < 0.5 * most[8, False] < 0.2 * most[32, False]
 
-            settings = dict(backprop="chunked", chunk_size=16, trainer=Watched)
-            step(model, dict(input_ids=ids, labels=ids), tmp_path, **settings)
-            assert len(held) == pieces
-            most.append(max(held))
-        assert most[1] <= most[0]
+    @pytest.mark.parametrize(
+        "offsets, padding", [([0, 3, 7, 23, 23, 23], []), ([0, 0, 5, 5, 23], []), ([0, 3, 7, 23], [3, 4, 7, 22])]
+    )
+    def test_offsets(self, offsets, padding, tmp_path):
+        """Sequences of no tokens; sequences that begin with padding; targets across sequences."""
+        torch.manual_seed(0)
+        model = hf_rnn.MinGRUForCausalLM(hf_rnn.MinGRUConfig(vocab_size=58, hidden_size=16, num_hidden_layers=2))
+        batch = make_batch("plain", 1) | dict(cu_seq_lens_q=torch.tensor(offsets))
+        if padding:
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            batch["attention_mask"][0, padding] = 0
+            behind = batch["attention_mask"].roll(1, 1) == 0  # padding is of the sequence before or after it
+            batch["labels"] = batch["labels"].masked_fill(behind, -100)
+        expected = step(model.double(), batch, tmp_path)[1]
+        for size in (1, 4, 7):
+            assert distance(step(model, batch, tmp_path, backprop="chunked", chunk_size=size)[1], expected) < 1e-10
+
+    @pytest.mark.parametrize("architecture", ["mingru"], indirect=True)
+    def test_evaluation(self, make_model, tmp_path):
+        """In pieces as well, and the loss that whole rows have."""
+        rows = torch.randint(0, 58, (5, T))
+        data, lengths = [dict(input_ids=row, labels=row) for row in rows], []
+        model = make_model()
+        model.model.register_forward_pre_hook(
+            lambda _, args, kwargs: lengths.append((args[0] if args else kwargs["input_ids"]).shape[1]),
+            with_kwargs=True,
+        )
+        settings = dict(train_dataset=data, per_device_eval_batch_size=2)
+        whole = make_trainer(model, tmp_path, **settings).evaluate(data)["eval_loss"]
+        lengths.clear()
+        chunked = make_trainer(model, tmp_path, backprop="chunked", chunk_size=6, **settings)
+        assert chunked.evaluate(data)["eval_loss"] == pytest.approx(whole, rel=1e-5) and max(lengths) == 6
+        assert chunked.predict(data).predictions.shape == (5, T, 61)
 
 
 class TestTruncated:
@@ -293,11 +327,50 @@ class TestErrors:
     @pytest.mark.parametrize("architecture", ["gru"], indirect=True)
     def test_batches(self, model, tmp_path):
         batch = make_batch("plain")
-        with pytest.raises(ValueError, match=f"chunk_size: expected at most the {T} tokens of a row, got 24"):
+        with pytest.raises(ValueError, match=f"chunk_size: expected at most the {T} tokens of the first .*, got 24"):
             step(model, batch, tmp_path, backprop="chunked", chunk_size=24)
         trainer = make_trainer(model, tmp_path, backprop="chunked", chunk_size=4)
         with pytest.raises(ValueError, match=r"labels: expected \(B, T\)"):
             trainer.training_step(model, dict(input_ids=batch["input_ids"]), 1)
+        for more, message in [
+            (dict(labels=batch["labels"][:, :-1]), "labels: expected the shape"),
+            (dict(cu_seq_lens_q=torch.tensor([0, 3, T])), "cu_seq_lens_q: packed sequences lie in a batch of one"),
+            (dict(seq_idx=torch.zeros(T)), r"seq_idx: expected shape \(B, T\)"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                step(model, batch | more, tmp_path, backprop="chunked", chunk_size=4)
+        one = make_batch("plain", 1)
+        for offsets in ([0, 3, 7], [0, 7, 3, T]):
+            with pytest.raises(ValueError, match="cu_seq_lens_q: expected offsets that rise from 0 to 23"):
+                step(model, one | dict(cu_seq_lens_q=torch.tensor(offsets)), tmp_path, backprop="chunked", chunk_size=4)
+
+    @pytest.mark.parametrize("architecture", ["gru"], indirect=True)
+    def test_losses_of_ones_own(self, model, tmp_path):
+        """One that leaves the state out is refused, one that divides by batches told of."""
+
+        class Without(RecurrentTrainer):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                return model(inputs["input_ids"], labels=inputs["labels"]).loss
+
+        class Scaled(RecurrentTrainer):
+            loss_is_scaled_for_ga = False
+
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.loss_is_scaled_for_ga = False
+                self.check_pieces()
+
+        settings = dict(backprop="chunked", chunk_size=4)
+        with pytest.raises(ValueError, match="compute_loss: the state did not move on"):
+            step(model, make_batch("plain"), tmp_path, trainer=Without, **settings)
+        with pytest.raises(ValueError, match="loss_is_scaled_for_ga: "):
+            step(model, make_batch("plain"), tmp_path, trainer=Scaled, **settings)
+
+    @pytest.mark.parametrize("architecture", ["gru"], indirect=True)
+    def test_int32(self, model, tmp_path):
+        batch = {name: x.int() for name, x in make_batch("plain").items()}
+        expected = step(model, batch, tmp_path)[1]
+        assert distance(step(model, batch, tmp_path, backprop="chunked", chunk_size=4)[1], expected) < 1e-5
 
     def test_transformers_own_arguments_have_none(self, tmp_path):
         model = hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))

@@ -47,8 +47,8 @@ class TestLayout:
     @given(lengths=DOCUMENTS, rows=st.integers(1, 4), length=st.integers(1, 7), reset=st.booleans())
     def test_of_known_length(self, lengths, rows, length, reset):
         total = sum(lengths)
-        documents, size = make_documents(lengths), -(-total // rows)
-        if total < 2 * rows or total <= (rows - 1) * size:
+        documents = make_documents(lengths)
+        if total < 2 * rows:
             with pytest.raises(ValueError, match=f"stream: {total} tokens are too few for {rows} rows"):
                 Streams(documents, rows, length, reset)
             return
@@ -56,7 +56,7 @@ class TestLayout:
         found = rows_of(Streams(documents, rows, length, reset), rows, length)
         assert [token for row in found for token in row["input_ids"]] == list(range(total))
         for number, row in enumerate(found):
-            first, last = number * size, min((number + 1) * size, total)
+            first, last = number * total // rows, (number + 1) * total // rows
             assert row["input_ids"] == list(range(first, last))
             skipped = starts if reset else {total}
             assert row["labels"] == [-100 if t in skipped else t for t in range(first + 1, last + 1)]
@@ -117,6 +117,11 @@ class TestLayout:
     @pytest.mark.parametrize("documents, message", [
         (Dataset.from_dict({"text": ["a"]}), r"stream: expected a column input_ids .* got \['text'\]"),
         (Dataset.from_dict({"input_ids": [[1, 2, 3], None]}), "stream: expected token ids in each row"),
+        (Dataset.from_dict({"input_ids": [[1, None, 3]]}), "stream: expected token ids in each row"),
+        (Dataset.from_dict({"input_ids": [[1.0, 2.0]]}), "stream: expected lists of token ids in input_ids"),
+        (Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [1]}), "stream: expected lists of token ids in labels"),
+        (Dataset.from_dict({"input_ids": [[1, 2, 3]], "attention_mask": [[1, 1, 0]]}), "attention_mask: expected doc"),
+        (Dataset.from_dict({"input_ids": [[1, 2, 3]]}).with_transform(dict), "stream: a transform of its rows"),
     ])  # fmt: skip
     def test_refusals(self, documents, message):
         with pytest.raises(ValueError, match=message):
@@ -125,6 +130,9 @@ class TestLayout:
     def test_other_kinds(self):
         with pytest.raises(TypeError, match=r"stream: expected a datasets\.Dataset .* got a list"):
             Streams([{"input_ids": [1, 2]}], 1, 4)
+        padded = Dataset.from_dict({"input_ids": [[1, 2, 3]], "attention_mask": [[1, 1, 0]]}).to_iterable_dataset()
+        with pytest.raises(ValueError, match="attention_mask: expected documents without padding"):
+            list(OpenStreams(padded, 1, 4))
         reading = OpenStreams(make_documents([9]).to_iterable_dataset(), 1, 4)
         with pytest.raises(ValueError, match="dataloader_num_workers: .* one reader"):
             list(DataLoader(reading, num_workers=2, multiprocessing_context="fork"))
@@ -203,18 +211,38 @@ class TestTraining:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert len(losses) == 2 and losses[0] == losses[1]
 
-    def test_a_bad_batch_leaves_the_state(self, tmp_path, monkeypatch):
-        trainer = make_trainer(tmp_path, "stream", max_skipped_steps=1, max_steps=3, save_strategy="no")
-        compute = RecurrentTrainer.compute_loss
+    def test_a_bad_step_leaves_the_state(self, tmp_path):
+        """A skipped one, whose state is not finite."""
+        found = []
 
-        def sometimes(self, model, inputs, *args, **kwargs):
-            bad = self.state.global_step == 1
-            return compute(self, model, inputs, *args, **kwargs) * (float("nan") if bad else 1)
+        class Bad(RecurrentTrainer):
+            def training_step(self, model, *args):
+                weight, before = model.model.embed_tokens.weight.data, self.carried
+                bad = self.state.global_step == 1
+                kept = weight.clone()
+                if bad:
+                    weight.fill_(float("nan"))
+                loss = super().training_step(model, *args)
+                weight.copy_(kept)
+                found.append((bad, self.carried is before))
+                return loss
 
-        monkeypatch.setattr(RecurrentTrainer, "compute_loss", sometimes)
+        make_trainer(tmp_path, "stream", Bad, max_skipped_steps=1, max_steps=3, save_strategy="no").train()
+        assert found == [(False, False)] * 2 + [(True, True)] * 2 + [(False, False)] * 2
+
+    def test_windows_without_targets_are_read(self, tmp_path):
+        """A long prompt that is no target: the state is what it is after all of it."""
+        ids = list(range(40))
+        documents = Dataset.from_dict(dict(input_ids=[ids], labels=[[-100] * 30 + ids[30:]]))
+        settings = dict(stream_length=8, chunk_size=8, gradient_accumulation_steps=1, per_device_train_batch_size=1)
+        settings |= dict(max_steps=5, learning_rate=0.0, save_strategy="no")
+        trainer = make_trainer(tmp_path, "stream", **settings)
+        trainer.model.model.layers[0].dropout.p = trainer.model.model.dropout.p = 0.0
+        trainer.train_dataset = documents
         trainer.train()
-        assert all(x.isfinite().all() for layer in trainer.carried.states for x in layer)
-        assert trainer.state.log_history[-1]["train_loss"] > 0
+        expected = trainer.model.eval()(torch.tensor([ids]), use_cache=True).past_key_values
+        for a, b in zip(trainer.carried.states[0], expected.states[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 class TestResume:
@@ -234,6 +262,8 @@ class TestResume:
             (dict(per_device_train_batch_size=3), "rows would not go on"),
             (dict(stream_length=5, chunk_size=5), "stream_length would not go on"),
             (dict(gradient_accumulation_steps=1), "batches would not go on"),
+            (dict(reset_at_documents=False), "reset_at_documents would not go on"),
+            (dict(stream=False, stream_length=None, chunk_size=2), "is of streams; expected stream=True"),
         ],
     )
     def test_other_rows_are_refused(self, changed, message, tmp_path):
@@ -254,13 +284,28 @@ class TestResume:
         (dict(backprop="chunked", chunk_size=600), "chunk_size: expected at most stream_length=512 tokens, got 600"),
         (dict(auto_find_batch_size=True), "auto_find_batch_size: "),
         (dict(ignore_data_skip=True), "ignore_data_skip: "),
+        (dict(dataloader_drop_last=True), "dataloader_drop_last: "),
+        (dict(gradient_checkpointing=True), "gradient_checkpointing: "),
+        (dict(train_sampling_strategy="group_by_length"), "train_sampling_strategy: a stream has one order"),
+        (dict(accelerator_config={"split_batches": True}), "accelerator_config: split_batches"),
+        (dict(compute_metrics=len), "compute_metrics: "),
+        (dict(stream=False, stream_length=9), "stream_length: only with stream=True"),
+        (dict(stream=False, reset_at_documents=False), "reset_at_documents: only with stream=True"),
     ],
 )
 def test_arguments(settings, message, tmp_path):
     model = hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
+    compute_metrics = settings.pop("compute_metrics", None)
+    common = dict(output_dir=str(tmp_path), stream=True, use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match=message):
-        args = RecurrentTrainingArguments(str(tmp_path), stream=True, use_cpu=True, report_to="none", **settings)
-        RecurrentTrainer(model, args, train_dataset=make_documents([100]))
+        args = RecurrentTrainingArguments(**common | settings)
+        RecurrentTrainer(model, args, train_dataset=make_documents([100]), compute_metrics=compute_metrics)
+
+
+def test_predictions_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, "stream")
+    with pytest.raises(ValueError, match="predict: a stream's logits are as many as its tokens"):
+        trainer.predict(trainer.train_dataset)
 
 
 def test_a_collator_is_refused(tmp_path):

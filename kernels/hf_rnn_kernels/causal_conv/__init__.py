@@ -22,7 +22,7 @@ def causal_conv(
         weight: (D, K).
         bias: (D,).
         layout: which tokens are real and which sequences they make; rows by default. A token that is not real is passed
-            over, as if it were not there; nothing reaches from one sequence into another.
+            over, as if it were not there, and gives zeros; nothing reaches from one sequence into another.
 
     Returns:
         y like x, and the state after the last real token, in float32 (float64 for float64 inputs): `state` itself,
@@ -86,7 +86,7 @@ def _with_gaps(
     if layout.offsets is not None:
         laid = laid.scatter_add(1, _expand(starts.reshape(1, -1), x), before[1:].reshape(1, -1, x.shape[2]))
         before, last = before[:1], last.reshape(1, -1)
-    y = convolve(laid, before, weight, bias)[0].gather(1, index)
+    y = convolve(laid, before, weight, bias)[0].gather(1, index) * real[..., None]
     ends = torch.cat([before, laid], 1).gather(1, _expand(last, x))
     return y, ends if layout.offsets is None else ends.view(-1, history, x.shape[2])
 

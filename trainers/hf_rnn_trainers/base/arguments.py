@@ -49,7 +49,9 @@ class RecurrentTrainingArguments(TrainingArguments):
             "one before ended, with its state"
         },
     )
-    stream_length: int = field(default=512, metadata={"help": "stream: tokens of each row of a batch"})
+    stream_length: int | None = field(
+        default=None, metadata={"help": "stream: tokens of each row of a batch; default: 512"}
+    )
     reset_at_documents: bool = field(
         default=True,
         metadata={"help": "stream: each document starts from the initial state; False: from the last one's"},
@@ -62,12 +64,26 @@ class RecurrentTrainingArguments(TrainingArguments):
         if self.backprop not in BACKPROP:
             raise ValueError(f"backprop: expected one of {', '.join(BACKPROP)}, got {self.backprop!r}")
         self._check_pieces()
-        if self.stream_length < 1:
+        if self.gradient_checkpointing and (self.stream or self.backprop != "full"):
+            raise ValueError("gradient_checkpointing: it drops the state that pieces and streams hand on; leave it out")
+        if not self.stream:
+            for name, default in dict(stream_length=None, reset_at_documents=True).items():
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}: only with stream=True")
+            return
+        if self.stream_length is not None and self.stream_length < 1:
             raise ValueError(f"stream_length: expected at least 1 token, got {self.stream_length}")
-        if self.stream:  # each process reads for itself: where one reads for all, random states are others on resuming
-            self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
-        if self.stream and self.auto_find_batch_size:
-            raise ValueError("auto_find_batch_size: a stream's rows are its batch's, and cannot become fewer in a run")
+        for name, expected in dict(
+            auto_find_batch_size=False, ignore_data_skip=False, dataloader_drop_last=False
+        ).items():
+            if getattr(self, name) != expected:
+                raise ValueError(f"{name}: a stream goes on where it stood, in as many rows as before; leave it out")
+        if self.train_sampling_strategy != "random":
+            raise ValueError(f"train_sampling_strategy: a stream has one order, got {self.train_sampling_strategy!r}")
+        if self.accelerator_config.split_batches:  # type: ignore[union-attr]
+            raise ValueError("accelerator_config: split_batches would give each process others' rows; leave it out")
+        # Each process reads for itself: where one reads for all, random states are others on resuming
+        self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
 
     def _check_pieces(self) -> None:
         if self.backprop == "full":
@@ -77,17 +93,9 @@ class RecurrentTrainingArguments(TrainingArguments):
             return
         if self.chunk_size is None or self.chunk_size < 1:
             raise ValueError(f"chunk_size: backprop={self.backprop!r} expects at least 1 token, got {self.chunk_size}")
-        if self.stream and self.chunk_size > self.stream_length:
-            raise ValueError(
-                f"chunk_size: expected at most stream_length={self.stream_length} tokens, got {self.chunk_size}"
-            )
         if self.chunk_states is not None and (self.backprop != "chunked" or self.chunk_states < 2):
             raise ValueError(f"chunk_states: expected at least 2, with backprop='chunked', got {self.chunk_states}")
         if self.gradient_chunks < 1 or (self.backprop != "truncated" and self.gradient_chunks != 1):
             raise ValueError(
                 f"gradient_chunks: expected at least 1, with backprop='truncated', got {self.gradient_chunks}"
-            )
-        if self.gradient_checkpointing:
-            raise ValueError(
-                f"gradient_checkpointing: backprop={self.backprop!r} computes pieces anew by itself; leave it out"
             )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from hf_rnn_kernels.layout import check_offsets
+
 _OFFSETS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 State = Any  # a model's cache: `states`, a tuple of tensors or None for each layer
@@ -23,12 +25,15 @@ class BackpropOverPieces(Trainer):
     which the piece after it gave: the gradient of the whole, sum for sum. truncated: from the first piece to the last,
     each from the state before it as a constant.
 
-    A loss is `compute_loss` of a piece whose labels are shifted already (`shift_labels`), so that the last token of a
-    piece predicts the first of the next. Dropout's masks are drawn from a seed of the piece's own, the same each time.
+    A loss is `compute_loss` of a piece, with `shift_labels`, so that the last token of a piece predicts the first of
+    the next, and with its state under `past_key_values`. One of your own gives the model all that it is given, and
+    divides the sum over `shift_labels` by `num_items_in_batch`, the targets of the whole step; where the state does not
+    move on it is refused. Dropout's masks are drawn from a seed of the piece's own, the same each time.
     """
 
     args: Any
     carried: State | None = None  # after the batch before; only of streams
+    _begun = False  # whether the run has had a batch
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         if not (self.in_pieces or self.streams):
@@ -41,20 +46,17 @@ class BackpropOverPieces(Trainer):
         if num_items_in_batch is None:
             raise ValueError("num_items_in_batch: expected the number of a step's targets, as Trainer counts them")
         size = self.args.chunk_size or time
-        if size > time and self._largest == 0:
-            raise ValueError(f"chunk_size: expected at most the {time} tokens of a row, got {size}")
-        self._largest = max(self._largest, time)
+        if size > time and not self._begun and self.state.global_step == 0:  # shorter rows may come later
+            raise ValueError(f"chunk_size: expected at most the {time} tokens of the first batch's rows, got {size}")
+        self._begun = True
         steps = _Steps(self, model, shifted(inputs, batch, time), min(size, time), num_items_in_batch)
-        before = self.carried
         if self.in_pieces and self.args.backprop == "truncated":
             loss, after = steps.truncated(self._state(model), self.args.gradient_chunks)
         else:
             loss, after = steps.chunked(self._state(model), self.args.chunk_states)
-        if self.streams:  # a loss that is not finite has a state that may not be
-            self.carried = after if bool(loss.isfinite()) else before
+        if self.streams and all(bool(x.isfinite().all()) for x in tensors(after)):  # else a step to be skipped
+            self.carried = after
         return loss
-
-    _largest = 0  # tokens of a row so far
 
     @property
     def in_pieces(self) -> bool:
@@ -63,6 +65,19 @@ class BackpropOverPieces(Trainer):
     @property
     def streams(self) -> bool:
         return getattr(self.args, "stream", False)
+
+    @torch.no_grad()
+    def measure(self, model, inputs: dict[str, Any], state: State) -> tuple[Tensor, Tensor]:
+        """Summed loss of a batch, and its targets; the state goes on."""
+        batch, time = tokens_of(inputs)
+        size = min(self.args.chunk_size or time, time)
+        steps = _Steps(self, model, shifted(inputs, batch, time), size, 1)
+        total = torch.zeros((), dtype=torch.float64, device=inputs["labels"].device)
+        for i in range(steps.count):
+            piece = steps.piece(i) | {"past_key_values": state, "use_cache": True, "num_items_in_batch": 1}
+            with self.compute_loss_context_manager():
+                total = total + model(**piece).loss.double()
+        return total, (steps.inputs["shift_labels"] != -100).sum()
 
     def _state(self, model) -> State:
         """To start a batch from."""
@@ -81,6 +96,8 @@ class BackpropOverPieces(Trainer):
             raise ValueError(
                 f"{what}: it shifts labels within a piece, and would lose the one between two; leave it out"
             )
+        if getattr(self, "loss_is_scaled_for_ga", None) is False:
+            raise ValueError(f"loss_is_scaled_for_ga: {name} wants a loss that num_items_in_batch divides")
         if self.args.n_gpu > 1:
             raise ValueError(f"{name}: DataParallel splits no state; start a process for each GPU")
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -94,7 +111,7 @@ class _Steps:
         self.trainer, self.model, self.inputs, self.size, self.targets = trainer, model, inputs, size, targets
         self.time = inputs["shift_labels"].shape[1]
         self.count = -(-self.time // size)
-        self.seed = int(torch.randint(2**62, ()))
+        self.seed = int(torch.randint(2**62, ())) if torch.is_grad_enabled() else 0
         self.loss = inputs["shift_labels"].new_zeros((), dtype=torch.float32)
         self.last: State = None  # after the last piece
 
@@ -120,10 +137,11 @@ class _Steps:
 
     def _advance(self, i: int, state: State) -> State:
         """The state after piece i."""
-        after, inputs = copy.deepcopy(state), self._of(slice(i * self.size, (i + 1) * self.size))
+        after, inputs = copy.deepcopy(state), self.piece(i)
         del inputs["labels"], inputs["shift_labels"]
+        inputs |= {"past_key_values": after, "use_cache": True, "logits_to_keep": 1}
         with torch.no_grad(), self._randomness(i), self.trainer.compute_loss_context_manager():
-            self.model(**inputs, past_key_values=after, use_cache=True, logits_to_keep=1)
+            self.model(**inputs)
         return after
 
     def _backward(self, i: int, state: State, gradient: Gradient) -> Gradient:
@@ -131,21 +149,29 @@ class _Steps:
         after = copy.deepcopy(state)
         leaves = [x.requires_grad_() for x in tensors(after)] if i else []
         with self._synchronised(i == 0), self._randomness(i):
-            self._run(self._of(slice(i * self.size, (i + 1) * self.size)), after, gradient)
+            self._run(self.piece(i), after, gradient)
         if i == self.count - 1:
             self.last = after.detach()
         return [x.grad for x in leaves]
 
     def _run(self, inputs: dict[str, Any], state: State, gradient: Gradient) -> None:
         """A piece with a graph, and back through it; `state` becomes the one after it."""
-        trainer = self.trainer
+        trainer, seen = self.trainer, state.seen_tokens
         inputs |= {"past_key_values": state, "use_cache": True}
         with trainer.compute_loss_context_manager():
             loss: Any = trainer.compute_loss(self.model, inputs, num_items_in_batch=self.targets)
+        if state.seen_tokens == seen:
+            raise ValueError(
+                "compute_loss: the state did not move on; expected the model to be given all inputs, past_key_values "
+                "among them"
+            )
         pairs = [(x, g) for x, g in zip(tensors(state), gradient, strict=False) if g is not None and x.requires_grad]
         self.loss = self.loss + loss.detach()
         loss = _HandedOn.apply(loss, [g for _, g in pairs], *(x for x, _ in pairs))
         trainer.accelerator.backward(loss)
+
+    def piece(self, i: int) -> dict[str, Any]:
+        return self._of(slice(i * self.size, (i + 1) * self.size))
 
     def _of(self, span: slice) -> dict[str, Any]:
         """The batch's tokens `span`."""
@@ -168,8 +194,8 @@ class _Steps:
 
 
 class _HandedOn(torch.autograd.Function):
-    """A loss, with which the gradients of states go back that pieces after it gave: they come as they are, whatever
-    the loss is multiplied by on its way (a scaler's factor is in them)."""
+    """A loss whose backward pass starts from the gradients of states as well. Those are not multiplied by the loss's
+    own gradient: they came from one that was, by a scaler's factor for one."""
 
     @staticmethod
     def forward(ctx, loss, gradients, *states):
@@ -253,11 +279,16 @@ def tokens_of(inputs: dict[str, Any]) -> tuple[int, int]:
     """B and T of a batch with labels.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or of another shape than the tokens.
     """
     labels = inputs.get("labels")
     if not torch.is_tensor(labels) or labels.dim() != 2 or labels.shape[1] == 0:
         raise ValueError("labels: expected (B, T) labels of a language model in each batch, to cut into pieces")
+    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if tokens is not None and tokens.shape[:2] != labels.shape:
+        raise ValueError(
+            f"labels: expected the shape {tuple(tokens.shape[:2])} of the tokens, got {tuple(labels.shape)}"
+        )
     return labels.shape[0], labels.shape[1]
 
 
@@ -267,12 +298,20 @@ def shifted(inputs: dict[str, Any], batch: int, time: int) -> dict[str, Any]:
     inputs = dict(inputs)
     if inputs.get("shift_labels") is None:
         inputs["shift_labels"] = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    inputs["shift_labels"] = inputs["shift_labels"].long()
     if (offsets := inputs.get("cu_seq_lens_q")) is not None:
-        positions = torch.ones(batch, time, dtype=torch.long, device=offsets.device)
-        positions[0, offsets[:-1].long().clamp(max=time - 1)] = 0
-        inputs["position_ids"] = positions
-    elif (number := inputs.get("seq_idx")) is not None and inputs.get("position_ids") is None:
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens_q: packed sequences lie in a batch of one, got a batch of {batch}")
+        check_offsets("cu_seq_lens_q", offsets, time)
+        number = torch.searchsorted(offsets[1:].long(), torch.arange(time, device=offsets.device), right=True)[None]
+        if (mask := inputs.get("attention_mask")) is not None:  # a sequence starts at its first real token
+            number = torch.where(mask.bool(), number, -1).cummax(1).values
         inputs["position_ids"] = torch.nn.functional.pad((number[:, 1:] == number[:, :-1]).long(), (1, 0))
-    elif inputs.get("position_ids") is not None and inputs["position_ids"].shape[0] != batch:
+    elif inputs.get("seq_idx") is not None and inputs.get("position_ids") is None:
+        number = inputs["seq_idx"]
+        if number.dim() != 2 or number.shape[1] != time:
+            raise ValueError(f"seq_idx: expected shape (B, T) = {(batch, time)} or (1, T), got {tuple(number.shape)}")
+        inputs["position_ids"] = torch.nn.functional.pad((number[:, 1:] == number[:, :-1]).long(), (1, 0))
+    if inputs.get("position_ids") is not None and inputs["position_ids"].shape[0] != batch:
         inputs["position_ids"] = inputs["position_ids"].expand(batch, -1)
     return {name: x for name, x in inputs.items() if name not in _OFFSETS}

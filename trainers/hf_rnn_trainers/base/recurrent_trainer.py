@@ -56,6 +56,13 @@ class RecurrentTrainer(
                 raise ValueError(f"{'backprop' if self.in_pieces else 'stream'}: {self.no_pieces}")
             self.check_pieces()
 
+    def card_method(self) -> str:
+        args = self.args
+        how = "backpropagation through time"
+        if self.in_pieces and args.backprop == "truncated":
+            how += f", truncated to {args.gradient_chunks * args.chunk_size} tokens"
+        return how + (", the state carried from batch to batch" if self.streams else "")
+
     def check_sharding(self) -> None:
         """Whether the method works with FSDP or DeepSpeed, where they are on.
 

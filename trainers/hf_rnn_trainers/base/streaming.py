@@ -17,6 +17,7 @@ from hf_rnn_trainers.base.streams import as_streams
 logger = logging.get_logger(__name__)
 
 NAME = "stream_state_{}.safetensors"  # of each process
+LENGTH = 512  # tokens of a window where none are said
 
 
 class StreamingTrainer(BackpropOverPieces):
@@ -30,15 +31,29 @@ class StreamingTrainer(BackpropOverPieces):
     """
 
     _windows = _all_windows = 0  # read since the epoch began, and in all of it
-    _read: tuple[State, Tensor] | None = None  # while it evaluates: the state, and nats and targets so far
+    _evaluating: tuple[State, Tensor] | None = None  # a stream: the state, and nats and targets so far
 
     def check_pieces(self) -> None:
         super().check_pieces()
-        if self.streams and self.args.ignore_data_skip:
-            raise ValueError("ignore_data_skip: a stream goes on where it stood; leave it out")
+        if not self.streams:
+            return
+        if self.in_pieces and self.args.chunk_size > self.length:
+            raise ValueError(
+                f"chunk_size: expected at most stream_length={self.length} tokens, got {self.args.chunk_size}"
+            )
+        for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: a stream's logits are as many as its tokens, and none are kept; leave it out"
+                )
         own = self.data_collator is not default_data_collator
-        if self.streams and own and not isinstance(self.data_collator, DataCollatorWithPadding):  # Trainer's
+        if own and not isinstance(self.data_collator, DataCollatorWithPadding):  # Trainer's
             raise ValueError("data_collator: a stream's windows are all of one length; leave it out")
+
+    @property
+    def length(self) -> int:
+        """Tokens of each row of a batch."""
+        return self.args.stream_length or LENGTH
 
     def get_train_dataloader(self) -> DataLoader:
         return (
@@ -52,9 +67,16 @@ class StreamingTrainer(BackpropOverPieces):
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset  # type: ignore[index, call-overload]
         return self._loader(dataset, self.args.eval_batch_size)
 
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        if self.streams:
+            raise ValueError(
+                "predict: a stream's logits are as many as its tokens; evaluate() measures, and keeps none"
+            )
+        return super().get_test_dataloader(test_dataset)
+
     def _loader(self, dataset: Any, batch_size: int) -> DataLoader:
         args = self.args
-        streams = as_streams(dataset, batch_size * args.world_size, args.stream_length, args.reset_at_documents)
+        streams = as_streams(dataset, batch_size * args.world_size, self.length, args.reset_at_documents)
         loader: DataLoader = DataLoader(
             streams,
             batch_size=batch_size,
@@ -81,7 +103,7 @@ class StreamingTrainer(BackpropOverPieces):
         **kwargs,
     ) -> None:
         self.carried, self._windows, self._all_windows = None, 0, steps_in_epoch
-        if self.streams and resume_from_checkpoint is not None and epoch == epochs_trained:
+        if resume_from_checkpoint is not None and epoch == epochs_trained:
             self._windows = steps_trained_in_current_epoch
             self._restore(Path(resume_from_checkpoint))
         super()._run_epoch(  # type: ignore[misc]
@@ -103,7 +125,7 @@ class StreamingTrainer(BackpropOverPieces):
             for layer, tensors in enumerate(state.states)
             for number, x in enumerate(tensors)
         }
-        about = dict(windows=self._windows, length=args.stream_length, seen_tokens=state.seen_tokens)
+        about = dict(windows=self._windows, length=self.length, reset=args.reset_at_documents)
         about["ended"] = self._windows == self._all_windows
         path = Path(output_dir) / NAME.format(args.process_index)
         save_file(tensors, path, {name: str(int(x)) for name, x in about.items()})
@@ -115,6 +137,10 @@ class StreamingTrainer(BackpropOverPieces):
             ValueError: there is none, or one of other rows or at another place.
         """
         count = len(list(checkpoint.glob(NAME.format("*"))))
+        if not self.streams:
+            if count:
+                raise ValueError(f"resume_from_checkpoint: {checkpoint} is of streams; expected stream=True, as before")
+            return
         if count == 0:
             raise ValueError(f"resume_from_checkpoint: {checkpoint} has no state of a stream; it was trained without")
         files = [checkpoint / NAME.format(i) for i in range(count)]
@@ -127,14 +153,16 @@ class StreamingTrainer(BackpropOverPieces):
             return  # at the start of an epoch
         args, rows = self.args, self._train_batch_size
         there = sum(part["0.0"].shape[0] for part in parts)
-        now = dict(rows=rows * args.world_size, stream_length=args.stream_length, batches=self._windows)
+        now = dict(rows=rows * args.world_size, stream_length=self.length, batches=self._windows)
+        now["reset_at_documents"] = int(args.reset_at_documents)
         before = dict(rows=there, stream_length=about["length"], batches=about["windows"])
+        before["reset_at_documents"] = about["reset"]
         for name, x in before.items():
             if now[name] != x:
                 raise ValueError(
                     f"resume_from_checkpoint: {checkpoint} stands at {before} of its streams, this run at {now}: the "
-                    f"{name} would not go on where they were; choose batch size, processes, accumulation and "
-                    "stream_length as before"
+                    f"{name} would not go on where they were; choose batch size, processes, accumulation, "
+                    "stream_length and reset_at_documents as before"
                 )
         if count != args.world_size:
             logger.warning(f"resume_from_checkpoint: the states of {count} processes' rows go on in {args.world_size}")
@@ -145,17 +173,17 @@ class StreamingTrainer(BackpropOverPieces):
             tuple(whole[name] for name in sorted(whole, key=_place) if _place(name)[0] == layer)
             for layer in range(len(self.carried.states))
         ]
-        self.carried.seen_tokens = about["seen_tokens"]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if self._read is None:
+        """Trainer's; where only the loss is wanted, of streams and over pieces at the memory of one."""
+        streams = self._evaluating is not None
+        if not (streams or (self.in_pieces and prediction_loss_only)):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        state, sums = self._read
-        with torch.no_grad(), self.compute_loss_context_manager():
-            nats = model(**inputs, past_key_values=state, use_cache=True, num_items_in_batch=1).loss.double()
-        count = (inputs["shift_labels"] != -100).sum()
-        sums += torch.stack([nats, count.double()])
+        state = self._evaluating[0] if self._evaluating else self.accelerator.unwrap_model(self.model).new_cache()
+        nats, count = self.measure(model, inputs, state)
+        if self._evaluating is not None:
+            self._evaluating[1].add_(torch.stack([nats, count.double()]))
         return (nats / count.clamp(min=1)).float(), None, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
@@ -163,12 +191,12 @@ class StreamingTrainer(BackpropOverPieces):
         if not self.streams:
             return super().evaluation_loop(dataloader, description, *args, **options)
         state = self.accelerator.unwrap_model(self.model).new_cache()
-        self._read = state, torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self._evaluating = state, torch.zeros(2, dtype=torch.float64, device=self.args.device)
         try:
             output = super().evaluation_loop(dataloader, description, *args, **options)
-            nats, count = self.accelerator.reduce(self._read[1]).tolist()
+            nats, count = self.accelerator.reduce(self._evaluating[1]).tolist()
         finally:
-            self._read = None
+            self._evaluating = None
         assert output.metrics is not None
         output.metrics[f"{metric_key_prefix}_loss"] = nats / count if count else float("nan")
         return output

@@ -1,5 +1,6 @@
 """A corpus as parallel streams of documents, whose batches go on where those before them ended."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from datasets import IterableDataset as ArrowStream
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-COLUMN, LABELS = "input_ids", "labels"
+COLUMN, LABELS, MASK = "input_ids", "labels", "attention_mask"
+_PADDED = "attention_mask: expected documents without padding, which a stream has no use for; tokenize without it"
 
 
 class Streams(Dataset):
@@ -42,8 +44,12 @@ class Streams(Dataset):
             )
         if COLUMN not in documents.column_names:
             raise ValueError(f"stream: expected a column {COLUMN} of token ids, got {documents.column_names}")
+        if documents.format["type"] == "custom":
+            raise ValueError("stream: a transform of its rows would be passed by; map it over the data set instead")
         if documents._indices is not None:
             documents = documents.flatten_indices()
+        if MASK in documents.column_names and not all(c.all() for c in _Column(documents, MASK).chunks):
+            raise ValueError(_PADDED)
         self._ids = self._labels = _Column(documents, COLUMN)
         if LABELS in documents.column_names:
             self._labels = _Column(documents, LABELS)
@@ -52,19 +58,18 @@ class Streams(Dataset):
         self._starts = np.append(0, np.cumsum(self._ids.lengths))  # of documents, and the corpus's end
         self.rows, self.length, self.reset = rows, length, reset_at_documents
         total = int(self._starts[-1])
-        self.row_length = -(-total // rows)
-        if total < 2 * rows or total <= (rows - 1) * self.row_length:
+        if total < 2 * rows:
             raise ValueError(f"stream: {total} tokens are too few for {rows} rows of at least 2; lower the batch size")
-        self.windows = -(-self.row_length // length)
-        self._shortest = total - (rows - 1) * self.row_length  # the last row
+        self._bounds = [total * row // rows for row in range(rows + 1)]  # of rows, whose lengths differ by one at most
+        self.windows = math.ceil(math.ceil(total / rows) / length)
+        self._shortest = total // rows
 
     def __len__(self) -> int:
         return self.windows * self.rows
 
     def __getitem__(self, item: int) -> dict[str, Tensor]:
         window, row = divmod(item, self.rows)
-        total = int(self._starts[-1])
-        first, last = row * self.row_length, min((row + 1) * self.row_length, total)
+        first, last, total = *self._bounds[row : row + 2], self._bounds[-1]
         start = min(first + window * self.length, last)
         end = min(start + self.length, last)
         place = np.arange(start, end)
@@ -94,7 +99,7 @@ class OpenStreams(IterableDataset):
         self.documents, self.rows, self.length, self.reset = documents, rows, length, reset_at_documents
 
     def set_epoch(self, epoch: int) -> None:
-        if isinstance(self.documents, ArrowStream):
+        if hasattr(self.documents, "set_epoch"):
             self.documents.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -127,6 +132,8 @@ class _Row:
         parts, size = [(self.ids, self.labels, self.positions)], len(self.ids)
         while size < count and (document := next(self.documents, None)) is not None:
             ids, labels = (np.asarray(document[n], dtype=np.int64) for n in (COLUMN, _labels_of(document)))
+            if (mask := document.get(MASK)) is not None and not all(mask):
+                raise ValueError(_PADDED)
             if len(labels) != len(ids):
                 raise ValueError(f"stream: expected as many {LABELS} as {COLUMN} in each document")
             parts.append((ids, labels, np.arange(len(ids))))
@@ -172,10 +179,17 @@ class _Column:
     """A column of lists, one after another, as they lie in files."""
 
     def __init__(self, documents: ArrowDataset, name: str):
+        kind = documents.data.column(name).type
+        inner = getattr(kind, "value_type", None)
+        if inner is None or not (
+            pyarrow.types.is_integer(inner) or pyarrow.types.is_null(inner)
+        ):  # null: all are empty
+            raise ValueError(f"stream: expected lists of token ids in {name}, got {kind}")
         lists = documents.data.column(name).chunks
-        if any(chunk.null_count for chunk in lists):
+        flat = [chunk.flatten() for chunk in lists]
+        if any(chunk.null_count for chunk in [*lists, *flat]):
             raise ValueError(f"stream: expected token ids in each row of {name}, some have none")
-        chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in lists]
+        chunks = [chunk.to_numpy(zero_copy_only=False) for chunk in flat]
         self.chunks = [chunk for chunk in chunks if len(chunk)]
         self.ends = np.cumsum([len(chunk) for chunk in self.chunks])
         lengths = [pyarrow.compute.list_value_length(chunk).to_numpy() for chunk in lists]

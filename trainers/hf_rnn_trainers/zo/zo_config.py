@@ -122,3 +122,6 @@ class ZOConfig(RecurrentTrainingArguments):
 
     def _check_pieces(self) -> None:
         """Its chunks are of forward passes; `ZOTrainer` refuses to go back through any."""
+        for name, default in dict(chunk_states=None, gradient_chunks=1).items():
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}: of backpropagation over pieces, which zero-order training does without")
