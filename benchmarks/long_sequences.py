@@ -1,6 +1,6 @@
 """A training step with the exact gradient of a sequence of any length: memory and time over the length.
 
-    python benchmarks/long_sequences.py
+    python benchmarks/long_sequences.py [memory] [speed]
 
 minGRU and LSTM of a million parameters, one row of bytes, a step of AdamW by `RecurrentTrainer`, each case in a process
 of its own: backpropagation through the whole row, until it does not fit; chunked, in pieces of 1,024 tokens, all states
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from driver import DEVICE, GPU, compare, save, sized, table
+from driver import DEVICE, GPU, compare, results_path, save, sized, table
 from models import make
 from torch import Tensor
 from tqdm import tqdm
@@ -112,6 +112,15 @@ def main() -> None:
     if len(sys.argv) == 4:
         print(json.dumps(case(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
         return
+    parts = sys.argv[1:] or ["memory", "speed"]
+    path = results_path("long_sequences")
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    for part in parts:
+        results[part] = {"memory": measure_memory, "speed": measure_speed}[part]()
+        save("long_sequences", results)
+
+
+def measure_memory() -> dict:
     rows: dict[str, dict] = {}
     for title, (name, how) in tqdm(CASES.items(), desc="cases", disable=None):
         rows[title] = {}
@@ -121,13 +130,17 @@ def main() -> None:
             tqdm.write(f"{title:32} {length:9,} tokens: {said}")
             if "refused" in row:
                 break
+    return rows
+
+
+def measure_speed() -> dict:
     length = sized(8192, 8192, 16)
     speed = {}
     for name in ("minGRU", "LSTM"):
         contestants = {how: make_step(name, how, length) for how in ("full", "chunked")}
-        speed[name] = compare(contestants, repeats=7, seconds=120)
+        speed[name] = compare(contestants, repeats=11, seconds=120)
         table(f"{name}, {length:,} tokens", speed[name])
-    save("long_sequences", {"memory": rows, "speed": speed})
+    return speed
 
 
 if __name__ == "__main__":
