@@ -114,7 +114,11 @@ def main() -> None:
         return
     parts = sys.argv[1:] or ["memory", "speed"]
     path = results_path("long_sequences")
-    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    before = json.loads(path.read_text()) if path.exists() else {"results": {}}
+    results = before["results"]
+    earlier = results.pop("at_other_commits", {})
+    others = {part: earlier.get(part, before["commit"]) for part in results if part not in parts}
+    results |= {"at_other_commits": others} if others else {}
     for part in parts:
         results[part] = {"memory": measure_memory, "speed": measure_speed}[part]()
         save("long_sequences", results)
