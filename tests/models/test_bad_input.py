@@ -80,7 +80,7 @@ def test_a_cache_of_another_model_or_batch(make_model, model, ids):
         model(ids, past_key_values=other(ids).past_key_values)
     with pytest.raises(ValueError, match="cache: expected states"):
         model(ids[:2], past_key_values=model(ids).past_key_values)
-    with pytest.raises(ValueError, match="pass no cache"):
+    with pytest.raises(ValueError, match="cache: seq_idx and cu_seq_lens_q do not say whether the first"):
         state = model(ids[:1]).past_key_values
         model(ids[:1], past_key_values=state, cu_seq_lens_q=torch.tensor([0, 17]))
 
