@@ -85,9 +85,16 @@ def test_sequences_run_across_rows(case):
 def test_a_convolution_across_rows():
     x, weight, bias = torch.randn(3, 5, 4), torch.randn(4, 3), torch.randn(4)
     layout = SequenceLayout.of(3, 5, torch.rand(3, 5) > 0.3, torch.tensor([0, 4, 11, 15]))
-    y, none = causal_conv(x, None, weight, bias, layout)
-    flat = SequenceLayout(layout.mask.view(1, 15), layout.offsets)
-    assert none is None and torch.equal(y.view(1, 15, 4), causal_conv(x.view(1, 15, 4), None, weight, bias, flat)[0])
+    state = torch.randn(3, 2, 4)
+    for before in (None, state):
+        y, last = causal_conv(x, before, weight, bias, layout)
+        for n, (start, stop) in enumerate([(0, 4), (4, 11), (11, 15)]):
+            row, real = x.view(1, 15, 4)[:, start:stop], layout.mask.view(1, 15)[:, start:stop]
+            own = None if before is None else before[n : n + 1]
+            expected, end = causal_conv(row, own, weight, bias, SequenceLayout(real))
+            torch.testing.assert_close(y.view(1, 15, 4)[:, start:stop], expected)
+            torch.testing.assert_close(last[n : n + 1], end)
+            assert not expected[~real].any(), "padding gives zeros"
 
 
 @pytest.mark.parametrize("padded", [False, True])
