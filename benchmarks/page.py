@@ -360,9 +360,9 @@ def streams(results: Results) -> str:
             lines.append([f"{name}, {layout}", *cells, f"{seconds:.0f}"])
     parts = [text, markdown(["", "one stream", "beyond 128", "windows", "seconds"], lines)]
     parts.append("Retrieval, accuracy of each seed (guessing: 0.125), the answer at least so many tokens back:")
-    distances = list(next(iter(next(iter(results["retrieval"].values())).values())))
+    distances = list(next(iter(results["retrieval"].values()))["exact"])
     lines = [
-        [f"{name}, {layout}", *(" ".join(f"{run['accuracy']:.2f}" for run in row[d]) for d in distances)]
+        [f"{name}, {layout}", *(" ".join(f"{run['accuracy']:.2f}" for run in row.get(d, [])) or "-" for d in distances)]
         for name, layouts in results["retrieval"].items()
         for layout, row in layouts.items()
     ]

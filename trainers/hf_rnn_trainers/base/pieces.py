@@ -50,7 +50,7 @@ class BackpropOverPieces(Trainer):
             raise ValueError(f"chunk_size: expected at most the {time} tokens of the first batch's rows, got {size}")
         self._begun = True
         steps = _Steps(self, model, shifted(inputs, batch, time), min(size, time), num_items_in_batch)
-        if self.in_pieces and self.args.backprop == "truncated":
+        if self.args.backprop == "truncated":
             loss, after = steps.truncated(self._state(model), self.args.gradient_chunks)
         else:
             loss, after = steps.chunked(self._state(model), self.args.chunk_states)
