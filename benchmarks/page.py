@@ -356,9 +356,8 @@ def streams(results: Results) -> str:
             for key in ("stream", "beyond", "windows"):
                 values = [run[key] for run in runs]
                 cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-            seconds = statistics.mean(run["seconds"] for run in runs)
-            lines.append([f"{name}, {layout}", *cells, f"{seconds:.0f}"])
-    parts = [text, markdown(["", "one stream", "beyond 128", "windows", "seconds"], lines)]
+            lines.append([f"{name}, {layout}", *cells])
+    parts = [text, markdown(["", "one stream", "beyond 128", "windows"], lines)]
     parts.append("Retrieval, accuracy of each seed (guessing: 0.125), the answer at least so many tokens back:")
     distances = list(next(iter(results["retrieval"].values()))["exact"])
     lines = [

@@ -7,8 +7,9 @@ random order; "truncated", 64 streams read 128 tokens at a time, whose state goe
 "exact", 4 streams read 2,048 at a time, with their whole gradient. Text: minGRU and LSTM of 350,000 parameters on 90%
 of it; held-out bits per byte of the last 5% as one stream, over the distance from the start, and of windows of 128.
 Retrieval (`hf_rnn.tasks.Retrieval`): the answer is at least 16, 32, 128, or, in the exact layout, 512 or 1,024 tokens
-back, five architectures of two blocks of width 64; accuracy on rows not seen. `RecurrentTrainer` with AdamW, rates tuned
-for none: 0.01 with a cosine schedule. On a CPU every run has one thread, and as many run at once as there are cores.
+back, five architectures of two blocks of width 64; accuracy on rows not seen. `RecurrentTrainer` with AdamW, rates
+tuned for none: 0.01 with a cosine schedule. On a CPU every run has one thread, and as many run at once as there are
+cores.
 """
 
 import argparse
