@@ -85,11 +85,13 @@ $(BENCH_STAMP): pyproject.toml constraints.txt
 bench: $(BENCH_STAMP)
 	$(BENCH) benchmarks/suite.py speed
 	$(BENCH) benchmarks/page.py
+	$(BENCH) benchmarks/pictures.py
 
 # What takes hours: learning, memory, faults. Goes on where it was interrupted. DATA=text.txt for the text.
 bench-quality: $(BENCH_STAMP)
 	$(BENCH) benchmarks/suite.py quality $(if $(DATA),--data $(DATA))
 	$(BENCH) benchmarks/page.py
+	$(BENCH) benchmarks/pictures.py
 
 # Speed again, compared with the committed results: ratios, never seconds.
 bench-check: $(BENCH_STAMP)
@@ -119,6 +121,7 @@ $(WHEELS)/site:
 # docs/performance.md and its pictures from the committed results.
 performance: $(STAMP)
 	$(BIN)/python benchmarks/page.py
+	$(BIN)/python benchmarks/pictures.py
 
 # A card per architecture from the committed results.
 model-cards: $(STAMP)

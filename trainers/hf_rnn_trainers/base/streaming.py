@@ -92,28 +92,13 @@ class StreamingTrainer(BackpropOverPieces):
         self._windows += 1
         return loss
 
-    def _run_epoch(
-        self,
-        *,
-        epoch,
-        steps_in_epoch,
-        resume_from_checkpoint,
-        epochs_trained,
-        steps_trained_in_current_epoch,
-        **kwargs,
-    ) -> None:
-        self.carried, self._windows, self._all_windows = None, 0, steps_in_epoch
-        if resume_from_checkpoint is not None and epoch == epochs_trained:
-            self._windows = steps_trained_in_current_epoch
-            self._restore(Path(resume_from_checkpoint))
-        super()._run_epoch(  # type: ignore[misc]
-            epoch=epoch,
-            steps_in_epoch=steps_in_epoch,
-            resume_from_checkpoint=resume_from_checkpoint,
-            epochs_trained=epochs_trained,
-            steps_trained_in_current_epoch=steps_trained_in_current_epoch,
-            **kwargs,
-        )
+    def _run_epoch(self, **about) -> None:
+        checkpoint = about["resume_from_checkpoint"]
+        self.carried, self._windows, self._all_windows = None, 0, about["steps_in_epoch"]
+        if checkpoint is not None and about["epoch"] == about["epochs_trained"]:
+            self._windows = about["steps_trained_in_current_epoch"]
+            self._restore(Path(checkpoint))
+        super()._run_epoch(**about)  # type: ignore[misc]
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # type: ignore[misc]
