@@ -23,12 +23,15 @@ class SequenceLayout(NamedTuple):
             writes the last states to them and returns them.
         continues: (B,) bool, of a model's packed rows, each of which begins with a sequence of its own: True where that
             one goes on from the row's state. None where no state is carried.
+        reverse: each sequence is read from its last token to its first: what an op calls the initial state is that
+            behind the last token, the last state that after the first one. The tokens stay where they lie.
     """
 
     mask: Tensor | None = None
     offsets: Tensor | None = None
     in_place: bool = False
     continues: Tensor | None = None
+    reverse: bool = False
 
     @classmethod
     def of(
