@@ -72,7 +72,7 @@ def sequential_float64(gates, inputs, h0, grad, grad_last):
 def run(gates, inputs, h0, grad, grad_last, **arguments):
     leaves = [x.clone().requires_grad_() for x in [*inputs, h0]]
     mask, cu_seqlens = arguments.get("mask"), arguments.get("cu_seqlens")
-    h, last = op.scan(gates, leaves[:-1], leaves[-1], mask, cu_seqlens)
+    h, last = op.scan(gates, leaves[:-1], leaves[-1], mask, cu_seqlens, False)
     grads = torch.autograd.grad([h, last], leaves, [grad, grad_last])
     return [h.detach(), last.detach(), *grads]
 
@@ -115,12 +115,13 @@ def test_the_plain_torch_path(gates):
         assert relative_error(x, reference_x) <= 1e-6
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("gates", GATES)
-def test_gradcheck(gates):
+def test_gradcheck(gates, reverse):
     inputs, h0 = make_inputs(gates, 2, 5, 3, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]]).bool()
     leaves = [x.requires_grad_() for x in [*inputs, h0.double()]]
-    assert torch.autograd.gradcheck(lambda *x: op.scan(gates, list(x[:-1]), x[-1], mask, None), leaves)
+    assert torch.autograd.gradcheck(lambda *x: op.scan(gates, list(x[:-1]), x[-1], mask, None, reverse), leaves)
 
 
 @pytest.mark.parametrize("gates", GATES)
@@ -128,11 +129,11 @@ def test_registration(gates):
     inputs, h0 = make_inputs(gates, 2, 7, 3)
     inputs = [x.requires_grad_() for x in inputs]
     torch.library.opcheck(
-        op.scan.operator, (gates, inputs, h0.requires_grad_(), torch.ones(2, 7, dtype=torch.bool), None)
+        op.scan.operator, (gates, inputs, h0.requires_grad_(), torch.ones(2, 7, dtype=torch.bool), None, True)
     )
-    torch.library.opcheck(op.scan.operator, (gates, inputs, None, None, None))
+    torch.library.opcheck(op.scan.operator, (gates, inputs, None, None, None, False))
     packed = [x[:1] for x in inputs]
-    torch.library.opcheck(op.scan.operator, (gates, packed, None, None, torch.tensor([0, 3, 7])))
+    torch.library.opcheck(op.scan.operator, (gates, packed, None, None, torch.tensor([0, 3, 7]), False))
 
 
 @pytest.mark.parametrize("gates", GATES)
@@ -259,7 +260,7 @@ def test_called_from_many_threads_at_once():
 def test_one_step_is_the_scan(gates):
     inputs, h0 = make_inputs(gates, 3, 1, 7)
     step = reference.scan(gates, inputs, h0)
-    scan = op.scan(gates, inputs, h0, None, None)
+    scan = op.scan(gates, inputs, h0, None, None, False)
     for x, y in zip(step, scan, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
 
@@ -282,7 +283,7 @@ BAD_CALLS = [
     (lambda: linear_scan(X, X, torch.zeros(2, 3, dtype=torch.long)), TypeError, "h0: expected a floating dtype"),
     (lambda: layout_of(X, torch.ones(2, 4)), ValueError, "mask: expected shape"),
     (
-        lambda: op.scan("min_gru", [X, X], None, None, torch.tensor([0, 5])),
+        lambda: op.scan("min_gru", [X, X], None, None, torch.tensor([0, 5]), False),
         ValueError,
         "cu_seqlens: packed sequences lie",
     ),

@@ -1,5 +1,6 @@
 """One layout for all ops: sequences that run across rows, states written in place, arguments checked once."""
 
+import itertools
 import subprocess
 import sys
 from typing import NamedTuple
@@ -80,6 +81,38 @@ def test_sequences_run_across_rows(case):
     expected, expected_last = listed(case.run(flat, first, SequenceLayout.of(1, 15, mask.view(1, 15), offsets)))
     assert h.shape[:2] == (3, 5) and torch.equal(h.flatten(0, 1), expected[0])
     assert all(torch.equal(a, b) for a, b in zip(last, expected_last, strict=True))
+
+
+def backwards(x, bounds):
+    """Each sequence's tokens in the opposite order, (B, T, ...)."""
+    flat, bounds = x.flatten(0, 1), bounds.tolist()
+    return torch.cat([flat[a:b].flip(0) for a, b in itertools.pairwise(bounds)]).view(x.shape)
+
+
+@pytest.mark.parametrize("name", [*CASES, "conv", "long conv"])
+@pytest.mark.parametrize("kind", ["rows", "padded", "packed"])
+def test_reverse_is_the_reversed_sequence(name, kind):
+    """Outputs, last states and gradients, of whole rows, rows with padding anywhere and sequences across rows."""
+    torch.manual_seed(0)
+    batch, time = 3, 4000 if name == "long conv" else 7  # compiled loops
+    weight, bias = torch.randn(6, 3), torch.randn(6)
+    conv = Case(lambda x, s, y: causal_conv(*x, *s, weight, bias, y), [(6,)], [(2, 6)])
+    case = CASES.get(name, conv)
+    mask = None if kind == "rows" else torch.rand(batch, time) > 0.3
+    offsets = torch.tensor([0, 4, 4, 2 * time + 1, 3 * time]) if kind == "packed" else None
+    bounds = torch.arange(batch + 1) * time if offsets is None else offsets
+    x, first = inputs(case, batch, time), states(case, len(bounds) - 1)
+    leaves = [y.requires_grad_() for y in (*x, *first)]
+    h, last = listed(case.run(x, first, SequenceLayout(mask, offsets, reverse=True)))
+    turned = SequenceLayout(None if mask is None else backwards(mask, bounds), offsets)
+    expected, expected_last = listed(case.run([backwards(y, bounds) for y in x], first, turned))
+    expected = backwards(expected, bounds)
+    real = slice(None) if mask is None else mask
+    grads = torch.randn_like(h[real])
+    ours = torch.autograd.grad([h[real], *last], leaves, [grads, *last])
+    theirs = torch.autograd.grad([expected[real], *expected_last], leaves, [grads, *last])
+    for a, b in [(h[real], expected[real]), *zip(last, expected_last, strict=True), *zip(ours, theirs, strict=True)]:
+        assert relative_error(a, b) <= 1e-6
 
 
 def test_a_convolution_across_rows():

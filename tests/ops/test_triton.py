@@ -35,21 +35,20 @@ def make(gates, shape, dtype=torch.float32, device="cpu", strided=False, bias=0.
     return list(whole.chunk(count, -1)) if strided else list(whole)
 
 
-def errors(run, gates, inputs, h0=None, mask=None, cu_seqlens=None):
+def errors(run, gates, inputs, h0=None, mask=None, cu_seqlens=None, reverse=False):
     """Relative errors of h, the last states, the inputs' gradients and the initial states' gradient."""
     sequences = inputs[0].shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     state = inputs[0].new_zeros(sequences, inputs[0].shape[2]) if h0 is None else h0
     leaves = [x.detach().cpu().double().requires_grad_() for x in [*inputs, state]]
     on_cpu = [x if x is None else x.cpu() for x in (mask, cu_seqlens)]
-    expected = reference.scan(gates, leaves[:-1], leaves[-1], *on_cpu)
+    expected = reference.scan(gates, leaves[:-1], leaves[-1], *on_cpu, reverse)
     expected = [expected[0], expected[1].double()]
     cotangents = [torch.randn_like(x) for x in expected]
     cotangents[0] = cotangents[0].to(inputs[0].dtype).double()
     expected += torch.autograd.grad(expected, leaves, cotangents)
     device = inputs[0].device
-    actual = run(
-        gates, inputs, h0, mask, cu_seqlens, cotangents[0].to(device, inputs[0].dtype), cotangents[1].float().to(device)
-    )
+    grads = cotangents[0].to(device, inputs[0].dtype), cotangents[1].float().to(device)
+    actual = run(gates, inputs, h0, mask, cu_seqlens, *grads, reverse)
     names = ["h", "last", *[f"grad {i}" for i in range(len(inputs))], "grad h0"]
     assert len(actual) == len(expected) == len(names)
     for x, ref in zip(actual, expected, strict=True):
@@ -59,17 +58,17 @@ def errors(run, gates, inputs, h0=None, mask=None, cu_seqlens=None):
     return {n: ((x - r).norm() / r.norm().clamp_min(1e-30)).item() for n, (x, r) in zip(names, pairs, strict=True)}
 
 
-def run_backend(gates, inputs, h0, mask, cu_seqlens, grad, grad_last):
-    h, last = backend.scan(gates, inputs, h0, mask, cu_seqlens)
-    grads, grad_h0 = backend.scan_backward(gates, inputs, h0, mask, cu_seqlens, h, grad, grad_last)
+def run_backend(gates, inputs, h0, mask, cu_seqlens, grad, grad_last, reverse=False):
+    h, last = backend.scan(gates, inputs, h0, mask, cu_seqlens, reverse)
+    grads, grad_h0 = backend.scan_backward(gates, inputs, h0, mask, cu_seqlens, h, grad, grad_last, reverse)
     return h, last, *grads.unbind(2), grad_h0
 
 
-def run_op(gates, inputs, h0, mask, cu_seqlens, grad, grad_last):
+def run_op(gates, inputs, h0, mask, cu_seqlens, grad, grad_last, reverse=False):
     sequences = inputs[0].shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     state = torch.zeros(sequences, inputs[0].shape[2], device=grad.device) if h0 is None else h0.clone()
     inputs = [x.detach().requires_grad_() for x in inputs]
-    h, last = op.scan(gates, inputs, state.requires_grad_(), mask, cu_seqlens)
+    h, last = op.scan(gates, inputs, state.requires_grad_(), mask, cu_seqlens, reverse)
     return h, last, *torch.autograd.grad([h, last], [*inputs, state], [grad, grad_last])
 
 
@@ -138,13 +137,13 @@ def spills(kernel) -> dict[str, int]:
     return {k: int(v) for v, k in re.findall(r"(\d+) bytes (spill \w+)", log)}
 
 
-def launch(gates, dtype=torch.float32, shape=(2, 64, 128), mask=False, packed=False):
+def launch(gates, dtype=torch.float32, shape=(2, 64, 128), mask=False, packed=False, reverse=False):
     inputs = make(gates, (1, *shape[1:]) if packed else shape, dtype)
     batch, time, _ = inputs[0].shape
     cu_seqlens = torch.tensor([0, 5, time]) if packed else None
     mask = torch.ones(batch, time, dtype=torch.bool) if mask else None
-    h, last = backend.scan(gates, inputs, None, mask, cu_seqlens)
-    backend.scan_backward(gates, inputs, None, mask, cu_seqlens, h, h, last)
+    h, last = backend.scan(gates, inputs, None, mask, cu_seqlens, reverse)
+    backend.scan_backward(gates, inputs, None, mask, cu_seqlens, h, h, last, reverse)
 
 
 def check_compiled(target, spilled=0):
@@ -157,13 +156,17 @@ def check_compiled(target, spilled=0):
 
 @pytest.mark.parametrize("target", TARGETS, indirect=True)
 @pytest.mark.parametrize(
-    "gates, dtype, mask, packed",
-    [("min_gru+g", torch.bfloat16, False, False), ("min_lstm+g+normalize", torch.float32, True, True)],
+    "gates, dtype, mask, packed, reverse",
+    [
+        ("min_gru+g", torch.bfloat16, False, False, False),
+        ("min_lstm+g+normalize", torch.float32, True, True, False),
+        ("min_lstm+g+normalize", torch.float32, True, True, True),
+    ],
 )
-def test_compiles_without_spills(target, gates, dtype, mask, packed, monkeypatch):
+def test_compiles_without_spills(target, gates, dtype, mask, packed, reverse, monkeypatch):
     monkeypatch.setattr(backend, "WARPS", 10**6)
     monkeypatch.setattr(backend, "SHORTEST", 8)
-    launch(gates, dtype, mask=mask, packed=packed)
+    launch(gates, dtype, mask=mask, packed=packed, reverse=reverse)
     assert all(compiled_for(target).values())
     check_compiled(target)
 

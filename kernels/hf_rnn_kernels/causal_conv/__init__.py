@@ -22,7 +22,8 @@ def causal_conv(
         weight: (D, K).
         bias: (D,).
         layout: which tokens are real and which sequences they make; rows by default. A token that is not real is passed
-            over, as if it were not there, and gives zeros; nothing reaches from one sequence into another.
+            over, as if it were not there, and gives zeros; nothing reaches from one sequence into another. Read in
+            `reverse`, y_t is of what follows x_t, and states are in the order of reading.
 
     Returns:
         y like x, and the state after the last real token, in float32 (float64 for float64 inputs): `state` itself,
@@ -41,7 +42,7 @@ def causal_conv(
         check_offsets("layout.offsets", layout.offsets, batch * x.shape[1])
     before = x.new_zeros(sequences, history, channels) if state is None else state.to(x.dtype)
     if layout.mask is None and layout.offsets is None:
-        y, ends = convolve(x, before, weight, bias)
+        y, ends = convolve(x, before, weight, bias, layout.reverse)
     else:
         y, ends = _with_gaps(layout.flat(x), before, weight, bias, layout)
         y = y.view(x.shape)
@@ -51,31 +52,37 @@ def causal_conv(
     return y, ends.to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
 
 
-def convolve(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def convolve(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
     """`reference.convolve`, and of large inputs on a CPU in one pass."""
     perturbed = isinstance(weight, Perturbed) or isinstance(bias, Perturbed)
     if perturbed or not (threads.worthwhile(x) and weight.dtype == bias.dtype == torch.float32):
-        return reference.convolve(x, before, weight, bias)
+        return reference.convolve(x, before, weight, bias, reverse)
     refuse_forward_mode(x, before, weight, bias)
     history = before.shape[1]
-    ends = torch.cat([before, x[:, max(x.shape[1] - history, 0) :]], 1)
-    return op.forward(x, before, weight, bias), ends[:, ends.shape[1] - history :]
+    end = x[:, :history].flip(1) if reverse else x[:, max(x.shape[1] - history, 0) :]
+    ends = torch.cat([before, end], 1)
+    return op.forward(x, before, weight, bias, reverse), ends[:, ends.shape[1] - history :]
 
 
 def _with_gaps(
     x: Tensor, before: Tensor, weight: Tensor, bias: Tensor, layout: SequenceLayout
 ) -> tuple[Tensor, Tensor]:
-    """Real tokens laid out without gaps, behind what is before them, convolved, and read back."""
+    """Real tokens laid out without gaps as they are read, behind what is before them, convolved, and read back."""
     history, room = before.shape[1], x.shape[1]
     mask = layout.flat_mask()
     real = x.new_ones(x.shape[:2], dtype=torch.long) if mask is None else mask.long()
     place = real.cumsum(1) - 1
     within = torch.arange(history, device=x.device)
     last = real.sum(1, keepdim=True) + within
+    if layout.reverse and layout.offsets is None:
+        place = real.sum(1, keepdim=True) - 1 - place
     if layout.offsets is not None:  # each sequence behind its own, in one row
         bounds, token = layout.offsets.long(), torch.arange(room, device=x.device)
-        place = place + history * torch.searchsorted(bounds[1:], token, right=True)
+        sequence = torch.searchsorted(bounds[1:], token, right=True)
         count = torch.nn.functional.pad(real.cumsum(1), (1, 0))[0, bounds]  # real tokens up to each bound
+        if layout.reverse:
+            place = count[sequence] + count[sequence + 1] - 1 - place
+        place = place + history * sequence
         shift = history * torch.arange(len(bounds), device=x.device)
         starts = (count + shift)[1:-1, None] + within - history
         last = (count[1:] + shift[:-1])[:, None] + within

@@ -6,11 +6,15 @@ from torch import Tensor
 from hf_rnn_kernels.perturbed import Perturbed
 
 
-def convolve(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """y (B, T, D) of x behind the K - 1 inputs before it, and the last K - 1 of all these inputs.
+def convolve(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    """y (B, T, D) of x behind the K - 1 inputs before it, and the last K - 1 of all these inputs, as they are read:
+    with `reverse` from the last one to the first.
 
     As K multiply-adds: a grouped conv1d and its two transposes take longer (docs/log.md, 2026-11-22).
     """
+    if reverse:
+        y, ends = convolve(x.flip(1), before, weight, bias)
+        return y.flip(1), ends
     time, taps = x.shape[1], weight.shape[-1]
     padded = torch.cat([before, x], 1)
     if time == 1 and not isinstance(weight, Perturbed):  # a step of decoding: few calls

@@ -102,7 +102,8 @@ def _scan(gates: str, inputs: dict[str, Tensor], h0: Tensor | None, layout: Sequ
         return reference.decode(gates, tensors, states[0], layout.mask)
 
     def any_tokens(training):
-        h, last = op.scan(gates, [layout.flat(x) for x in tensors], h0, layout.flat_mask(), layout.offsets)
+        rows = [layout.flat(x) for x in tensors]
+        h, last = op.scan(gates, rows, h0, layout.flat_mask(), layout.offsets, layout.reverse)
         return h.view(first.shape), [last]
 
     states = [] if h0 is None else [h0]

@@ -163,6 +163,7 @@ class _Cell(NamedTuple):
 class _Layout(NamedTuple):
     mask: np.ndarray  # empty for none
     offsets: np.ndarray  # uint64
+    reverse: bool
 
 
 # A flat buffer and unsigned indices: 0.22 ms where slices, whose references are counted, took 0.40.
@@ -172,7 +173,7 @@ def _forward(cell, sizes, inputs, layout, h0, out, last):
     # Unpacked before the parallel loop, to which numba hands the members of a group one by one.
     (kind, positive, normalize), (channels, strip) = cell, sizes
     (x, x_apart), (y, y_apart), (z, z_apart) = inputs
-    mask, offsets = layout
+    mask, offsets, reverse = layout
     strips = (channels + strip - U1) // strip
     for task in prange(U(offsets.size - 1) * strips):
         n = U(task) // strips
@@ -182,7 +183,8 @@ def _forward(cell, sizes, inputs, layout, h0, out, last):
         lost = np.zeros(width, np.float32)
         for d in range(width):
             last[s + d] = h0[s + d]
-        for t in range(offsets[n], offsets[n + U1]):
+        for step in range(offsets[n + U1] - offsets[n]):
+            t = offsets[n + U1] - U1 - step if reverse else offsets[n] + step
             at = (t * x_apart + low, t * y_apart + low, t * z_apart + low)
             o = t * channels + low
             # Padding: the state passes, and so does what rounding lost of it.
@@ -203,7 +205,7 @@ def _backward(cell, sizes, inputs, layout, h0, h, grad, grads, carry):
     """`carry` holds the gradient of the last states on entry and that of the initial states on return."""
     (kind, positive, normalize), (channels, strip) = cell, sizes
     (x, x_apart), (y, y_apart), (z, z_apart) = inputs
-    mask, offsets = layout
+    mask, offsets, reverse = layout
     strips = (channels + strip - U1) // strip
     # 2 or 3 inputs, whose gradients lie side by side in a row as the halves of a projection do.
     count = U(grads.size) // max(U(grad.size), U1)
@@ -213,11 +215,12 @@ def _backward(cell, sizes, inputs, layout, h0, h, grad, grads, carry):
         width = min(strip, channels - low)
         s, arrays = n * channels + low, (x, y, z)
         for back in range(offsets[n + U1] - offsets[n]):
-            t = offsets[n + U1] - U1 - back
+            t = offsets[n] + back if reverse else offsets[n + U1] - U1 - back
             at = (t * x_apart + low, t * y_apart + low, t * z_apart + low)
             o = t * channels + low
-            # h_{t-1} is the row before in h, which is kept anyway.
-            before, b = (h, o - channels) if t > offsets[n] else (h0, s)
+            # The state before is the row before (behind) in h, which is kept anyway.
+            neighbour = o + channels if reverse else o - channels
+            before, b = (h, neighbour) if back + U1 < offsets[n + U1] - offsets[n] else (h0, s)
             dx = t * count * channels + low
             to = (dx, dx + channels, dx + U(2) * channels)
             if mask.size > 0 and not mask[t]:
@@ -245,7 +248,14 @@ def _rows(x: Tensor) -> tuple[np.ndarray, np.uint64]:
     return x.as_strided(((rows - 1) * stride + x.shape[2],), (1,)).numpy(), U(stride)
 
 
-def _arguments(gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None):
+def _arguments(
+    gates: str,
+    inputs: list[Tensor],
+    h0: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+):
     name, *options = gates.split("+")
     kind = {"linear": _LINEAR, "min_gru": _MIN_GRU, "min_lstm": _MIN_LSTM}[name]
     batch, time, channels = inputs[0].shape
@@ -259,7 +269,7 @@ def _arguments(gates: str, inputs: list[Tensor], h0: Tensor | None, mask: Tensor
     h0 = np.zeros(sequences * channels, np.float32) if h0 is None else flat(h0)
     mask = np.empty(0, np.bool_) if mask is None else mask.reshape(-1).bool().numpy()
     cell = _Cell(kind, "g" in options, "normalize" in options)
-    return cell, (U(channels), U(strip)), rows, _Layout(mask, offsets.astype(np.uint64)), h0
+    return cell, (U(channels), U(strip)), rows, _Layout(mask, offsets.astype(np.uint64), reverse), h0
 
 
 def scan(
@@ -268,9 +278,10 @@ def scan(
     h0: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `op.scan`."""
-    cell, sizes, rows, layout, first = _arguments(gates, inputs, h0, mask, cu_seqlens)
+    cell, sizes, rows, layout, first = _arguments(gates, inputs, h0, mask, cu_seqlens, reverse)
     h, last = empty(*inputs[0].shape), empty(len(layout.offsets) - 1, inputs[0].shape[2])
     run(_forward, cell, sizes, rows, layout, first, flat(h), flat(last))
     return h.to(inputs[0].dtype), last
@@ -285,9 +296,10 @@ def scan_backward(
     h: Tensor,
     grad: Tensor,
     grad_last: Tensor,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `op.scan_backward`."""
-    cell, sizes, rows, layout, first = _arguments(gates, inputs, h0, mask, cu_seqlens)
+    cell, sizes, rows, layout, first = _arguments(gates, inputs, h0, mask, cu_seqlens, reverse)
     batch, time, channels = h.shape
     grads = empty(batch, time, len(inputs), channels)
     grad_h0 = grad_last.float().clone(memory_format=torch.contiguous_format)

@@ -134,7 +134,10 @@ def _map_back(x, y, grad, LINEAR: tl.constexpr, GRU: tl.constexpr, NORMALIZE: tl
 @triton.jit
 def _task(offsets, time, rows, sequences, chunk, channels, BD: tl.constexpr):
     """What this program works on: its channels; sequence n, that begins at row `start`; of this the chunk c, rows
-    low <= t < high; and whether the sequence ends there."""
+    low <= t < high; whether the sequence ends there; and the row that a sequence read backwards has in row 0's place.
+
+    Read backwards (`_turned`) rows are counted as they are read: the sequence's last one is its first.
+    """
     blocks = tl.cdiv(channels, BD)
     task = tl.program_id(0)
     # int64 from here on: n * time * channels passes 2^31.
@@ -150,14 +153,24 @@ def _task(offsets, time, rows, sequences, chunk, channels, BD: tl.constexpr):
     high = tl.minimum(low + chunk, stop)
     # Of an empty sequence the first chunk ends it, and writes its initial state as the last.
     ends = (high == stop) & ((low < stop) | (c == 0))
-    return (task % blocks) * BD + tl.arange(0, BD), n, c, start, low, high, ends
+    return (task % blocks) * BD + tl.arange(0, BD), n, c, start, low, high, ends, start + stop - 1
 
 
 @triton.jit
-def _live(mask, row, inside):
+def _turned(x, stride, zeroth, REVERSE: tl.constexpr):
+    """A tensor's row 0 and the distance to the next one, or, from the end of a sequence, to the one before."""
+    if REVERSE:
+        x += zeroth * stride
+        stride = -stride
+    return x, stride
+
+
+@triton.jit
+def _live(mask, row, inside, zeroth, REVERSE: tl.constexpr):
     """Whether a row moves the state: inside the chunk and not padding."""
     if mask is not None:
-        inside = inside & (tl.load(mask + row, inside, other=0) != 0)
+        mask, step = _turned(mask, 1, zeroth, REVERSE)
+        inside = inside & (tl.load(mask + row * step, inside, other=0) != 0)
     return inside
 
 
@@ -190,10 +203,14 @@ def _forward(
     time: tl.int64, rows: tl.int64, sequences, chunk: tl.int64, chunks, channels,
     states, h, last,
     LINEAR: tl.constexpr, GRU: tl.constexpr, POSITIVE: tl.constexpr, NORMALIZE: tl.constexpr,
-    BD: tl.constexpr, STEPS: tl.constexpr,
+    BD: tl.constexpr, STEPS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """`states` (N, chunks, D): the state before every chunk. Writes h and, where a sequence ends, `last` (N, D)."""
-    channel, n, c, _, low, high, ends = _task(offsets, time, rows, sequences, chunk, channels, BD)
+    channel, n, c, _, low, high, ends, zeroth = _task(offsets, time, rows, sequences, chunk, channels, BD)
+    x, x_stride = _turned(x, x_stride, zeroth, REVERSE)
+    y, y_stride = _turned(y, y_stride, zeroth, REVERSE)
+    z, z_stride = _turned(z, z_stride, zeroth, REVERSE)
+    h, h_stride = _turned(h, channels, zeroth, REVERSE)
     valid = channel < channels
     state = tl.load(states + (n * chunks + c) * channels + channel, valid, other=0.0)
     lost = tl.zeros_like(state)
@@ -207,8 +224,8 @@ def _forward(
             ys = ys + (tl.load(y_row + j * y_stride, inside, other=0.0),)
             # What there is no third input for must be a tensor still; it is not read.
             zs = zs + (xs[j] if LINEAR or GRU else tl.load(z_row + j * z_stride, inside, other=0.0),)
-            lives = lives + (_live(mask, row + j, row + j < high),)
-        h_row = h + row * channels + channel
+            lives = lives + (_live(mask, row + j, row + j < high, zeroth, REVERSE),)
+        h_row = h + row * h_stride + channel
         for j in tl.static_range(STEPS):
             next_state, next_lost = _step(
                 xs[j].to(tl.float32), ys[j].to(tl.float32), zs[j].to(tl.float32), state, lost,
@@ -216,7 +233,7 @@ def _forward(
             )  # fmt: skip
             # A choice and no branch, so that a step costs the same with padding and rounds the same.
             state, lost = tl.where(lives[j], next_state, state), tl.where(lives[j], next_lost, lost)
-            tl.store(h_row + j * channels, state, valid & (row + j < high))
+            tl.store(h_row + j * h_stride, state, valid & (row + j < high))
     tl.store(last + n * channels + channel, state, valid & ends)
 
 
@@ -226,31 +243,37 @@ def _backward(
     time: tl.int64, rows: tl.int64, sequences, chunk: tl.int64, chunks, channels,
     states, h0, h, grad, grad_stride, grads, grad_h0,
     LINEAR: tl.constexpr, GRU: tl.constexpr, POSITIVE: tl.constexpr, NORMALIZE: tl.constexpr,
-    BD: tl.constexpr, STEPS: tl.constexpr,
+    BD: tl.constexpr, STEPS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Walks back in time: dh_t = grad_t + e, then e = keep_t * dh_t; the last e is the gradient of h0.
 
     `states` (N, chunks, D): e after every chunk, the last chunk first. Writes `grads` (B, T, inputs, D) and `grad_h0`.
     """
-    channel, n, c, start, low, high, _ = _task(offsets, time, rows, sequences, chunk, channels, BD)
+    channel, n, c, start, low, high, _, zeroth = _task(offsets, time, rows, sequences, chunk, channels, BD)
     valid = channel < channels
-    e = tl.load(states + (n * chunks + (chunks - 1 - c)) * channels + channel, valid, other=0.0)
     count: tl.constexpr = 2 if LINEAR or GRU else 3
+    x, x_stride = _turned(x, x_stride, zeroth, REVERSE)
+    y, y_stride = _turned(y, y_stride, zeroth, REVERSE)
+    z, z_stride = _turned(z, z_stride, zeroth, REVERSE)
+    h, h_stride = _turned(h, channels, zeroth, REVERSE)
+    grad, grad_stride = _turned(grad, grad_stride, zeroth, REVERSE)
+    grads, grads_stride = _turned(grads, count * channels, zeroth, REVERSE)
+    e = tl.load(states + (n * chunks + (chunks - 1 - c)) * channels + channel, valid, other=0.0)
     for back in range(0, high - low, STEPS):
         row = high - 1 - back
         xs, ys, zs, befores, gradients, lives = (), (), (), (), (), ()
         x_row, y_row, z_row = x + row * x_stride + channel, y + row * y_stride + channel, z + row * z_stride + channel
-        h_row, grad_row = h + row * channels + channel, grad + row * grad_stride + channel
+        h_row, grad_row = h + row * h_stride + channel, grad + row * grad_stride + channel
         for j in tl.static_range(STEPS):
             inside = valid & (row - j >= low)
             xs = xs + (tl.load(x_row - j * x_stride, inside, other=0.0),)
             ys = ys + (tl.load(y_row - j * y_stride, inside, other=0.0),)
             zs = zs + (xs[j] if LINEAR or GRU else tl.load(z_row - j * z_stride, inside, other=0.0),)
             # h_{t-1} from what the forward pass wrote, rounded to its dtype; only h0 is float32.
-            befores = befores + (tl.load(h_row - (j + 1) * channels, inside & (row - j > start), other=0.0),)
+            befores = befores + (tl.load(h_row - (j + 1) * h_stride, inside & (row - j > start), other=0.0),)
             gradients = gradients + (tl.load(grad_row - j * grad_stride, inside, other=0.0),)
-            lives = lives + (_live(mask, row - j, row - j >= low),)
-        to = grads + row * (count * channels) + channel
+            lives = lives + (_live(mask, row - j, row - j >= low, zeroth, REVERSE),)
+        to = grads + row * grads_stride + channel
         for j in tl.static_range(STEPS):
             before = befores[j].to(tl.float32)
             # Uniform in the program: no lanes wait for others.
@@ -259,7 +282,7 @@ def _backward(
             e = _step_back(
                 xs[j].to(tl.float32), ys[j].to(tl.float32), zs[j].to(tl.float32), before,
                 gradients[j].to(tl.float32) + e, lives[j],
-                to - j * (count * channels), channels, valid & (row - j >= low), LINEAR, GRU, POSITIVE, NORMALIZE,
+                to - j * grads_stride, channels, valid & (row - j >= low), LINEAR, GRU, POSITIVE, NORMALIZE,
             )  # fmt: skip
     tl.store(grad_h0 + n * channels + channel, e, valid & (c == 0))
 
@@ -300,11 +323,16 @@ def _aggregate(
     time: tl.int64, rows: tl.int64, sequences, chunk: tl.int64, chunks, channels,
     grad, grad_stride, us, vs,
     LINEAR: tl.constexpr, GRU: tl.constexpr, POSITIVE: tl.constexpr, NORMALIZE: tl.constexpr,
-    BD: tl.constexpr, STEPS: tl.constexpr,
+    BD: tl.constexpr, STEPS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Every chunk as one map `us`, `vs` (N, chunks, D); with `grad` that of the backward pass, the last chunk first."""
-    channel, n, c, _, low, high, _ = _task(offsets, time, rows, sequences, chunk, channels, BD)
+    channel, n, c, _, low, high, _, zeroth = _task(offsets, time, rows, sequences, chunk, channels, BD)
     valid = channel < channels
+    x, x_stride = _turned(x, x_stride, zeroth, REVERSE)
+    y, y_stride = _turned(y, y_stride, zeroth, REVERSE)
+    z, z_stride = _turned(z, z_stride, zeroth, REVERSE)
+    if grad is not None:
+        grad, grad_stride = _turned(grad, grad_stride, zeroth, REVERSE)
     # The map that changes nothing.
     u = tl.full([BD], 1.0 if LINEAR else 0.0, tl.float32)
     v = tl.full([BD], 0.0, tl.float32)
@@ -321,7 +349,7 @@ def _aggregate(
                 # Backward the candidate plays no part, and the input gate only where it is normalised.
                 ys = ys + (tl.load(y + row * y_stride + channel, inside, other=0.0) if NORMALIZE else xs[j],)
                 zs = zs + (tl.load(grad + row * grad_stride + channel, inside, other=0.0),)
-            lives = lives + (_live(mask, row, done + j < high - low),)
+            lives = lives + (_live(mask, row, done + j < high - low, zeroth, REVERSE),)
         for j in tl.static_range(STEPS):
             if grad is None:
                 next_u, next_v = _map(xs[j], ys[j], zs[j], LINEAR, GRU, POSITIVE, NORMALIZE)
@@ -394,7 +422,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 class _Launch:
     """The arguments that the kernels of one scan share."""
 
-    def __init__(self, gates: str, inputs: list[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None):
+    def __init__(self, gates: str, inputs: list[Tensor], mask: Tensor | None, cu_seqlens: Tensor | None, reverse: bool):
         name, *options = gates.split("+")
         batch, time, self.channels = inputs[0].shape
         self.device = inputs[0].device
@@ -413,7 +441,7 @@ class _Launch:
         self.linear = name == "linear"
         self.constants = {
             "LINEAR": self.linear, "GRU": name == "min_gru", "POSITIVE": "g" in options,
-            "NORMALIZE": "normalize" in options, "BD": BD, "num_warps": 1,
+            "NORMALIZE": "normalize" in options, "BD": BD, "REVERSE": reverse, "num_warps": 1,
         }  # fmt: skip
 
     def run(self, kernel, *arguments) -> None:
@@ -441,10 +469,11 @@ def scan(
     h0: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `op.scan`."""
     with torch.cuda.device_of(inputs[0]):
-        launch = _Launch(gates, inputs, mask, cu_seqlens)
+        launch = _Launch(gates, inputs, mask, cu_seqlens, reverse)
         first = launch.zeros() if h0 is None else h0.float().contiguous()
         h = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device=launch.device)
         last = torch.empty(first.shape, device=launch.device)
@@ -461,11 +490,12 @@ def scan_backward(
     h: Tensor,
     grad: Tensor,
     grad_last: Tensor,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `op.scan_backward`."""
     batch, time, channels = h.shape
     with torch.cuda.device_of(inputs[0]):
-        launch = _Launch(gates, inputs, mask, cu_seqlens)
+        launch = _Launch(gates, inputs, mask, cu_seqlens, reverse)
         first = launch.zeros() if h0 is None else h0.float().contiguous()
         grad, grad_stride = _rows(grad)
         states = launch.states(grad_last.float().contiguous(), grad, grad_stride)

@@ -19,18 +19,20 @@ def small(monkeypatch):
 
 @pytest.mark.usefixtures("chunks", "poison", "small")
 class TestValues:
+    @pytest.mark.parametrize("reverse", [False, True])
     @pytest.mark.parametrize("gates", GATES)
-    def test_all_at_once(self, gates):
+    def test_all_at_once(self, gates, reverse):
         """Strided inputs, initial states, padding."""
         inputs = make(gates, (2, 21, 19), strided=True)
-        check(errors(run_backend, gates, inputs, torch.randn(2, 19), padding(2, 21)))
+        check(errors(run_backend, gates, inputs, torch.randn(2, 19), padding(2, 21), reverse=reverse))
 
+    @pytest.mark.parametrize("reverse", [False, True])
     @pytest.mark.parametrize("gates, dtype", [("linear", torch.int64), ("min_gru+g", torch.int32)])
-    def test_packed(self, gates, dtype):
+    def test_packed(self, gates, dtype, reverse):
         """Sequences of 9, 0, 1, 27 and 0 rows, with padding."""
         cu_seqlens = torch.tensor([0, 9, 9, 10, 37, 37], dtype=dtype)
         inputs = make(gates, (1, 37, 5))
-        check(errors(run_backend, gates, inputs, torch.randn(5, 5), padding(2, 37)[:1], cu_seqlens))
+        check(errors(run_backend, gates, inputs, torch.randn(5, 5), padding(2, 37)[:1], cu_seqlens, reverse))
 
     @pytest.mark.parametrize("shape", [(2, 1, 3), (1, 9, 1), (1, 17, 130), (1, 16, 128)])
     def test_shapes(self, shape):
