@@ -1,5 +1,6 @@
 """Parts that blocks are made of."""
 
+from hf_rnn.layers.bidirectional import Bidirectional
 from hf_rnn.layers.block_linear import BlockLinear
 from hf_rnn.layers.causal_conv import CausalConv
 from hf_rnn.layers.feed_forward import FeedForward, GatedFeedForward
@@ -9,6 +10,7 @@ from hf_rnn.layers.norm import MultiHeadNorm, RMSNorm
 from hf_rnn.layers.sliding_attention import SlidingAttention
 
 __all__ = [
+    "Bidirectional",
     "BlockLinear",
     "CausalConv",
     "FeedForward",

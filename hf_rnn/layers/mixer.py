@@ -70,7 +70,8 @@ class RecurrentMixer(Mixer):
     """What recurrences over a vector share: the projection to pre-activations, a learned initial state, the output
     projection; in the gated layout a convolution before and a gate after.
 
-    An architecture gives `num_projections`, `recurrence` and, where they differ, `num_states` and `initial_bias`.
+    Its input has `config.hidden_size` channels, or `input_size`. An architecture gives `num_projections`, `recurrence`
+    and, where they differ, `num_states` and `initial_bias`.
 
     Attributes:
         num_projections: pre-activations per channel.
@@ -80,10 +81,10 @@ class RecurrentMixer(Mixer):
     num_projections: int
     num_states = 1
 
-    def __init__(self, config: RecurrentBlockConfig):
+    def __init__(self, config: RecurrentBlockConfig, input_size: int | None = None):
         super().__init__()
         self.config = config
-        size, inner, bias = config.hidden_size, config.inner_size, config.use_bias
+        size, inner, bias = input_size or config.hidden_size, config.inner_size, config.use_bias
         self.state_shapes = [(inner,)] * self.num_states
         self.conv, self.gate_proj = None, None
         if config.is_gated:
@@ -93,7 +94,9 @@ class RecurrentMixer(Mixer):
                 self.state_shapes.append(self.conv.state_shape)
         self.in_proj = nn.Linear(size, self.num_projections * inner, bias=bias)
         self.initial_state = nn.Parameter(torch.empty(self.num_states, inner)) if config.learned_initial_state else None
-        self.out_proj = nn.Linear(inner, size, bias=bias) if config.output_projection else nn.Identity()
+        self.out_proj = (
+            nn.Linear(config.output_size, config.hidden_size, bias=bias) if config.output_projection else nn.Identity()
+        )
 
     @abstractmethod
     def recurrence(

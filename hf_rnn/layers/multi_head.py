@@ -14,21 +14,27 @@ class MultiHeadMixer(RecurrentMixer):
 
     Parameters lie head by head, within a head gate by gate; with one head, as in torch.nn's `weight_ih`, `weight_hh`,
     `bias_ih` and `bias_hh` (see `hf_rnn.exchange.gate_order`).
+
+    Attributes:
+        projection: of the state, where an architecture has one.
     """
 
-    def __init__(self, config):
-        super().__init__(config)
+    projection: nn.Linear | None
+
+    def __init__(self, config: Any, input_size: int | None = None):
+        super().__init__(config, input_size)
         heads, size = config.num_heads, config.inner_size // config.num_heads
         self.recurrent_weight = nn.Parameter(torch.empty(heads, self.num_projections * size, size))
         biases = self.num_projections * config.inner_size
         self.recurrent_bias = nn.Parameter(torch.empty(biases)) if config.use_bias else None
+        self.projection = None
 
     def init_weights(self) -> None:
         """Each gate's matrix of each head orthogonal, which keeps norms over many steps (Saxe et al., 1312.6120)."""
         super().init_weights()
         if not getattr(self.recurrent_weight, "_is_hf_initialized", False):
-            size = self.recurrent_weight.shape[2]
-            weight = torch.empty(self.config.num_heads * self.num_projections, size, size)
+            heads, rows, size = self.recurrent_weight.shape
+            weight = torch.empty(heads * self.num_projections, rows // self.num_projections, size)
             for matrix in weight:
                 nn.init.orthogonal_(matrix)
             init.copy_(self.recurrent_weight, weight.view_as(self.recurrent_weight).to(self.recurrent_weight))

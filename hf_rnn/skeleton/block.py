@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_rnn.layers import CausalConv, Mixer
+from hf_rnn.layers import Bidirectional, CausalConv, Mixer
 from hf_rnn.skeleton.cache import RecurrentCache
 from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 from hf_rnn_kernels.layout import ROWS, SequenceLayout
@@ -20,7 +20,7 @@ class RecurrentBlock(GradientCheckpointingLayer):
         layer_idx: int,
         mixer: Mixer,
         mixer_norm: nn.Module | None = None,
-        conv: CausalConv | None = None,
+        conv: CausalConv | Bidirectional | None = None,
         ff_norm: nn.Module | None = None,
         ff: nn.Module | None = None,
         dropout: float = 0.0,
@@ -33,7 +33,7 @@ class RecurrentBlock(GradientCheckpointingLayer):
         self.ff_norm = ff_norm
         self.ff = ff
         self.dropout = nn.Dropout(dropout)
-        self.state_shapes = list(mixer.state_shapes) + ([] if conv is None else [conv.state_shape])
+        self.state_shapes = list(mixer.state_shapes) + ([conv.state_shape] if isinstance(conv, CausalConv) else [])
 
     def forward(self, x: Tensor, layout: SequenceLayout = ROWS, cache: RecurrentCache | None = None) -> Tensor:
         """(B, T, D) to (B, T, D); reads and writes its layer's state in `cache` where there is one."""
@@ -57,7 +57,7 @@ class RecurrentBlock(GradientCheckpointingLayer):
     def initial_states(self, batch_size: int) -> tuple[Tensor, ...]:
         """The state before the first token, (B, ...) each."""
         states = self.mixer.initial_states(batch_size)
-        if self.conv is None:
+        if not isinstance(self.conv, CausalConv):
             return states
         return *states, states[0].new_zeros(batch_size, *self.conv.state_shape)
 

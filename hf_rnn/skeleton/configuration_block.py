@@ -26,14 +26,17 @@ class RecurrentBlockConfig(HybridConfig):
     Args:
         block_layout: "gated" or "paper"; None: "gated", which learns more at equal parameters, steps and time
             (docs/layouts.md), or "paper" where there are no residuals.
-        expansion_factor: the recurrence has int(hidden_size * expansion_factor) channels; None: 2 ("gated") or 1.
+        expansion_factor: the recurrence, each of the two if bidirectional, has int(hidden_size * expansion_factor)
+            channels; None: 2 ("gated"), 1, or 0.5 where two stand side by side.
         conv_kernel: width of the causal convolution before each recurrence, 0 for none.
         feed_forward_factor: the feed-forward has int(hidden_size * feed_forward_factor) channels, 0 for none; None: 4
             ("paper" with residuals) or 0.
-        output_projection: a linear layer from the recurrence back to the residual stream; may be False only at
-            expansion 1.
+        output_projection: a linear layer from the recurrence back to the residual stream; may be False only where the
+            recurrence, or two of them side by side, are as wide.
         residual: blocks add to a residual stream, each branch behind a norm. False stacks the bare recurrences, as
             `torch.nn.LSTM` does: no residuals, norms, convolutions or feed-forwards.
+        embedding_size: channels of the embeddings, and of the first recurrence's input; None: hidden_size. Others only
+            without residuals.
         learned_initial_state: the state before the first token is a parameter (zeros at first), else zeros.
         initializer_range: standard deviation of the initial embeddings and linear weights; None: 0.02 of the embeddings
             and 1 / sqrt(inputs) of linear weights, by which every width learns at about the same rate.
@@ -46,6 +49,7 @@ class RecurrentBlockConfig(HybridConfig):
     feed_forward_factor: int | float | None = None
     output_projection: bool = True
     residual: bool = True
+    embedding_size: int | None = None
     learned_initial_state: bool = True
     initializer_range: int | float | None = None  # type: ignore[assignment]
 
@@ -53,7 +57,8 @@ class RecurrentBlockConfig(HybridConfig):
         if self.block_layout is None:
             self.block_layout = "gated" if self.residual else "paper"
         if self.expansion_factor is None:
-            self.expansion_factor = 2.0 if self.is_gated else 1.0
+            one = 0.5 if self.directions_side_by_side else 1.0
+            self.expansion_factor = 2.0 if self.is_gated else one
         if self.feed_forward_factor is None:
             self.feed_forward_factor = 4.0 if self.residual and not self.is_gated else 0.0
         super().__post_init__(**kwargs)
@@ -71,6 +76,19 @@ class RecurrentBlockConfig(HybridConfig):
     def inner_size(self) -> int:
         """Channels of the recurrence."""
         return int(self.hidden_size * self.expansion_factor)  # type: ignore[operator]
+
+    @property
+    def output_size(self) -> int:
+        """Channels of what the recurrence gives, one direction."""
+        return self.inner_size
+
+    @property
+    def input_size(self) -> int:
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
+
+    @property
+    def directions_side_by_side(self) -> bool:
+        return self.bidirectional and not self.output_projection
 
     def tensor_parallel_plan(self) -> dict[str, str]:
         """Matrices over processes. The recurrence between them has all its channels on each: its projection holds gates
@@ -103,10 +121,18 @@ class RecurrentBlockConfig(HybridConfig):
         inner = self.hidden_size * self.feed_forward_factor  # type: ignore[operator]
         self._check_width("feed_forward_factor", inner, least=0)
         self._check_width("conv_kernel", self.conv_kernel, least=0)
-        if not self.output_projection and self.inner_size != self.hidden_size:
+        outputs = self.output_size * (2 if self.directions_side_by_side else 1)
+        if not self.output_projection and outputs != self.hidden_size:
             raise ValueError(
-                f"output_projection: needed at expansion_factor {self.expansion_factor}, only 1 can do without"
+                f"output_projection: needed at expansion_factor {self.expansion_factor}, where the recurrence gives "
+                f"{outputs} channels for the {self.hidden_size} of hidden_size"
             )
+        if self.input_size != self.hidden_size and (self.residual or self.input_size < 1):
+            raise ValueError(
+                f"embedding_size: expected hidden_size, {self.hidden_size}, got {self.embedding_size}; only without "
+                "residuals can the first recurrence's input have another width"
+            )
+        self._check_width("embedding_size", self.input_size)
 
     def _check_bare(self) -> None:
         if self.conv_kernel or self.feed_forward_factor:

@@ -60,6 +60,10 @@ class HybridConfig(RecurrentConfig):
             )
         if not self.has_attention:
             return
+        if self.bidirectional:
+            raise ValueError(
+                "bidirectional: attention over the last tokens has one direction; expected layer_types None"
+            )
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads < 1 or self.hidden_size % heads or self.hidden_size // heads % 2:
             raise ValueError(

@@ -42,7 +42,11 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
         norm_eps: epsilon of the norms.
         initializer_range: standard deviation of the initial embeddings and linear weights.
         tie_word_embeddings: the head shares the embedding's weights.
-        use_cache: return the state from forward outside training.
+        bidirectional: each layer has a second recurrence, over each sequence's real tokens from the last one to the
+            first, with weights of its own; see `hf_rnn.layers.Bidirectional`. Such a model reads whole sequences: no
+            state, no `generate()`.
+        share_directions: one set of weights for both directions.
+        use_cache: return the state from forward outside training; False where bidirectional.
         pad_token_id, bos_token_id, eos_token_id: where not told, the byte tokenizer's 256, 257 and 258 with its
             vocabulary of 259, None with any other.
         max_position_embeddings: what other tools take for the longest context. A recurrent model has none: the largest
@@ -59,6 +63,8 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
     norm_eps: int | float = 1e-6
     initializer_range: int | float = 0.02
     tie_word_embeddings: bool = False
+    bidirectional: bool = False
+    share_directions: bool = False
     use_cache: bool = True
     max_position_embeddings: int = 2**31 - 1
     pad_token_id: int | None = _UNTOLD
@@ -69,6 +75,8 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
         for name, token in _BYTE_TOKENS.items():
             if getattr(self, name) == _UNTOLD:
                 setattr(self, name, token if self.vocab_size == _BYTES else None)
+        if self.bidirectional:
+            self.use_cache = False
         self._check_foreign(kwargs)
         known = [field.name for field in fields(self)]
         for name in kwargs:
@@ -148,8 +156,20 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
         for name in ("vocab_size", "hidden_size"):
             if getattr(self, name) > _WIDEST:
                 raise ValueError(f"{name}: expected at most {_WIDEST:,}, got {getattr(self, name)}")
+        if self.share_directions and not self.bidirectional:
+            raise ValueError("share_directions: expected False where bidirectional is, got True")
         if not 0 <= self.hidden_dropout < 1:
             raise ValueError(f"hidden_dropout: expected in [0, 1), got {self.hidden_dropout}")
+
+    @property
+    def input_size(self) -> int:
+        """Channels of the embeddings."""
+        return self.hidden_size
+
+    @property
+    def directions_side_by_side(self) -> bool:
+        """Whether the outputs of a bidirectional layer's two directions are concatenated, not added."""
+        return False
 
     @property
     def layer_types(self) -> list[str]:

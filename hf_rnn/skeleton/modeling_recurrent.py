@@ -3,6 +3,7 @@
 An architecture gives what mixes tokens (a `Mixer`) and its config.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_rnn.generation.fused_step import decode_fused, reason_not_fused
-from hf_rnn.layers import CausalConv, FeedForward, RecurrentMixer, RMSNorm, SlidingAttention
+from hf_rnn.layers import Bidirectional, CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm, SlidingAttention
 from hf_rnn.skeleton.block import RecurrentBlock
 from hf_rnn.skeleton.cache import RecurrentCache
 from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
@@ -37,7 +38,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
     def __init__(self, config: RecurrentConfig):
         config.validate()  # loading sets what it is told beside the file's
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.input_size)
         norm = self.make_norm(config)
         self.dropout = nn.Dropout(0.0 if norm is None else config.hidden_dropout)
         self.layers = nn.ModuleList(self.make_block(config, index) for index in range(config.num_hidden_layers))
@@ -52,16 +53,32 @@ class RecurrentModel(RecurrentPreTrainedModel):
     def make_block(self, config: Any, layer_idx: int) -> RecurrentBlock:
         """The blocks of `RecurrentBlockConfig`."""
         size, inner = config.hidden_size, int(config.hidden_size * config.feed_forward_factor)
+        conv = None
+        if config.conv_kernel and not config.is_gated:
+            conv = self.directions(lambda: CausalConv(size, config.conv_kernel))
         dropped = config.residual or layer_idx < config.num_hidden_layers - 1
         return RecurrentBlock(
             layer_idx,
-            SlidingAttention(config) if config.is_attention(layer_idx) else self.mixer_class(config),
+            self.directions(lambda: self.make_mixer(config, layer_idx)),
             self.make_norm(config),
-            CausalConv(size, config.conv_kernel) if config.conv_kernel and not config.is_gated else None,
+            conv,
             self.make_norm(config) if inner else None,
             FeedForward(size, inner) if inner else None,
             config.hidden_dropout if dropped else 0.0,
         )
+
+    def make_mixer(self, config: Any, layer_idx: int) -> Mixer:
+        """What mixes tokens in this layer, in one direction."""
+        if config.is_attention(layer_idx):
+            return SlidingAttention(config)
+        return self.mixer_class(config, config.hidden_size if layer_idx else config.input_size)
+
+    def directions(self, make: Callable[[], nn.Module]) -> Any:
+        """What `make` gives, or, in a bidirectional model, a layer of both directions."""
+        if not self.config.bidirectional:
+            return make()
+        both = [make() for _ in range(1 if self.config.share_directions else 2)]
+        return Bidirectional(both[0], both[-1] if len(both) > 1 else None, self.config.directions_side_by_side)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -84,7 +101,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         """Run the model.
 
         Args:
-            input_ids: (B, T) tokens; or inputs_embeds, (B, T, hidden_size).
+            input_ids: (B, T) tokens; or inputs_embeds, (B, T, config.input_size).
             attention_mask: (B, T), or longer with the past in front; zeros at padding, on either side or in between,
                 ones elsewhere. Padding changes neither the state nor any other token's output.
             position_ids: (B, T) or (1, T). A recurrent model needs no positions; a position 0 after the first token
@@ -117,9 +134,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
             check_ids("input_ids", input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.input_size:
             raise ValueError(
-                f"inputs_embeds: expected shape (B, T, {self.config.hidden_size}), got {tuple(inputs_embeds.shape)}"
+                f"inputs_embeds: expected shape (B, T, {self.config.input_size}), got {tuple(inputs_embeds.shape)}"
             )
         batch, time = inputs_embeds.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
@@ -144,6 +161,13 @@ class RecurrentModel(RecurrentPreTrainedModel):
         self, cache: RecurrentCache | None, use_cache: bool | None, batch: int, packed: bool
     ) -> RecurrentCache | None:
         """The state to go on from, a fresh one, or None."""
+        if self.config.bidirectional:
+            if cache is not None or use_cache:
+                raise ValueError(
+                    "cache, use_cache: a bidirectional model has no state to go on from, since every output depends on "
+                    "all tokens that follow; expected none"
+                )
+            return None
         # Without gradients nothing is computed twice, and a state can be carried: generate() in train mode
         checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if cache is None:
@@ -185,6 +209,11 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: RecurrentConfig):
+        if config.bidirectional:
+            raise ValueError(
+                f"bidirectional: {type(self).__name__} predicts the next token, which a second direction has read; "
+                "expected False, or a head for other tasks, such as ForMaskedLM or ForTokenClassification"
+            )
         super().__init__(config)
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

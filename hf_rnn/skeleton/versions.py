@@ -45,12 +45,14 @@ class AssignablePlan:
     what they add for tied embeddings."""
 
     def tensor_parallel_plan(self) -> dict[str, str]:
-        """How the backbone's matrices lie over processes, by their names, in transformers' terms; {}: whole on each."""
+        """How the backbone's matrices lie over processes, by their names, in transformers' terms; {}: whole on each, as
+        those of bidirectional models are."""
         return {}
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        return vars(self).get("base_model_tp_plan", self.tensor_parallel_plan())
+        plan = {} if self.bidirectional else self.tensor_parallel_plan()  # type: ignore[attr-defined]
+        return vars(self).get("base_model_tp_plan", plan)
 
     @base_model_tp_plan.setter
     def base_model_tp_plan(self, plan: dict[str, str]) -> None:

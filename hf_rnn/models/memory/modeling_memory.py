@@ -65,13 +65,14 @@ class Memory(Mixer):
         else:
             memory = state[0]
         memories = []
-        for t, x_t in enumerate(self.token_norm(x).unbind(1)):
+        tokens = list(enumerate(self.token_norm(x).unbind(1)))
+        for t, x_t in reversed(tokens) if layout.reverse else tokens:
             new = self.update(memory, x_t)
             memory = new if layout.mask is None else torch.where(layout.mask[:, t, None, None], new, memory)
             memories.append(memory)
         if not memories:
             return x, (memory,)
-        y = self.read((torch.stack(memories, 1),))
+        y = self.read((torch.stack(memories[::-1] if layout.reverse else memories, 1),))
         if layout.in_place and state is not None and not memory.requires_grad:
             memory = state[0].copy_(memory)
         return y, (memory,)
@@ -93,7 +94,7 @@ class Memory(Mixer):
         rows = nn.utils.rnn.pad_sequence(list(tokens.split(lengths)), batch_first=True)
         real = torch.ones_like(tokens[:, 0], dtype=torch.bool) if mask is None else mask.flatten()
         real = nn.utils.rnn.pad_sequence(list(real.split(lengths)), batch_first=True)
-        y, last = self.forward(rows, state, SequenceLayout(real))
+        y, last = self.forward(rows, state, SequenceLayout(real, reverse=layout.reverse))
         return torch.cat([row[:length] for row, length in zip(y, lengths, strict=True)]).view(x.shape), last
 
 
@@ -108,7 +109,8 @@ class MemoryRNNModel(RecurrentModel):
     def make_block(self, config: Any, layer_idx: int) -> RecurrentBlock:
         """No residual stream: what the memory does not hold is gone."""
         last = layer_idx == config.num_hidden_layers - 1
-        return RecurrentBlock(layer_idx, Memory(config), dropout=0.0 if last else config.hidden_dropout)
+        mixer = self.directions(lambda: Memory(config))
+        return RecurrentBlock(layer_idx, mixer, dropout=0.0 if last else config.hidden_dropout)
 
 
 class MemoryRNNForCausalLM(RecurrentForCausalLM):

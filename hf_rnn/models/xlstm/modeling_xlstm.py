@@ -49,16 +49,16 @@ class XLSTMModel(XLSTMPreTrainedModel, RecurrentModel):
         return nn.LayerNorm(config.hidden_size, eps=config.epsilon, bias=False)
 
     def make_block(self, config: XLSTMConfig, layer_idx: int) -> RecurrentBlock:
-        mixer = self.make_mixer(config, layer_idx)
+        mixer = self.directions(lambda: self.make_mixer(config, layer_idx))
         ff_norm, ff = None, None
-        if not isinstance(mixer, UpProjectedMLSTM | GatedSLSTM):
+        one_direction = mixer.forwards if config.bidirectional else mixer
+        if not isinstance(one_direction, UpProjectedMLSTM | GatedSLSTM):
             activation = nn.functional.silu if config.is_7b else nn.functional.gelu
             ff_norm, size = self.make_norm(config), config.sizes["intermediate_size"]
             ff = GatedFeedForward(config.hidden_size, size, activation, config.use_bias)
         return RecurrentBlock(layer_idx, mixer, self.make_norm(config), None, ff_norm, ff, config.hidden_dropout)
 
     def make_mixer(self, config: XLSTMConfig, layer_idx: int) -> Mixer:
-        """What mixes tokens in this layer."""
         if config.is_attention(layer_idx):
             return SlidingAttention(config)
         if layer_idx in config.slstm_blocks:

@@ -51,7 +51,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence one step at a time; arguments and results as in `hf_rnn_kernels.gated_scan.op.scan`."""
     if cu_seqlens is not None:
-        pieces = [scan(gates, *arguments, reverse) for arguments in _pieces(inputs, h0, mask, cu_seqlens)]
+        pieces = [scan(gates, *arguments, reverse=reverse) for arguments in _pieces(inputs, h0, mask, cu_seqlens)]
         return torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces], 0)
     if reverse:
         h, last = scan(gates, [x.flip(1) for x in inputs], h0, None if mask is None else mask.flip(1))
@@ -118,14 +118,14 @@ def scan_backward(
     """Gradients by the chain rule, backwards in time; as `hf_rnn_kernels.gated_scan.op.scan_backward`."""
     if cu_seqlens is not None:
         pieces = [
-            scan_backward(gates, *arguments, grad_last[n : n + 1], reverse)  # type: ignore[call-arg]
+            scan_backward(gates, *arguments, grad_last[n : n + 1], reverse=reverse)  # type: ignore[call-arg]
             for n, arguments in enumerate(_pieces(inputs, h0, mask, cu_seqlens, h, grad))
         ]
         return torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces], 0)
     if reverse:
         inputs, mask = [x.flip(1) for x in inputs], None if mask is None else mask.flip(1)
-        grads, grad_h0 = scan_backward(gates, inputs, h0, mask, None, h.flip(1), grad.flip(1), grad_last)
-        return grads.flip(1), grad_h0
+        turned, grad_h0 = scan_backward(gates, inputs, h0, mask, None, h.flip(1), grad.flip(1), grad_last)
+        return turned.flip(1), grad_h0
     dtype = state_dtype(inputs[0])
     tensors = [x.to(dtype) for x in inputs]
     keep, drop, _ = coefficients(gates, tensors)

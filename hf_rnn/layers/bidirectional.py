@@ -1,0 +1,34 @@
+import torch
+from torch import Tensor, nn
+
+from hf_rnn.layers.mixer import Mixer
+from hf_rnn_kernels.layout import SequenceLayout
+
+
+class Bidirectional(Mixer):
+    """A recurrence over each sequence's real tokens, and another one from the last of them to the first.
+
+    Their outputs are added: of layers with an output projection, each with its own, that is both states side by side,
+    projected. Without one they stand side by side, as `torch.nn.LSTM(bidirectional=True)` has them. Each direction
+    starts from its own initial state; there is none to go on from, for a token's output depends on all that follow it.
+
+    Args:
+        forwards: a layer called as `Mixer.forward`, a `Mixer` or a `CausalConv`.
+        backwards: the other direction's; None: the same weights for both.
+        side_by_side: outputs are not added.
+    """
+
+    def __init__(self, forwards: nn.Module, backwards: nn.Module | None, side_by_side: bool = False):
+        super().__init__()
+        self.forwards = forwards
+        self.backwards = backwards
+        self.side_by_side = side_by_side
+        self.state_shapes = []
+
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, _ = self.forwards(x, None, layout)
+        backwards = self.forwards if self.backwards is None else self.backwards
+        z, _ = backwards(x, None, layout._replace(reverse=True))
+        return torch.cat([y, z], -1) if self.side_by_side else y + z, ()

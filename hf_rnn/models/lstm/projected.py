@@ -1,0 +1,62 @@
+"""LSTMs whose state is projected (arXiv 1402.1128), by torch's own."""
+
+import torch
+from torch import Tensor
+
+from hf_rnn_kernels.layout import SequenceLayout
+
+
+def projected_lstm(
+    x: Tensor, weights: list[Tensor], h0: Tensor | None, c0: Tensor | None, layout: SequenceLayout
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """h_t = W_p (sigmoid(o) tanh(c_t)), gates and c as in an LSTM, of h_{t-1}.
+
+    Args:
+        x: (B, T, D).
+        weights: as `torch.nn.LSTM` has them for one layer: of the input (4 C, D), of h (4 C, P), their biases or none,
+            W_p (P, C).
+        h0, c0: the states before each sequence, (N, P) and (N, C); zeros by default.
+
+    Returns:
+        h (B, T, P), zeros at padding, and the last states in float32 (float64 for float64 inputs).
+    """
+    projection = weights[-1]
+    sizes = projection.shape
+    state_dtype = torch.promote_types(x.dtype, torch.float32)
+    first = [
+        x.new_zeros(layout.sequences(x.shape[0]), size, dtype=state_dtype) if s is None else s.to(state_dtype)
+        for s, size in zip((h0, c0), sizes, strict=True)
+    ]
+    token, sequence, place, lengths = _places(layout, x.shape[0], x.shape[1], x.device)
+    some = lengths.nonzero().squeeze(1)  # torch's takes no empty sequences
+    y = x.new_zeros(x.shape[0] * x.shape[1], sizes[0])
+    if not len(some):
+        return y.view(*x.shape[:2], -1), (first[0], first[1])
+    rows = x.new_zeros(len(lengths), int(lengths.max()), x.shape[2])
+    rows = rows.index_put((sequence, place), x.flatten(0, 1)[token])
+    packed = torch.nn.utils.rnn.pack_padded_sequence(
+        rows[some], lengths[some].cpu(), batch_first=True, enforce_sorted=False
+    )
+    order, back = packed.sorted_indices, packed.unsorted_indices
+    before = [s[some][order][None].to(x.dtype) for s in first]
+    data, h, c = torch.lstm(packed.data, packed.batch_sizes, before, weights, len(weights) > 3, 1, 0.0, True, False)
+    output = torch.nn.utils.rnn.PackedSequence(data, packed.batch_sizes, order, back)
+    of_rows, _ = torch.nn.utils.rnn.pad_packed_sequence(output, batch_first=True)
+    which = torch.zeros_like(lengths).index_put((some,), torch.arange(len(some), device=x.device))
+    y = y.index_put((token,), of_rows[which[sequence], place])
+    last = [s.index_put((some,), new[0][back].to(s.dtype)) for s, new in zip(first, (h, c), strict=True)]
+    return y.view(*x.shape[:2], -1), (last[0], last[1])
+
+
+def _places(
+    layout: SequenceLayout, batch: int, time: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each real token its index among all B * T, its sequence, and its place there as it is read; and the number of
+    real tokens in each of the N sequences."""
+    offsets = torch.arange(batch + 1, device=device) * time if layout.offsets is None else layout.offsets.long()
+    real = torch.ones(batch * time, dtype=torch.bool, device=device) if layout.mask is None else layout.mask.flatten()
+    token = real.nonzero().squeeze(1)
+    sequence = torch.searchsorted(offsets[1:], token, right=True)
+    lengths = torch.bincount(sequence, minlength=len(offsets) - 1)
+    place = torch.arange(len(token), device=device) - (lengths.cumsum(0) - lengths)[sequence]
+    return token, sequence, lengths[sequence] - 1 - place if layout.reverse else place, lengths
