@@ -49,14 +49,14 @@ def make_perturbation(cell, members, heads, size, rank=1, device="cpu"):
     return [t.to(device) for t in (left, right, torch.randn(members, heads * rows))]
 
 
-def check_scan(run, cell, x, weight, bias, states, mask, cu_seqlens, perturbation, tolerance=1e-6):
+def check_scan(run, cell, x, weight, bias, states, mask, cu_seqlens, perturbation, tolerance=1e-6, reverse=False):
     def exact(t):
         return None if t is None else t.cpu().double() if t.is_floating_point() else t.cpu()
 
     lists = [[exact(t) for t in tensors] for tensors in (states, perturbation)]
     fixed = [exact(t) for t in (x, weight, bias, mask, cu_seqlens)]
-    expected = scan_reference.scan(cell, *fixed[:3], lists[0], *fixed[3:], True, lists[1])
-    actual = run(cell, x, weight, bias, states, mask, cu_seqlens, True, perturbation)
+    expected = scan_reference.scan(cell, *fixed[:3], lists[0], *fixed[3:], True, lists[1], reverse)
+    actual = run(cell, x, weight, bias, states, mask, cu_seqlens, True, perturbation, reverse)
     for a, e in zip(actual, expected, strict=True):
         assert e.numel() == 0 or error(a, e) <= tolerance
 

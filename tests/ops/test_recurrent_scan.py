@@ -2,6 +2,7 @@
 sLSTM, which torch.nn lacks, against a loop that is written another way.
 """
 
+import copy
 import itertools
 
 import hypothesis.strategies as st
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import hf_rnn_kernels
 from hf_rnn.exchange.gate_order import from_flashrnn, to_gate_major, to_head_major
 from hf_rnn_kernels import SequenceLayout, gru_scan, lstm_scan, min_gru_scan, slstm_scan
-from hf_rnn_kernels.recurrent_scan import cpu, op, reference
+from hf_rnn_kernels.recurrent_scan import cpu, library, op, reference
 from hf_rnn_kernels.recurrent_scan.weight_gradients import weight_gradients
 
 SCANS = {cell: getattr(hf_rnn_kernels, f"{cell}_scan") for cell in sorted(reference.CELLS)}
@@ -35,10 +36,10 @@ def make(cell, batch, time, heads, size, sequences=None, scale=1.0, dtype=torch.
     return [t.to(dtype) for t in (x, weight, bias, *initial)]
 
 
-def run(cell, leaves, grad, grad_last, mask=None, cu_seqlens=None):
+def run(cell, leaves, grad, grad_last, mask=None, cu_seqlens=None, reverse=False):
     """h, last states, and the gradients of x, weight, bias and the initial states."""
     leaves = [t.detach().clone().requires_grad_() for t in leaves]
-    h, _, last = op.scan(cell, *leaves[:3], leaves[3:], mask, cu_seqlens, True, [])
+    h, _, last = op.scan(cell, *leaves[:3], leaves[3:], mask, cu_seqlens, True, [], reverse)
     return [h.detach(), last.detach(), *torch.autograd.grad([h, last], leaves, [grad, grad_last])]
 
 
@@ -241,6 +242,98 @@ def test_padding_and_packing_change_no_bit(cell):
     assert torch.equal(packed[0, 9:], h[1])
 
 
+def from_the_end(t, cu_seqlens=None):
+    """(B, T, ...) with each sequence the other way round."""
+    bounds = [0, t.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    return torch.cat([t[:, start:stop].flip(1) for start, stop in itertools.pairwise(bounds)], 1)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 0), (torch.bfloat16, 0), (torch.float64, 1e-12)])
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_reversed_is_forwards_over_what_is_flipped(cell, dtype, tolerance, data):
+    """Bit for bit where the loops are ours, with every gradient, padding, empty sequences and initial states."""
+    lengths = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(any))
+    packed, heads, size = data.draw(st.booleans()), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20))
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)]) if packed else None
+    shape = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
+    leaves = [t.to(dtype) for t in make(cell, *shape, heads, size, len(lengths))]
+    mask = torch.rand(shape) < 0.7 if data.draw(st.booleans()) else None
+    grad, grad_last = cotangents(leaves, heads * size)
+    grad_last = grad_last.to(reference.state_dtype(leaves[0]))
+    actual = run(cell, leaves, grad, grad_last, mask, cu_seqlens, reverse=True)
+    flipped = [from_the_end(t, cu_seqlens) for t in (leaves[0], grad, *([] if mask is None else [mask]))]
+    expected = run(cell, [flipped[0], *leaves[1:]], flipped[1], grad_last, *(flipped[2:] or [None]), cu_seqlens)
+    expected[0], expected[2] = (from_the_end(t, cu_seqlens) for t in (expected[0], expected[2]))
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_long_sequence_reversed(cell):
+    """Several blocks of steps, beside shorter sequences."""
+    cu_seqlens = torch.tensor([0, 3, 150, 157, 400])
+    leaves = make(cell, 1, 400, 2, 7, 4)
+    grad, grad_last = cotangents(leaves, 14)
+    actual = run(cell, leaves, grad, grad_last, None, cu_seqlens, reverse=True)
+    h, others, last = reference.scan(
+        cell, *(t.double() for t in leaves[:3]), [t.double() for t in leaves[3:]], None, cu_seqlens, True, reverse=True
+    )
+    double = [t.double() for t in leaves]
+    grads = reference.scan_backward(
+        cell, *double[:3], double[3:], None, cu_seqlens, h, others, grad.double(), grad_last.double(), True
+    )
+    check(actual, [h, last, *grads[:3], *grads[3]])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("form", ["dense", "our op", "masked", "packed"])
+def test_both_ways_are_torchs_bidirectional(cell, form, bias, monkeypatch):
+    if form == "our op":
+        monkeypatch.setattr(library, "run", lambda *_: None)
+    torch.manual_seed(0)
+    lengths = torch.tensor([7, 21, 1, 20] if form in ("masked", "packed") else [21] * 4)
+    mask = torch.arange(21) < lengths[:, None]
+    rnn = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[cell](5, 11, batch_first=True, bidirectional=True, bias=bias)
+    count = reference.CELLS[cell].states
+    x, initial, grad = torch.randn(4, 21, 5), torch.randn(count, 2, 4, 11), torch.randn(4, 21, 22) * mask[..., None]
+    grad_last = torch.randn(count, 2, 4, 11)
+
+    double = copy.deepcopy(rnn).double()
+    leaves = [x.double().requires_grad_(), initial.double().requires_grad_()]
+    packed = pack_padded_sequence(leaves[0], lengths, batch_first=True, enforce_sorted=False)
+    h, last = double(packed, leaves[1].unbind(0) if cell == "lstm" else leaves[1][0])
+    expected = [pad_packed_sequence(h, batch_first=True)[0], torch.stack(last) if cell == "lstm" else last[None]]
+    inputs = [*leaves, *double.parameters()]
+    expected += torch.autograd.grad(expected, inputs, [grad.double(), grad_last.double()])
+
+    leaves = [x.clone().requires_grad_(), initial.clone().requires_grad_()]
+    layout = SequenceLayout(mask if form == "masked" else None)
+    read = leaves[0]
+    if form == "packed":
+        read, layout = (
+            read[mask][None],
+            layout_of(read[mask][None], None, torch.nn.functional.pad(lengths.cumsum(0), (1, 0))),
+        )
+    weights, outputs, lasts = list(rnn.parameters()), [], []
+    for way in range(2):
+        own = weights[way * len(weights) // 2 :]
+        biases = own[2:4] if bias else [None, None]
+        h, last = SCANS[cell](
+            read, own[1][None], biases[1], *leaves[1][:, way], layout._replace(reverse=bool(way)),
+            input_weight=own[0], input_bias=biases[0],
+        )  # fmt: skip
+        outputs.append(h)
+        lasts.append(torch.stack(last) if cell == "lstm" else last[None])
+    h = torch.cat(outputs, 2)
+    h = torch.zeros(4, 21, 22).masked_scatter(mask[..., None], h) if form == "packed" else h * mask[..., None]
+    actual = [h, torch.stack(lasts, 1)]
+    actual += torch.autograd.grad(actual, [*leaves, *weights], [grad, grad_last])
+    check(actual, expected)
+
+
 @pytest.mark.parametrize("cell", ["gru", "lstm", "slstm"])
 def test_against_flashrnn(cell):
     torch.manual_seed(0)
@@ -277,18 +370,19 @@ def test_the_plain_torch_path(cell):
     check([h, last, *grads[:3], *grads[3]], expected)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_gradcheck(cell):
+@pytest.mark.parametrize("cell, reverse", [*((cell, False) for cell in CELLS), ("lstm", True)])
+def test_gradcheck(cell, reverse):
     mask, cu_seqlens = torch.tensor([[1, 0, 1, 1, 1, 0]]).bool(), torch.tensor([0, 2, 2, 6, 6])
     leaves = [t.double().requires_grad_() for t in make(cell, 1, 6, 2, 3, sequences=4)]
-    run = lambda *t: op.scan(cell, *t[:3], list(t[3:]), mask, cu_seqlens, True, [])[::2]  # noqa: E731
+    run = lambda *t: op.scan(cell, *t[:3], list(t[3:]), mask, cu_seqlens, True, [], reverse)[::2]  # noqa: E731
     assert torch.autograd.gradcheck(run, leaves)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_weight_gradients_after_the_loop(cell, packed):
-    """One product over all tokens, with the first token of each sequence put right."""
+@pytest.mark.parametrize("reverse", [False, True])
+def test_weight_gradients_after_the_loop(cell, packed, reverse):
+    """One product over all tokens, with the token of each sequence that is read first put right."""
     sequences, size = (5, 4) if packed else (2, 4)
     leaves = make(cell, 1 if packed else 2, 9, 3, size, sequences)
     cu_seqlens = torch.tensor([0, 0, 4, 5, 9, 9]) if packed else None
@@ -297,7 +391,7 @@ def test_weight_gradients_after_the_loop(cell, packed):
     d, h = torch.randn_like(x), torch.randn(*x.shape[:2], 3 * size, dtype=torch.float64)
     count = reference.STEPS_BACK[cell].own
     own = torch.randn(*x.shape[:2], 3 * count * size, dtype=torch.float64)
-    grad_weight, grad_bias = weight_gradients(d, own, weight, h, initial, cu_seqlens)
+    grad_weight, grad_bias = weight_gradients(d, own, weight, h, initial, cu_seqlens, reverse)
     d = d.unflatten(2, (3, gates, size)).clone()
     d[..., gates - count :, :] = own.unflatten(2, (3, count, size))
     bounds = cu_seqlens.tolist() if packed else [0, 9]
@@ -305,7 +399,8 @@ def test_weight_gradients_after_the_loop(cell, packed):
     for row in range(x.shape[0]):
         for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
             first = initial[0][n if packed else row, None]
-            before[row, start:stop] = torch.cat([first, h[row, start:stop]])[: stop - start]
+            near = [h[row, start:stop], first] if reverse else [first, h[row, start:stop]]
+            before[row, start:stop] = torch.cat(near)[reverse : stop - start + reverse]
     expected = torch.einsum("bthgi,bthj->hgij", d, before.unflatten(2, (3, size))).flatten(1, 2)
     torch.testing.assert_close(grad_weight, expected)
     torch.testing.assert_close(grad_bias, d.sum((0, 1)).flatten())
@@ -315,11 +410,12 @@ def test_weight_gradients_after_the_loop(cell, packed):
 def test_registration(cell):
     x, weight, bias, *initial = [t.requires_grad_() for t in make(cell, 2, 7, 2, 3)]
     mask = torch.ones(2, 7, dtype=torch.bool)
-    torch.library.opcheck(op.scan.operator, (cell, x, weight, bias, initial, mask, None, True, []))
-    torch.library.opcheck(op.scan.operator, (cell, x, weight, None, [], None, None, True, []))
+    torch.library.opcheck(op.scan.operator, (cell, x, weight, bias, initial, mask, None, True, [], False))
+    torch.library.opcheck(op.scan.operator, (cell, x, weight, None, [], None, None, True, [], False))
     plain = [t.detach() for t in (x, weight, bias)]
-    torch.library.opcheck(op.scan.operator, (cell, *plain, [], None, None, False, []))
-    torch.library.opcheck(op.scan.operator, (cell, x[:1], weight, bias, [], None, torch.tensor([0, 3, 7]), True, []))
+    torch.library.opcheck(op.scan.operator, (cell, *plain, [], None, None, False, [], False))
+    cu_seqlens = torch.tensor([0, 3, 7])
+    torch.library.opcheck(op.scan.operator, (cell, x[:1], weight, bias, [], None, cu_seqlens, True, [], True))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -422,7 +518,7 @@ def test_bad_input(call, error, message):
 def test_the_operator_refuses_to_lose_a_gradient():
     x, weight, bias, *initial = make("lstm", 1, 3, 1, 2)
     with pytest.raises(RuntimeError, match="training=False"):
-        op.scan("lstm", x.requires_grad_(), weight, bias, initial, None, None, False, [])
+        op.scan("lstm", x.requires_grad_(), weight, bias, initial, None, None, False, [], False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -451,7 +547,7 @@ def test_wrong_offsets_under_compile(dtype, offsets):
 def test_the_operator_itself_checks_shapes(change, message):
     arguments = dict(cell="lstm", x=X, weight=W, bias=torch.zeros(24), states=[], mask=None, cu_seqlens=None)
     with pytest.raises(ValueError, match=message):
-        op.scan(*(arguments | change).values(), False, [])
+        op.scan(*(arguments | change).values(), False, [], False)
 
 
 def test_one_initial_state_without_the_other():

@@ -1,5 +1,7 @@
 """The Triton backend of recurrent_scan, tested as that of gated_scan is in `test_triton.py`."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -36,18 +38,19 @@ def make_states(cell, sequences, units, device="cpu"):
     return states
 
 
-def errors(run, cell, x, weight, bias, states=(), mask=None, cu_seqlens=None):
+def errors(run, cell, x, weight, bias, states=(), mask=None, cu_seqlens=None, reverse=False):
     """Relative errors of all results, forward and backward, against the reference in float64."""
 
     def exact(x):
         return None if x is None else x.cpu().double() if x.is_floating_point() else x.cpu()
 
     arguments = [*map(exact, (x, weight, bias)), [exact(s) for s in states], exact(mask), exact(cu_seqlens)]
-    h, others, last = reference.scan(cell, *arguments, training=True)
+    h, others, last = reference.scan(cell, *arguments, training=True, reverse=reverse)
     grad, grad_last = torch.randn(h.shape).to(x.dtype), torch.randn(last.shape)
-    back = reference.scan_backward(cell, *arguments, h, others, grad.double(), grad_last.double())
+    back = reference.scan_backward(cell, *arguments, h, others, grad.double(), grad_last.double(), reverse)
     expected = [h, others, last, *back]
-    actual = run(cell, x, weight, bias, list(states), mask, cu_seqlens, grad.to(x.device), grad_last.to(x.device))
+    grads = grad.to(x.device), grad_last.to(x.device)
+    actual = run(cell, x, weight, bias, list(states), mask, cu_seqlens, *grads, reverse)
     dtypes = [x.dtype, torch.float32, torch.float32, x.dtype, weight.dtype, torch.float32, torch.float32]
     result = {}
     for name, a, e, dtype in zip(NAMES, actual, expected, dtypes, strict=True):
@@ -57,17 +60,17 @@ def errors(run, cell, x, weight, bias, states=(), mask=None, cu_seqlens=None):
     return result
 
 
-def run_backend(cell, x, weight, bias, states, mask, cu_seqlens, grad, grad_last):
+def run_backend(cell, x, weight, bias, states, mask, cu_seqlens, grad, grad_last, reverse):
     arguments = (cell, x, weight, bias, states, mask, cu_seqlens)
-    h, others, last = backend.scan(*arguments, True)
-    plain = backend.scan(*arguments, False)
+    h, others, last = backend.scan(*arguments, True, reverse=reverse)
+    plain = backend.scan(*arguments, False, reverse=reverse)
     assert torch.equal(plain[0], h) and torch.equal(plain[2], last) and plain[1].shape[2] == 0
-    return h, others, last, *backend.scan_backward(*arguments, h, others, grad, grad_last)
+    return h, others, last, *backend.scan_backward(*arguments, h, others, grad, grad_last, reverse)
 
 
-def run_op(cell, x, weight, bias, states, mask, cu_seqlens, grad, grad_last):
+def run_op(cell, x, weight, bias, states, mask, cu_seqlens, grad, grad_last, reverse):
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias, *states)]
-    h, others, last = op.scan(cell, *leaves[:3], leaves[3:], mask, cu_seqlens, True, [])
+    h, others, last = op.scan(cell, *leaves[:3], leaves[3:], mask, cu_seqlens, True, [], reverse)
     grads = torch.autograd.grad([h, last], leaves, [grad, grad_last])
     return h, others, last, *grads[:2], grads[2].float(), torch.stack(grads[3:]) if states else None
 
@@ -99,14 +102,14 @@ def chip(target, monkeypatch):
         kernel.device_caches.pop(target, None)
 
 
-def launch(cell, dtype=torch.bfloat16, shape=(2, 4, 2, 64), mask=False, packed=False):
+def launch(cell, dtype=torch.bfloat16, shape=(2, 4, 2, 64), mask=False, packed=False, reverse=False):
     batch, time, heads, size = shape
     x, weight, bias = make(cell, 1 if packed else batch, batch * time if packed else time, heads, size, dtype)
     cu_seqlens = torch.tensor([0, *range(2, batch + 1), batch * time]) if packed else None
     mask = torch.ones(x.shape[:2], dtype=torch.bool) if mask else None
     arguments = (cell, x, weight, bias, [], mask, cu_seqlens)
-    h, others, last = backend.scan(*arguments, True)
-    backend.scan_backward(*arguments, h, others, h, last)
+    h, others, last = backend.scan(*arguments, True, reverse=reverse)
+    backend.scan_backward(*arguments, h, others, h, last, reverse)
 
 
 def kernels_for(target):
@@ -134,17 +137,17 @@ def spilled(cell, dtype, size):
 
 @pytest.mark.parametrize("target", shared.TARGETS, indirect=True)
 @pytest.mark.parametrize(
-    "cell, dtype, size, mask, packed, path",
+    "cell, dtype, size, mask, packed, reverse, path",
     [
-        ("lstm", torch.bfloat16, 64, True, False, HELD),
-        ("gru", torch.float32, 64, False, True, HELD),
-        ("lstm", torch.bfloat16, 128, True, True, HELD),
-        ("slstm", torch.bfloat16, 64, True, True, HELD),
-        ("gru", torch.bfloat16, 768, True, False, STREAMED),
+        ("lstm", torch.bfloat16, 64, True, False, False, HELD),
+        ("gru", torch.float32, 64, False, True, True, HELD),
+        ("lstm", torch.bfloat16, 128, True, True, False, HELD),
+        ("slstm", torch.bfloat16, 64, True, True, True, HELD),
+        ("gru", torch.bfloat16, 768, True, False, True, STREAMED),
     ],
 )
-def test_compiles_without_spills(chip, cell, dtype, size, mask, packed, path):
-    launch(cell, dtype, (2, 4, 1 if size > 128 else 2, size), mask, packed)
+def test_compiles_without_spills(chip, cell, dtype, size, mask, packed, reverse, path):
+    launch(cell, dtype, (2, 4, 1 if size > 128 else 2, size), mask, packed, reverse)
     check_compiled(chip, path, spilled(cell, dtype, size))
 
 
@@ -155,8 +158,9 @@ def test_compiles_without_spills(chip, cell, dtype, size, mask, packed, path):
 @pytest.mark.parametrize("target", shared.TARGETS, indirect=True)
 def test_every_combination_compiles_without_spills(chip, cell, size):
     for dtype in (torch.float32, torch.bfloat16):
-        for mask, packed in ((False, False), (True, True)):
-            launch(cell, dtype, (2, 4, 1 if size > 128 else 2, size), mask, packed)
+        for mask, packed, reverse in itertools.product(*[[False, True]] * 3):
+            if mask == packed:
+                launch(cell, dtype, (2, 4, 1 if size > 128 else 2, size), mask, packed, reverse)
         compiled = kernels_for(chip)
         check_compiled(chip, [k for k in HELD + STREAMED if compiled[k.__name__]], spilled(cell, dtype, size))
         for kernel in HELD + STREAMED:
@@ -182,16 +186,18 @@ class TestGPU:
 
     @pytest.mark.parametrize("cell", CELLS)
     @pytest.mark.parametrize("heads, size", [(3, 19), (2, 64)])
-    def test_all_at_once(self, cell, heads, size, path):
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_all_at_once(self, cell, heads, size, reverse, path):
         arguments = make(cell, 19, 137, heads, size, device="cuda", strided=True)
         states, mask = make_states(cell, 19, heads * size, "cuda"), shared.padding(19, 137, "cuda")
-        check(errors(run_op, cell, *arguments, states, mask))
+        check(errors(run_op, cell, *arguments, states, mask, None, reverse))
 
     @pytest.mark.parametrize("cell", CELLS)
-    def test_packed(self, cell, path):
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_packed(self, cell, reverse, path):
         cu_seqlens = torch.tensor([0, 9, 9, 10, 137, 137], device="cuda")
         states = make_states(cell, 5, 120, "cuda")
-        check(errors(run_op, cell, *make(cell, 1, 137, 3, 40, device="cuda"), states, None, cu_seqlens))
+        check(errors(run_op, cell, *make(cell, 1, 137, 3, 40, device="cuda"), states, None, cu_seqlens, reverse))
 
     @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
     @pytest.mark.parametrize("heads, size", [(3, 64), (2, 128), (1, 300)])
@@ -205,8 +211,8 @@ class TestGPU:
         arguments = ("lstm", *make("lstm", 64, 300, 1, 512, torch.bfloat16, "cuda"), [], None, None)
         results = []
         for _ in range(3):
-            h, others, last = op.scan(*arguments, True, [])
-            results.append([h, others, last, *op.scan_backward(*arguments, h, others, h, last)[::3]])
+            h, others, last = op.scan(*arguments, True, [], False)
+            results.append([h, others, last, *op.scan_backward(*arguments, h, others, h, last, False)[::3]])
         for other in results[1:]:
             for a, b in zip(results[0], other, strict=True):
                 assert torch.equal(a, b)

@@ -188,7 +188,16 @@ def _scan(
             return found
         y = layout.flat(projected())
         h, _, last = op.scan(
-            cell, y, plain, plain_bias, states, layout.flat_mask(), layout.offsets, training, perturbation
+            cell,
+            y,
+            plain,
+            plain_bias,
+            states,
+            layout.flat_mask(),
+            layout.offsets,
+            training,
+            perturbation,
+            layout.reverse,
         )
         return h.view(*x.shape[:2], heads * size), last
 

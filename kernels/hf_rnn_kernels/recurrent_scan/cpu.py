@@ -35,6 +35,7 @@ class _Sizes(NamedTuple):
     heads: np.uint64
     groups: np.uint64  # of heads: a task walks one
     chunks: np.uint64  # shares of the sequences: a task walks one
+    step: np.uint64  # to the token that is read next: 1, or -1 modulo 2^64, as all that is computed with it
 
 
 class _Inputs(NamedTuple):
@@ -45,7 +46,8 @@ class _Inputs(NamedTuple):
     bias: np.ndarray  # in panels
     mask: np.ndarray  # empty for none
     order: np.ndarray  # sequences, the longest first, dealt out to `chunks` in turn
-    offsets: np.ndarray
+    starts: np.ndarray  # the token that is read first
+    lengths: np.ndarray
     first: np.ndarray  # states (S, N, H * P)
 
 
@@ -78,11 +80,12 @@ def _forward(kind, sizes, inputs, outputs, perturbation):
     """`outputs`: h, the other states at every token, and the last ones; `perturbation`: rank K (0 for none), rows per
     member, and the members' factors and biases, (M, H, K, gates * P), (M, H, K, P) and (M, H, gates * P)."""
     # Unpacked before the parallel loop, to which numba hands the members of a group one by one.
-    gates, _, kept, size, heads, groups, chunks = sizes
-    x, weight, bias, mask, order, offsets, first = inputs
+    gates, _, kept, size, heads, groups, chunks, onwards = sizes
+    x, weight, bias, mask, order, starts, lengths, first = inputs
     h, others, last = outputs
     rank, rows_per_member, left, right, biases = perturbation
     sequences, channels, many = U(order.size), heads * size, heads // groups
+    next_x, next_h = onwards * heads * gates * size, onwards * channels
     panels = (gates * size + _LANES - _U1) // _LANES
     # A row holds R h + b in whole panels, then what the gates make of it.
     width = max(panels * _LANES, U(SLOTS) * size)
@@ -97,7 +100,7 @@ def _forward(kind, sizes, inputs, outputs, perturbation):
         start, length = np.empty(rows, np.uint64), np.empty(rows, np.uint64)
         for r in range(rows):
             n = order[chunk + r * chunks]
-            start[r], length[r] = offsets[n], offsets[n + _U1] - offsets[n]
+            start[r], length[r] = starts[n], lengths[n]
             for k in range(many):
                 at = n * channels + (low + k) * size
                 _copy(size, first, at, state, (k * rows + r) * size)
@@ -123,11 +126,11 @@ def _forward(kind, sizes, inputs, outputs, perturbation):
                         running, size, panels,
                     )  # fmt: skip
                     for r in range(running):
-                        token, s = start[r] + t, (k * rows + r) * size
+                        token, s = start[r] + t * onwards, (k * rows + r) * size
                         x0, at = (token * heads + head) * gates * size, token * channels + head * size
                         # A task reads one head's piece of each token: too far apart for the processor to foresee.
-                        _prefetch(gates * size, x, x0 + heads * gates * size)
-                        _prefetch(size, h, at + channels)
+                        _prefetch(gates * size, x, x0 + next_x)
+                        _prefetch(size, h, at + next_h)
                         # A perturbed copy's R is never formed.
                         if rank > 0:
                             own = order[chunk + r * chunks] // rows_per_member * heads + head
@@ -143,7 +146,7 @@ def _forward(kind, sizes, inputs, outputs, perturbation):
                         if others.size > 0:
                             for j in range(kept):
                                 to = (token * kept + j) * channels + head * size
-                                _prefetch(size, others, to + kept * channels)
+                                _prefetch(size, others, to + kept * next_h)
                                 _copy(size, rest, j * apart + s, others, to)
                 if k == many - _U1:
                     at_block = running
@@ -164,11 +167,12 @@ def _backward(kind, sizes, inputs, transposed, saved, grad, grads, gradients):
     (chunks, H, gates * P, padded P) and the bias (chunks, H, gates * P), which are added to after a block of steps,
     while their gate gradients and states are in cache.
     """
-    gates, own, kept, size, heads, groups, chunks = sizes
-    x, weight, bias, mask, order, offsets, first = inputs
+    gates, own, kept, size, heads, groups, chunks, onwards = sizes
+    x, weight, bias, mask, order, starts, lengths, first = inputs
     h, others = saved
     grad_x, grad_weight, grad_bias = gradients
     sequences, channels, many = U(order.size), heads * size, heads // groups
+    next_x, next_h = onwards * heads * gates * size, onwards * channels
     panels, back_panels = (gates * size + _LANES - _U1) // _LANES, (size + _LANES - _U1) // _LANES
     width, padded = max(panels * _LANES, U(SLOTS) * size), back_panels * _LANES
     for task in prange(groups * chunks):
@@ -183,7 +187,7 @@ def _backward(kind, sizes, inputs, transposed, saved, grad, grads, gradients):
         start, length = np.empty(rows, np.uint64), np.empty(rows, np.uint64)
         for r in range(rows):
             n = order[chunk + r * chunks]
-            start[r], length[r] = offsets[n], offsets[n + _U1] - offsets[n]
+            start[r], length[r] = starts[n], lengths[n]
             for k in range(many):
                 at = n * channels + (low + k) * size
                 _copy(size, grads, at, dh, (k * rows + r) * padded)
@@ -200,10 +204,10 @@ def _backward(kind, sizes, inputs, transposed, saved, grad, grads, gradients):
                         running += _U1
                     # Gates are computed again. Storing them in the forward pass saved 6% of both and took 200 MB more.
                     for r in range(running):
-                        at = (start[r] + t) * channels + head * size
+                        at = (start[r] + t * onwards) * channels + head * size
                         n = order[chunk + r * chunks]
                         if t > _U0:
-                            _copy(size, h, at - channels, before, (filled + r) * padded)
+                            _copy(size, h, at - next_h, before, (filled + r) * padded)
                         else:
                             _copy(size, first, n * channels + head * size, before, (filled + r) * padded)
                     product(
@@ -214,17 +218,17 @@ def _backward(kind, sizes, inputs, transposed, saved, grad, grads, gradients):
                         running, size, panels,
                     )  # fmt: skip
                     for r in range(running):
-                        token, s0, s = start[r] + t, (filled + r) * width, (k * rows + r) * padded
+                        token, s0, s = start[r] + t * onwards, (filled + r) * width, (k * rows + r) * padded
                         x0, at = (token * heads + head) * gates * size, token * channels + head * size
-                        _prefetch(gates * size, x, x0 - heads * gates * size)
-                        _prefetch(gates * size, grad_x, x0 - heads * gates * size)
-                        _prefetch(size, h, at - channels - channels)
-                        _prefetch(size, grad, at - channels)
+                        _prefetch(gates * size, x, x0 - next_x)
+                        _prefetch(gates * size, grad_x, x0 - next_x)
+                        _prefetch(size, h, at - next_h - next_h)
+                        _prefetch(size, grad, at - next_h)
                         after = token * kept * channels + head * size
                         for j in range(kept):
-                            _prefetch(size, others, after + j * channels - U(2) * kept * channels)
+                            _prefetch(size, others, after + j * channels - U(2) * kept * next_h)
                         # What was before the first step lies otherwise: states outside, sequences inside.
-                        rest, b0, far = others, after - kept * channels, channels
+                        rest, b0, far = others, after - kept * next_h, channels
                         if t == _U0:
                             far = sequences * channels
                             rest, b0 = first, far + order[chunk + r * chunks] * channels + head * size
@@ -280,29 +284,32 @@ def _arguments(
     states: list[Tensor],
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    reverse: bool,
 ) -> tuple[int, _Sizes, _Inputs]:
     heads, _, size = weight.shape
     batch, time, _ = x.shape
     offsets = np.arange(batch + 1) * time if cu_seqlens is None else cu_seqlens.numpy()
-    sequences = len(offsets) - 1
+    sequences, lengths, starts = len(offsets) - 1, np.diff(offsets), offsets[1:] - 1 if reverse else offsets[:-1]
     # Zeros where none are given: arrays of the same types in any case, and one compilation.
     shape = (CELLS[cell].states, sequences, heads * size)
     first = torch.stack(states).float() if states else torch.zeros(shape)
     # Stable, so that equal lengths stay in the order of memory.
-    order = np.argsort(-np.diff(offsets), kind="stable")
+    order = np.argsort(-lengths, kind="stable")
     # As few shares of the sequences as keep every thread busy: each share reads all of R at every step
     groups = math.gcd(heads, torch.get_num_threads())
     chunks = min(sequences, torch.get_num_threads() // groups)
     bias = torch.zeros(heads, 1, weight.shape[1]) if bias is None else bias.detach().float().view(heads, 1, -1)
     known = CELLS[cell]
-    sizes = _Sizes(*map(U, (known.gates, STEPS_BACK[cell].own, known.states - 1, size, heads, groups, chunks)))
+    counts = known.gates, STEPS_BACK[cell].own, known.states - 1, size, heads, groups, chunks
+    sizes = _Sizes(*map(U, counts), U(2**64 - 1 if reverse else 1))
     inputs = _Inputs(
         x=flat(x),
         weight=flat(pack(weight.detach().float().transpose(1, 2))),
         bias=flat(pack(bias)),
         mask=np.empty(0, np.bool_) if mask is None else mask.reshape(-1).bool().numpy(),
         order=order.astype(np.uint64),
-        offsets=offsets.astype(np.uint64),
+        starts=starts.astype(np.uint64),
+        lengths=lengths.astype(np.uint64),
         first=flat(first),
     )
     return KINDS[cell], sizes, inputs
@@ -318,9 +325,10 @@ def scan(
     cu_seqlens: Tensor | None = None,
     training: bool = False,
     perturbation: Sequence[Tensor] = (),
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `op.scan`."""
-    kind, sizes, inputs = _arguments(cell, x, weight, bias, states, mask, cu_seqlens)
+    kind, sizes, inputs = _arguments(cell, x, weight, bias, states, mask, cu_seqlens, reverse)
     batch, time, _ = x.shape
     channels, count = weight.shape[0] * weight.shape[2], CELLS[cell].states
     h, last = empty(batch, time, channels), empty(count, len(inputs.order), channels)
@@ -345,9 +353,10 @@ def scan_backward(
     others: Tensor,
     grad: Tensor,
     grad_last: Tensor,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `op.scan_backward`."""
-    kind, sizes, inputs = _arguments(cell, x, weight, bias, states, mask, cu_seqlens)
+    kind, sizes, inputs = _arguments(cell, x, weight, bias, states, mask, cu_seqlens, reverse)
     chunks, (heads, rows, size) = int(sizes.chunks), weight.shape
     grads = grad_last.float().clone(memory_format=torch.contiguous_format)
     grad_x, transposed = empty(*x.shape), pack(weight.detach().float())

@@ -13,6 +13,7 @@ from hf_rnn_kernels.recurrent_scan.reference import state_dtype
 from hf_rnn_kernels.transforms import transforming
 
 _CELLS: dict[str, Any] = {"lstm": torch.lstm_cell, "gru": torch.gru_cell}
+_LSTM = 2  # a `mode` of torch, those of cuDNN
 
 
 class Weights(NamedTuple):
@@ -42,16 +43,31 @@ def run(
         return None
     zeros = x.new_zeros(x.shape[0], weights.weight.shape[2])
     given = [s.to(x.dtype)[None].contiguous() for s in states] or [zeros[None]] * (2 if cell == "lstm" else 1)
+    if layout.reverse and not x.is_cuda:
+        return _lstm_backwards(x, weights, given)
     biased = weights.bias is not None
     flat = [weights.input_weight, weights.weight[0], *((weights.input_bias, weights.bias) if biased else ())]
     # has_biases, num_layers, dropout, train, bidirectional, batch_first. cuDNN keeps what its backward needs only if
     # `train`; there is no dropout.
     options = biased, 1, 0.0, torch.is_grad_enabled(), False, True
+    # cuDNN reads backwards only beside forwards
+    x = x.flip(1) if layout.reverse else x
     if cell == "lstm":
         h, *last = torch.lstm(x, given, flat, *options)
     else:
         h, *last = torch.gru(x, given[0], flat, *options)
-    return h, [s[0].to(state_dtype(s)) for s in last]
+    return h.flip(1) if layout.reverse else h, [s[0].to(state_dtype(s)) for s in last]
+
+
+def _lstm_backwards(x: Tensor, weights: Weights, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """oneDNN's, which `torch.lstm` calls once for each direction."""
+    zeros = x.new_zeros(weights.input_weight.shape[0])
+    biases = [zeros if b is None else b for b in (weights.input_bias, weights.bias)]
+    # batch_sizes of a packed sequence, mode, hidden_size, num_layers, has_biases, bidirectional, batch_first, train
+    options = [], _LSTM, weights.weight.shape[2], 1, weights.bias is not None, False, False, torch.is_grad_enabled()
+    arguments = weights.input_weight, weights.weight[0], *biases, *(s[0] for s in states), True, *options
+    h, *last, _ = torch.mkldnn_rnn_layer(x.transpose(0, 1).contiguous(), *arguments)
+    return h.transpose(0, 1), last
 
 
 def cell_step(

@@ -9,7 +9,7 @@ from hf_rnn_kernels.operators import backend, operator
 from hf_rnn_kernels.recurrent_scan.reference import CELLS, state_dtype
 
 
-def _backward_shapes(cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last):
+def _backward_shapes(cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last, reverse):
     grad_bias = grad_last.new_empty(weight.shape[0] * weight.shape[1])
     return x.new_empty(x.shape), torch.empty_like(weight), grad_bias, grad_last.new_empty(grad_last.shape)
 
@@ -27,12 +27,13 @@ def scan_backward(
     others: Tensor,
     grad: Tensor,
     grad_last: Tensor,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the gradients of h (B, T, D) and of the last states (S, N, D) to those of x (B, T, H * G * P), of the weight
     (H, G * P, P), of R h + b summed over tokens (H * G * P), and of the initial states (S, N, D), the last two in
     float32 (float64 for float64 inputs). `h` and `others` are what `scan` returned; gates are computed again."""
     chosen = backend(__package__, x)
-    return chosen.scan_backward(cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last)
+    return chosen.scan_backward(cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last, reverse)
 
 
 def _check(
@@ -70,7 +71,7 @@ def _check(
         raise ValueError(f"states: expected {CELLS[cell].states} of a {cell}, or none, got {len(states)}")
 
 
-def _shapes(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation):
+def _shapes(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation, reverse):
     batch, time, _ = x.shape
     units = weight.shape[0] * weight.shape[2]
     count = CELLS[cell].states
@@ -84,12 +85,12 @@ def _shapes(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbat
 
 
 def _save(ctx, inputs, output) -> None:
-    cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation = inputs
+    cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation, reverse = inputs
     if perturbation:
         raise RuntimeError("perturbed weights have no gradients: call this under torch.no_grad()")
     if not training:
         raise RuntimeError("hf_rnn::recurrent_scan: called with training=False on tensors that require gradients")
-    ctx.cell = cell
+    ctx.cell, ctx.reverse = cell, reverse
     ctx.set_materialize_grads(False)  # that of the other states, which nobody differentiates, would be large
     ctx.save_for_backward(x, weight, bias, mask, cu_seqlens, output[0], output[1], *states)
 
@@ -102,10 +103,11 @@ def _backward(ctx, grad, grad_others, grad_last):
     if grad_last is None:
         grad_last = h.new_zeros(CELLS[ctx.cell].states, sequences, h.shape[2], dtype=state_dtype(x))
     grad_x, grad_weight, grad_bias, grad_states = scan_backward(
-        ctx.cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last
+        ctx.cell, x, weight, bias, states, mask, cu_seqlens, h, others, grad, grad_last, ctx.reverse
     )
     grads = [g.to(s.dtype) for g, s in zip(grad_states, states, strict=False)]
-    return None, grad_x, grad_weight, None if bias is None else grad_bias.to(bias.dtype), grads, None, None, None, []
+    grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+    return None, grad_x, grad_weight, grad_bias, grads, None, None, None, [], None
 
 
 @operator("recurrent_scan", fake=_shapes, backward=_backward, save=_save)
@@ -119,6 +121,7 @@ def scan(
     cu_seqlens: Tensor | None,
     training: bool,
     perturbation: list[Tensor],
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the recurrence.
 
@@ -129,11 +132,13 @@ def scan(
         bias: (H * G * P), added to R h.
         states: initial states, S tensors (N, D), h the first; empty for zeros. N is B, or the number of packed
             sequences; D = H * P.
-        mask: (B, T), zero where a token is padding: its state is its predecessor's.
+        mask: (B, T), zero where a token is padding: its state is that of the token read before it.
         cu_seqlens: (N + 1) int offsets of the sequences packed in a batch of one.
         training: whether a backward pass follows, which needs the other states.
         perturbation: empty, or left (M, H, G * P, K), right (M, H, P, K) and biases (M, H * G * P): the N sequences
             are those of M members in turn, whose recurrence is (R + left_m right_m^T) h + biases_m; no training.
+        reverse: each sequence is read from its last token to its first; the tokens stay where they lie. No default:
+            torch hands backward as many gradients as a call had arguments that differ from theirs.
 
     Returns:
         h (B, T, D) in the dtype of x; the other states (B, T, S - 1, D) in float32 if training, else (B, T, 0, D);
@@ -142,4 +147,4 @@ def scan(
     if x.device.type == "cpu":  # the Triton kernels clamp offsets, whose values only the device knows
         _check(cell, x, weight, bias, states, mask, cu_seqlens, perturbation)
     chosen = backend(__package__, x)
-    return chosen.scan(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation)
+    return chosen.scan(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation, reverse)

@@ -156,6 +156,7 @@ def scan(
     cu_seqlens: Tensor | None = None,
     training: bool = False,
     perturbation: Sequence[Tensor] = (),
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the recurrence one step at a time; arguments and results as in `op.scan`."""
     if cu_seqlens is not None:
@@ -163,7 +164,7 @@ def scan(
         pieces = [
             scan(
                 cell, x[:, at], weight, bias, [s[n : n + 1] for s in states], m, None, training,
-                [p[n * len(p) // count, None] for p in perturbation],
+                [p[n * len(p) // count, None] for p in perturbation], reverse,
             )
             for n, at, m in _pieces(mask, cu_seqlens)
         ]  # fmt: skip
@@ -173,11 +174,13 @@ def scan(
     dtype = x.dtype
     x, weight, bias, state, real = _prepare(cell, x, weight, bias, states, mask)
     every: list[States] = []
-    for t in range(x.shape[1]):
+    order = _order(x, reverse)
+    for t in order:
         recurrent = _recurrent(state[0], weight, bias, CELLS[cell].gates, perturbation)
         new = CELLS[cell].step(x[:, t], recurrent, state)
         state = new if real is None else tuple(a.where(real[:, t], b) for a, b in zip(new, state, strict=True))
         every.append(state)
+    every = [every[n] for n in order]  # by place, not by time: either order is its own inverse
     batch, time, size = x.shape[0], x.shape[1], state[0].shape[1] * state[0].shape[2]
     kept = len(state) if training else 1
     all_states = [torch.stack([s[k] for s in every], 1).flatten(2) for k in range(kept if every else 0)]
@@ -218,13 +221,14 @@ def scan_backward(
     others: Tensor,
     grad: Tensor,
     grad_last: Tensor,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by the chain rule, backwards in time; as `op.scan_backward`."""
     if cu_seqlens is not None:
         pieces = [
             scan_backward(
                 cell, x[:, at], weight, bias, [s[n : n + 1] for s in states], m, None,
-                h[:, at], others[:, at], grad[:, at], grad_last[:, n : n + 1],
+                h[:, at], others[:, at], grad[:, at], grad_last[:, n : n + 1], reverse,
             )
             for n, at, m in _pieces(mask, cu_seqlens)
         ]  # fmt: skip
@@ -238,8 +242,10 @@ def scan_backward(
     carry = tuple(grad_last.to(x.dtype).unflatten(2, (heads, -1)))
     grads_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
     grad_bias = x.new_zeros(weight.shape[:2])
-    for t in reversed(range(x.shape[1])):
-        before = tuple(s[:, t - 1] for s in every) if t else first
+    order = _order(x, reverse)
+    for n in reversed(range(x.shape[1])):
+        t = order[n]
+        before = tuple(s[:, order[n - 1]] for s in every) if n else first
         after = tuple(s[:, t] for s in every)
         recurrent = _recurrent(before[0], weight, bias, CELLS[cell].gates)
         grads = (carry[0] + grad[:, t], *carry[1:])
@@ -254,6 +260,11 @@ def scan_backward(
         grad_bias += d_recurrent.sum(1)
     grad_states = torch.stack([c.flatten(1) for c in carry])
     return grads_x.flatten(2).to(dtype), grad_weight.to(weight_dtype), grad_bias.flatten(), grad_states
+
+
+def _order(x: Tensor, reverse: bool) -> range:
+    """Of the tokens of x (B, T, ...), as they are read."""
+    return range(x.shape[1])[:: -1 if reverse else 1]
 
 
 def _pieces(mask: Tensor | None, cu_seqlens: Tensor):

@@ -67,12 +67,12 @@ def _forward(
     x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
     first, h, others, last, left, right, rows_per_member,
     CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr, K: tl.constexpr,
-    BN: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
+    BN: tl.constexpr, STEP: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`last` (STATES, N, D) holds the initial states on entry, the last ones on return, and behind them what else the
     cell carries; `others` the KEPT states but h. `left` (M, H, K, G * P), `right` (M, H, K, P) and with them a `bias`
     for each member (M, H * G * P), or None."""
-    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
+    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN, STEP)
     n, start, length = n[:, None], start[:, None], length[:, None]
     unit = tl.arange(0, BP)[None, :]
     units = heads.to(tl.int64) * size
@@ -87,15 +87,15 @@ def _forward(
     states = _load(last, n * units + head * size, unit, apart, there, STATES)
     for t in tl.range(longest, num_stages=STAGES):
         inside = (t < length) & (unit < size)
-        x_t = _load(x, (start + t) * x_stride + head * GATES * size, unit, size, inside, GATES)
-        live = _live(mask, start + t, t < length)
+        x_t = _load(x, (start + t * STEP) * x_stride + head * GATES * size, unit, size, inside, GATES)
+        live = _live(mask, start + t * STEP, t < length)
         # Rounded as the h that is written: backward, and a sequence split in two, must see the same.
         h_before = states[0].to(x.dtype.element_ty)
         recurrent = _add(_recurrent(h_before, weights, GATES), biases, GATES)
         if left is not None:
             recurrent = _add_low_rank(recurrent, _projected(h_before, rights, K), lefts, GATES, K)
         states = _where(live, _step(_float(x_t, GATES), recurrent, states, CELL), states, STATES)
-        to = (start + t) * units
+        to = (start + t * STEP) * units
         tl.store(h + to + head * size + unit, states[0], inside)
         _store(others, to * KEPT + head * size, unit, units, inside, states, 1, KEPT)
     _store(last, n * units + head * size, unit, apart, there, states, 0, STATES)
@@ -106,18 +106,18 @@ def _forward_streamed(
     x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
     first, h, others, last, left, right, rows_per_member,
     CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr, K: tl.constexpr,
-    BN: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
+    BN: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """As `_forward`; between steps the states are in `last`."""
-    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
+    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN, STEP)
     n, start, length = n[:, None], start[:, None], length[:, None]
     units = heads.to(tl.int64) * size
     own = _owner(n, head, sequences, heads, rows_per_member)
     apart = sequences * units
     for t in range(longest):
-        row = start + t
+        row = start + t * STEP
         live = _live(mask, row, t < length)
-        source, source_to, _ = _source(first, h, t, n, row, sequences, units, 1)
+        source, source_to, _ = _source(first, h, t, n, row, sequences, units, 1, STEP)
         if left is not None:
             u = _projected_streamed(source, source_to + head * size, t < length, right, own, size, K, BN, DEPTH)
         for begin in range(0, size, UNITS):
@@ -145,19 +145,19 @@ def _recompute(
     x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
     first, h, chunks, recurrent,
     CELL: tl.constexpr, GATES: tl.constexpr,
-    BN: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
+    BN: tl.constexpr, STEP: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """R h_{t-1} for all t, which nothing has to wait for: of `chunks` programs each takes every chunks-th step."""
-    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
+    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN, STEP)
     n, start, length = n[:, None], start[:, None], length[:, None]
     unit = tl.arange(0, BP)[None, :]
     units = heads.to(tl.int64) * size
     weights = _held(weight, head, size, unit, GATES)
     # Every chunks-th step and not a stretch of them: sequences that end early leave no program idle.
     for t in tl.range(tl.program_id(1), longest, chunks, num_stages=STAGES):
-        row = start + t
+        row = start + t * STEP
         inside = (t < length) & (unit < size)
-        source, to, _ = _source(first, h, t, n, row, sequences, units, 1)
+        source, to, _ = _source(first, h, t, n, row, sequences, units, 1, STEP)
         h_before = tl.load(source + (to + head * size) + unit, inside, other=0.0)
         products = _recurrent(h_before, weights, GATES)
         _store(recurrent, (row * heads + head) * GATES * size, unit, size, inside, products, 0, GATES)
@@ -168,15 +168,15 @@ def _recompute_streamed(
     x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
     first, h, chunks, recurrent,
     CELL: tl.constexpr, GATES: tl.constexpr,
-    BN: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
+    BN: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """As `_recompute`."""
-    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
+    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN, STEP)
     n, start, length = n[:, None], start[:, None], length[:, None]
     units = heads.to(tl.int64) * size
     for t in range(tl.program_id(1), longest, chunks):
-        row = start + t
-        source, to, _ = _source(first, h, t, n, row, sequences, units, 1)
+        row = start + t * STEP
+        source, to, _ = _source(first, h, t, n, row, sequences, units, 1, STEP)
         for begin in range(0, size, UNITS):
             unit = begin + tl.arange(0, UNITS)[None, :]
             inside = (t < length) & (unit < size)
@@ -190,20 +190,20 @@ def _recompute_streamed(
 def _gradients(
     x, mask, x_stride, sequences, heads, size, first, states, h, others, grad, grad_stride, grad_x, own,
     t, head, n, start, length, unit, biases, carry,
-    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, OWN: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Step t of the backward pass, but for R^T d: stores the gradients; returns that of R h + b, and of the states
     before the step, from those after it."""
     units = heads.to(tl.int64) * size
-    row = start + t
+    row = start + t * STEP
     inside = (t < length) & (unit < size)
     live = _live(mask, row, t < length)
     x_t = _load(x, row * x_stride + head * GATES * size, unit, size, inside, GATES)
     dx_to = (row * heads + head) * GATES * size
     recurrent = _add(_load(grad_x, dx_to, unit, size, inside, GATES), biases, GATES)
-    source, to, apart = _source(first, h, t, n, row, sequences, units, 1)
+    source, to, apart = _source(first, h, t, n, row, sequences, units, 1, STEP)
     before = _load(source, to + head * size, unit, apart, inside, 1)
-    source, to, apart = _source(states + sequences * units, others, t, n, row, sequences, units, STATES - 1)
+    source, to, apart = _source(states + sequences * units, others, t, n, row, sequences, units, STATES - 1, STEP)
     before = _float(before, 1) + _load(source, to + head * size, unit, apart, inside, STATES - 1)
     dh = tl.load(grad + (row * grad_stride + head * size) + unit, inside, other=0.0)
     # The output is h: its gradient joins what comes from later steps.
@@ -221,12 +221,12 @@ def _backward(
     x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
     first, states, h, others, grad, grad_stride, grads, grad_x, own,
     CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, OWN: tl.constexpr,
-    BN: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
+    BN: tl.constexpr, STEP: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`states` (S, N, D) are the initial ones; `grads` (S, N, D) holds the gradients of the last states on entry, those
     of the initial states on return; `grad_x` what `_recompute` left there, which each step replaces by its gradients.
     """
-    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
+    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN, STEP)
     n, start, length = n[:, None], start[:, None], length[:, None]
     unit = tl.arange(0, BP)[None, :]
     units = heads.to(tl.int64) * size
@@ -238,7 +238,7 @@ def _backward(
     for back in tl.range(longest, num_stages=STAGES):
         d, passed = _gradients(
             x, mask, x_stride, sequences, heads, size, first, states, h, others, grad, grad_stride, grad_x, own,
-            longest - 1 - back, head, n, start, length, unit, biases, carry, CELL, GATES, STATES, OWN,
+            longest - 1 - back, head, n, start, length, unit, biases, carry, CELL, GATES, STATES, OWN, STEP,
         )  # fmt: skip
         carry = (passed[0] + _through(d, weights, x.dtype.element_ty, GATES),) + passed[1:]
     _store(grads, n * units + head * size, unit, apart, there, carry, 0, STATES)
@@ -249,10 +249,10 @@ def _backward_streamed(
     x, weight, bias, mask, offsets, x_stride, time: tl.int64, rows: tl.int64, sequences, heads, size,
     first, states, h, others, grad, grad_stride, grads, grad_x, own,
     CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr, OWN: tl.constexpr,
-    BN: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
+    BN: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """As `_backward`; between steps the gradients of the states are in `grads`."""
-    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN)
+    head, n, start, length, longest = _task(offsets, time, rows, sequences, heads, BN, STEP)
     n, start, length = n[:, None], start[:, None], length[:, None]
     units = heads.to(tl.int64) * size
     apart = sequences * units
@@ -266,7 +266,7 @@ def _backward_streamed(
             biases = _bias(bias, head, size, unit, unit < size, GATES)
             _, passed = _gradients(
                 x, mask, x_stride, sequences, heads, size, first, states, h, others, grad, grad_stride, grad_x,
-                own, t, head, n, start, length, unit, biases, carry, CELL, GATES, STATES, OWN,
+                own, t, head, n, start, length, unit, biases, carry, CELL, GATES, STATES, OWN, STEP,
             )  # fmt: skip
             _store(grads, to, unit, apart, inside, passed, 0, STATES)
         tl.debug_barrier()  # what follows reads what other threads wrote above
@@ -274,8 +274,9 @@ def _backward_streamed(
             unit = begin + tl.arange(0, UNITS)[None, :]
             inside = (t < length) & (unit < size)
             through = _through_streamed(
-                grad_x, own, start + t, t < length, weight, head, heads, size, unit, GATES, OWN, BN, UNITS, DEPTH
-            )
+                grad_x, own, start + t * STEP, t < length, weight, head, heads, size, unit,
+                GATES, OWN, BN, UNITS, DEPTH,
+            )  # fmt: skip
             tl.store(grads + to + unit, tl.load(grads + to + unit, inside, other=0.0) + through, inside)
         tl.debug_barrier()
 
@@ -311,7 +312,7 @@ class _Launch:
 
     def __init__(
         self, cell: str, x: Tensor, weight: Tensor, bias: Tensor | None, states: list[Tensor], mask: Tensor | None,
-        cu_seqlens: Tensor | None, perturbation: Sequence[Tensor] = (),
+        cu_seqlens: Tensor | None, reverse: bool, perturbation: Sequence[Tensor] = (),
     ):  # fmt: skip
         batch, time, _ = x.shape
         self.heads, _, size = weight.shape
@@ -334,7 +335,7 @@ class _Launch:
         )  # fmt: skip
         self.tasks = self.heads * triton.cdiv(self.sequences, BN)
         self.cell = CELLS[cell]
-        self.constants = {"CELL": cell, "GATES": self.cell.gates, "BN": BN}
+        self.constants = {"CELL": cell, "GATES": self.cell.gates, "BN": BN, "STEP": -1 if reverse else 1}
         zeros = torch.zeros(self.sequences, self.heads * size, device=x.device)
         states = [state.float() for state in states] or [zeros] * self.cell.states
         self.states = torch.stack([*states, *[zeros] * CARRIED.get(cell, 0)])
@@ -357,10 +358,11 @@ def scan(
     cu_seqlens: Tensor | None = None,
     training: bool = False,
     perturbation: Sequence[Tensor] = (),
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `op.scan`."""
     with torch.cuda.device_of(x):
-        launch = _Launch(cell, x, weight, bias, states, mask, cu_seqlens, perturbation)
+        launch = _Launch(cell, x, weight, bias, states, mask, cu_seqlens, reverse, perturbation)
         batch, time, units = *x.shape[:2], launch.states.shape[2]
         kept = launch.cell.states - 1 if training else 0
         h = torch.empty(batch, time, units, dtype=x.dtype, device=x.device)
@@ -385,10 +387,11 @@ def scan_backward(
     others: Tensor,
     grad: Tensor,
     grad_last: Tensor,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `op.scan_backward`."""
     with torch.cuda.device_of(x):
-        launch = _Launch(cell, x, weight, bias, states, mask, cu_seqlens)
+        launch = _Launch(cell, x, weight, bias, states, mask, cu_seqlens, reverse)
         h, (grad, grad_stride) = h.contiguous(), _rows(grad)
         grads = grad_last.to(torch.float32, copy=True).contiguous()
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -401,5 +404,5 @@ def scan_backward(
             _backward, _backward_streamed, launch.states, h, others.contiguous(), grad, grad_stride,
             grads, grad_x, own, STATES=launch.cell.states, OWN=gates,
         )  # fmt: skip
-        grad_weight, grad_bias = weight_gradients(grad_x, own, weight, h, states, cu_seqlens)
+        grad_weight, grad_bias = weight_gradients(grad_x, own, weight, h, states, cu_seqlens, reverse)
     return grad_x, grad_weight, grad_bias, grads

@@ -10,8 +10,9 @@ from hf_rnn_kernels.recurrent_scan.triton_cells import _add
 
 
 @triton.jit
-def _task(offsets, time, rows, sequences, heads, BN: tl.constexpr):
-    """What this program works on: a head; the sequences n, their first rows and their lengths; the longest of these."""
+def _task(offsets, time, rows, sequences, heads, BN: tl.constexpr, STEP: tl.constexpr):
+    """What this program works on: a head; the sequences n, the rows where they are begun, at their ends if STEP is -1,
+    and their lengths; the longest of these."""
     head = (tl.program_id(0) % heads).to(tl.int64)
     n = (tl.program_id(0) // heads).to(tl.int64) * BN + tl.arange(0, BN)
     real = n < sequences
@@ -22,7 +23,7 @@ def _task(offsets, time, rows, sequences, heads, BN: tl.constexpr):
         stop = tl.minimum(tl.maximum(tl.load(offsets + n + 1, real, other=0).to(tl.int64), start), rows)
     # Rows of the tile beyond the last sequence never live.
     length = tl.where(real, stop - start, 0).to(tl.int32)
-    return head, n, start, length, tl.max(length, 0)
+    return head, n, start if STEP == 1 else stop - 1, length, tl.max(length, 0)
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def _owner(n, head, sequences, heads, rows_per_member):
 
 
 @triton.jit
-def _source(first, every, t, n, row, sequences, units, STATES: tl.constexpr):
+def _source(first, every, t, n, row, sequences, units, STATES: tl.constexpr, STEP: tl.constexpr):
     """Where the states before step t are: the tensor, the rows in it, and the distance of one state to the next.
 
     `first` is (STATES, N, D), `every` (B, T, STATES, D).
@@ -76,7 +77,7 @@ def _source(first, every, t, n, row, sequences, units, STATES: tl.constexpr):
     if t == 0:
         source, to, apart = first, n * units, sequences * units
     else:
-        source, to, apart = every, (row - 1) * STATES * units, units
+        source, to, apart = every, (row - STEP) * STATES * units, units
     return source, to, apart
 
 

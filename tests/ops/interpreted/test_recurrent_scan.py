@@ -14,18 +14,20 @@ path = test_recurrent_triton.path
 
 @pytest.mark.usefixtures("bfloat16_dot", "poison", "small_streams")
 class TestValues:
+    @pytest.mark.parametrize("reverse", [False, True])
     @pytest.mark.parametrize("cell", CELLS)
-    def test_all_at_once(self, cell, path):
+    def test_all_at_once(self, cell, reverse, path):
         """Two heads of an odd size, initial states, strided x, padding on both sides, inside, and nothing else."""
         arguments = make(cell, 3, 7, 2, 19, strided=True)
-        check(errors(run_backend, cell, *arguments, make_states(cell, 3, 38), padding(3, 7)))
+        check(errors(run_backend, cell, *arguments, make_states(cell, 3, 38), padding(3, 7), None, reverse))
 
+    @pytest.mark.parametrize("reverse", [False, True])
     @pytest.mark.parametrize("cell, dtype", [("gru", torch.int32), ("lstm", torch.int64)])
-    def test_packed(self, cell, dtype, path):
-        """Sequences of 4, 0, 1, 6 and 0 rows, with padding."""
-        cu_seqlens = torch.tensor([0, 4, 4, 5, 11, 11], dtype=dtype)
+    def test_packed(self, cell, dtype, reverse, path):
+        """Sequences of 0, 4, 0, 1, 6 and 0 rows, with padding."""
+        cu_seqlens = torch.tensor([0, 0, 4, 4, 5, 11, 11], dtype=dtype)
         arguments = make(cell, 1, 11, 2, 3)
-        check(errors(run_backend, cell, *arguments, make_states(cell, 5, 6), padding(2, 11)[:1], cu_seqlens))
+        check(errors(run_backend, cell, *arguments, make_states(cell, 6, 6), padding(2, 11)[:1], cu_seqlens, reverse))
 
     @pytest.mark.parametrize("cell, heads, size", [("lstm", 1, 40), ("gru", 3, 16), ("gru", 1, 1)])
     def test_sizes(self, cell, heads, size, path):
@@ -36,26 +38,27 @@ class TestValues:
     def test_many_sequences(self, cell):
         check(errors(run_backend, cell, *make(cell, 35, 2, 1, 3), make_states(cell, 35, 3)))
 
-    @pytest.mark.parametrize("programs", [4, 1])
-    def test_gates_are_computed_again_by_any_number_of_programs(self, programs, monkeypatch):
+    @pytest.mark.parametrize("programs, reverse", [(4, False), (4, True), (1, False)])
+    def test_gates_are_computed_again_by_any_number_of_programs(self, programs, reverse, monkeypatch):
         monkeypatch.setattr(backend, "PROGRAMS", programs)
         monkeypatch.setattr(backend, "STEPS", 1)
-        check(errors(run_backend, "gru", *make("gru", 2, 6, 1, 3)))
+        check(errors(run_backend, "gru", *make("gru", 2, 6, 1, 3), reverse=reverse))
 
     @pytest.mark.exhaustive
     @pytest.mark.timeout(900)
+    @pytest.mark.parametrize("reverse", [False, True])
     @pytest.mark.parametrize("packed", [False, True])
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize("size", [3, 16, 19, 40])
     @pytest.mark.parametrize("heads", [1, 3])
     @pytest.mark.parametrize("cell", CELLS)
-    def test_every_combination(self, cell, heads, size, masked, packed, path):
+    def test_every_combination(self, cell, heads, size, masked, packed, reverse, path):
         cu_seqlens = torch.tensor([0, 0, 9, 10, 10, 18]) if packed else None
         arguments = make(cell, *((1, 18) if packed else (2, 9)), heads, size)
         states = make_states(cell, 5 if packed else 2, heads * size)
         mask = padding(2, 9) if masked else None
         mask = mask.reshape(1, 18) if masked and packed else mask
-        check(errors(run_backend, cell, *arguments, states, mask, cu_seqlens))
+        check(errors(run_backend, cell, *arguments, states, mask, cu_seqlens, reverse))
 
     @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
     @pytest.mark.parametrize("cell", CELLS)
@@ -157,6 +160,8 @@ class TestValues:
         x, weight, bias = make("gru", 1, 6, 1, 3)
         h, _, _ = backend.scan("gru", x, weight, bias, [], None, torch.tensor([-50, 2, 10**9]))
         assert torch.equal(h[:, 2:], backend.scan("gru", x[:, 2:], weight, bias, [])[0])
+        h, _, _ = backend.scan("gru", x, weight, bias, [], None, torch.tensor([-50, 2, 10**9]), reverse=True)
+        assert torch.equal(h[:, 2:], backend.scan("gru", x[:, 2:], weight, bias, [], reverse=True)[0])
 
 
 @pytest.mark.usefixtures("small_streams")
