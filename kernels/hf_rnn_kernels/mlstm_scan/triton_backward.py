@@ -51,6 +51,7 @@ def _normalizers(
     t = tl.arange(0, L)
     live = _live(mask, row, t, length, STEP)
     to, place = row * heads + head, _place(row, rows, STEP)
+    d_num += (place * heads + head) * V
     at = norms + to * 2 + t * (heads * 2 * STEP)
     a, m = tl.load(at, live, other=0.0), tl.load(at + 1, live, other=0.0)
     floor = tl.exp(-m)
@@ -61,8 +62,7 @@ def _normalizers(
         dh = _tile(grad + row * grad_row + head * grad_head, t, live, value, grad_row * STEP, V).to(tl.float32)
         total += tl.sum(dh * _tile(h + to * V, t, live, value, heads * V * STEP, V), 1)
         inside = (t < length)[:, None] & (value < V)[None, :]
-        at = d_num + (place * heads + head) * V + t[:, None] * (heads * V) + value[None, :]
-        tl.store(at, dh / den[:, None], inside)
+        tl.store(d_num + t[:, None] * (heads * V) + value[None, :], dh / den[:, None], inside)
     to, plane = back + head * rows + place + t, heads * rows
     d_den = -total / den
     # a has a gradient only where it decides.
