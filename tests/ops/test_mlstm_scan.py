@@ -45,8 +45,8 @@ def run(function, leaves, grads, dtype=torch.float32, **options):
     """h, the last states, and the gradients of everything."""
     leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in leaves]
     if function is mlstm_scan:
-        mask, cu_seqlens = options.pop("mask", None), options.pop("cu_seqlens", None)
-        options["layout"] = layout_of(leaves[0], mask, cu_seqlens)
+        layout = layout_of(leaves[0], options.pop("mask", None), options.pop("cu_seqlens", None))
+        options["layout"] = layout._replace(reverse=options.pop("reverse", False))
     h, last = function(*leaves, **options)
     outputs = [h, *last]
     return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in grads])]
@@ -164,20 +164,43 @@ def test_packing(dtype):
     check(actual, run(one_by_one, leaves, grads, torch.float64))
 
 
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.float64, 1e-14), (torch.bfloat16, 1e-3)])
+@pytest.mark.parametrize("batch, lengths", [(3, [140]), (2, [1]), (1, [1, 70, 0, 64, 15]), (1, [0, 129, 0])])
+def test_reading_backwards(batch, lengths, dtype, limit):
+    """What the tokens in reverse order give, but for the bits in which torch's loops differ from their remainders."""
+    time, packed = sum(lengths), len(lengths) > 1
+    leaves = make(batch, time, 2, 12, 20, sequences=len(lengths) if packed else batch)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    mask = torch.rand(batch, time) < 0.6
+    mask[0, :20] = mask[-1, 60:] = packed  # rows: padding on either side
+    grads, eps = cotangents(leaves), 0.1  # an eps that counts: m has a gradient
+    order = torch.cat([torch.arange(a, b).flip(0) for a, b in pairwise(offsets)])
+    turned = [x[:, order] for x in leaves[:5]] + leaves[5:]
+    options = dict(cu_seqlens=offsets if packed else None, eps=eps)
+    expected = run(mlstm_scan, turned, [grads[0][:, order], *grads[1:]], dtype, mask=mask[:, order], **options)
+    for x in leaves[:5]:
+        x[~mask] = torch.nan
+    actual = run(mlstm_scan, leaves, grads, dtype, mask=mask, reverse=True, **options)
+    for name, x, y in zip(NAMES, actual, expected, strict=True):
+        lies = y[:, order] if name in ("h", "dq", "dk", "dv", "di", "df") else y
+        assert torch.equal(x == 0, lies == 0) and relative_error(x, lies) <= limit, name
+
+
 @settings(max_examples=25, deadline=None)
-@given(time=st.integers(2, 200), cut=st.integers(1, 199), steps=st.integers(0, 3))
-def test_splitting(time, cut, steps):
-    """Anywhere, the last tokens one by one."""
+@given(time=st.integers(2, 200), cut=st.integers(1, 199), steps=st.integers(0, 3), reverse=st.booleans())
+def test_splitting(time, cut, steps, reverse):
+    """Anywhere, the last tokens of the first piece one by one."""
     leaves = make(2, time, 2, 6, 10)[:5]
-    cut = min(cut, time)
-    h, last = mlstm_scan(*leaves)
+    cut, layout = min(cut, time), SequenceLayout(reverse=reverse)
+    h, last = mlstm_scan(*leaves, layout=layout)
     steps = min(steps, cut - 1)
     pieces, state = [], (None, None, None)
-    for start, stop in ((0, cut - steps), *((t, t + 1) for t in range(cut - steps, cut)), (cut, time)):
+    spans = [(0, cut - steps), *((t, t + 1) for t in range(cut - steps, cut)), (cut, time)]
+    for start, stop in reversed(spans) if reverse else spans:
         if start < stop:
-            piece, state = mlstm_scan(*(x[:, start:stop] for x in leaves), *state)
+            piece, state = mlstm_scan(*(x[:, start:stop] for x in leaves), *state, layout)
             pieces.append(piece)
-    assert relative_error(torch.cat(pieces, 1), h) <= 1e-5
+    assert relative_error(torch.cat(pieces[::-1] if reverse else pieces, 1), h) <= 1e-5
     for a, b in zip(state, last, strict=True):
         assert relative_error(a, b) <= 1e-5
 
@@ -234,11 +257,12 @@ def test_a_gate_that_forgets_everything(closed):
 
 
 @pytest.mark.slow
-def test_registration():
+@pytest.mark.parametrize("reverse", [False, True])
+def test_registration(reverse):
     leaves = [x.requires_grad_() for x in make(2, 20, 2, 4, 6)]
-    torch.library.opcheck(torch.ops.hf_rnn.mlstm_scan, (*leaves[:5], leaves[5:], None, None, 1e-6, True))
-    compiled = torch.compile(mlstm_scan, fullgraph=True)
-    assert relative_error(compiled(*leaves)[0], mlstm_scan(*leaves)[0]) <= 1e-6
+    torch.library.opcheck(torch.ops.hf_rnn.mlstm_scan, (*leaves[:5], leaves[5:], None, None, 1e-6, True, reverse))
+    compiled, layout = torch.compile(mlstm_scan, fullgraph=True), SequenceLayout(reverse=reverse)
+    assert relative_error(compiled(*leaves, layout)[0], mlstm_scan(*leaves, layout)[0]) <= 1e-6
 
 
 def test_a_compiled_step_is_one_operator_that_writes_to_the_states():

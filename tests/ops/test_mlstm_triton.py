@@ -36,23 +36,24 @@ def make_states(sequences, q, v):
     return [torch.randn(shape, device=q.device) for shape in shapes]
 
 
-def errors(run, inputs, states=(), mask=None, cu_seqlens=None, eps=1e-6):
+def errors(run, inputs, states=(), mask=None, cu_seqlens=None, eps=1e-6, reverse=False):
     """Relative errors of all results, forward and backward, against the reference in float64."""
 
     def exact(x):
         return None if x is None else x.cpu().double() if x.is_floating_point() else x.cpu()
 
     arguments = [*map(exact, inputs), [exact(s) for s in states], exact(mask), exact(cu_seqlens), eps]
-    h, norms, *last = reference.scan(*arguments, training=True)
+    h, norms, *last = reference.scan(*arguments, True, reverse)
     grad, grad_last = torch.randn(h.shape).to(inputs[0].dtype), [torch.randn(s.shape) for s in last if states]
-    back = reference.scan_backward(*arguments, h, norms, grad.double(), [g.double() for g in grad_last])
+    back = reference.scan_backward(*arguments, h, norms, grad.double(), [g.double() for g in grad_last], reverse)
     expected = [h, *norms.unbind(3), *last, *back]
     if mask is not None:  # what padding holds is nothing
         padding = ~mask.bool()
         inputs = [x.masked_fill(padding[(...,) + (None,) * (x.dim() - 2)], torch.nan) for x in inputs]
         grad = grad.to(h.device).masked_fill(padding.cpu()[..., None, None], torch.nan)
     device = inputs[0].device
-    actual = run(inputs, list(states), mask, cu_seqlens, eps, grad.to(device), [g.to(device) for g in grad_last])
+    grads = grad.to(device), [g.to(device) for g in grad_last]
+    actual = run(inputs, list(states), mask, cu_seqlens, eps, *grads, reverse)
     dtypes = [inputs[0].dtype, *[torch.float32] * 5, *[x.dtype for x in inputs], *[torch.float32] * 3]
     result = {}
     for name, a, e, dtype in zip(NAMES, actual, expected, dtypes, strict=True):
@@ -62,15 +63,15 @@ def errors(run, inputs, states=(), mask=None, cu_seqlens=None, eps=1e-6):
     return result
 
 
-def run_backend(inputs, states, mask, cu_seqlens, eps, grad, grad_last):
+def run_backend(inputs, states, mask, cu_seqlens, eps, grad, grad_last, reverse=False):
     arguments = (*inputs, states, mask, cu_seqlens, eps)
-    h, norms, *last = backend.scan(*arguments, True)
-    return h, *norms.unbind(3), *last, *backend.scan_backward(*arguments, h, norms, grad, grad_last)
+    h, norms, *last = backend.scan(*arguments, True, reverse)
+    return h, *norms.unbind(3), *last, *backend.scan_backward(*arguments, h, norms, grad, grad_last, reverse)
 
 
-def run_op(inputs, states, mask, cu_seqlens, eps, grad, grad_last):
+def run_op(inputs, states, mask, cu_seqlens, eps, grad, grad_last, reverse=False):
     leaves = [x.detach().requires_grad_() for x in (*inputs, *states)]
-    h, norms, *last = op.scan(*leaves[:5], leaves[5:], mask, cu_seqlens, eps, True)
+    h, norms, *last = op.scan(*leaves[:5], leaves[5:], mask, cu_seqlens, eps, True, reverse)
     grads = torch.autograd.grad([h, *last[: len(grad_last)]], leaves, [grad, *grad_last])
     return h, *norms.unbind(3), *last, *grads, *[None] * (8 - len(grads))
 
@@ -92,7 +93,7 @@ def chip(target, monkeypatch):
         kernel.device_caches.pop(target, None)
 
 
-def launch(dtype=torch.bfloat16, shape=(2, 4, 2), sizes=(64, 64), full=False):
+def launch(dtype=torch.bfloat16, shape=(2, 4, 2), sizes=(64, 64), full=False, reverse=False):
     """Both directions, padded, packed and with initial states if `full`."""
     batch, time, heads = shape
     inputs = make(1 if full else batch, batch * time if full else time, heads, *sizes, dtype, skip=0)
@@ -100,8 +101,8 @@ def launch(dtype=torch.bfloat16, shape=(2, 4, 2), sizes=(64, 64), full=False):
     mask = torch.ones(inputs[0].shape[:2], dtype=torch.bool) if full else None
     states = make_states(batch, inputs[0], inputs[2])
     arguments = (*inputs, states if full else [], mask, cu_seqlens, 1e-6)
-    h, norms, *last = backend.scan(*arguments, True)
-    backend.scan_backward(*arguments, h, norms, h, last if full else [])
+    h, norms, *last = backend.scan(*arguments, True, reverse)
+    backend.scan_backward(*arguments, h, norms, h, last if full else [], reverse)
     token = [x[:, 0] for x in inputs]
     real = torch.ones(len(token[0]), dtype=torch.bool) if full else None
     triton_step.decode(*token, *[s[: len(token[0])] for s in states], real, 1e-6)
@@ -128,12 +129,16 @@ def spilled(target, dtype, sizes):
 
 
 @pytest.mark.parametrize(
-    "target, sizes, full",
-    [("sm_90", (128, 256), True), pytest.param("gfx942", (64, 64), False, marks=pytest.mark.slow)],
+    "target, sizes, full, reverse",
+    [
+        ("sm_90", (128, 256), True, False),
+        pytest.param("sm_90", (128, 256), True, True, marks=pytest.mark.slow),
+        pytest.param("gfx942", (64, 64), False, False, marks=pytest.mark.slow),
+    ],
     indirect=["target"],
 )
-def test_compiles_without_spills(chip, sizes, full):
-    launch(sizes=sizes, full=full)
+def test_compiles_without_spills(chip, sizes, full, reverse):
+    launch(sizes=sizes, full=full, reverse=reverse)
     check_compiled(chip, spilled(chip, torch.bfloat16, sizes))
 
 
@@ -141,10 +146,11 @@ def test_compiles_without_spills(chip, sizes, full):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("sizes", [(32, 64), (64, 64), (128, 256), (256, 512), (20, 100)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("target", shared.TARGETS, indirect=True)
-def test_every_combination_compiles_without_spills(chip, dtype, sizes):
+def test_every_combination_compiles_without_spills(chip, reverse, dtype, sizes):
     for full in (False, True):
-        launch(dtype, sizes=sizes, full=full)
+        launch(dtype, sizes=sizes, full=full, reverse=reverse)
     check_compiled(chip, spilled(chip, dtype, sizes))
 
 
@@ -163,16 +169,19 @@ def test_other_lengths_batches_and_heads_compile_nothing_new(chip, full):
 class TestGPU:
     pytestmark = gpu
 
+    @pytest.mark.parametrize("reverse", [False, True])
     @pytest.mark.parametrize("keys, values", [(20, 37), (64, 64), (100, 300)])
-    def test_all_at_once(self, keys, values):
+    def test_all_at_once(self, keys, values, reverse):
         inputs = make(3, 337, 2, keys, values, device="cuda")
         states, mask = make_states(3, inputs[0], inputs[2]), shared.padding(3, 337, "cuda")
-        check(errors(run_op, inputs, states, mask, None, 0.1), 1e-5, 1e-4)
+        check(errors(run_op, inputs, states, mask, None, 0.1, reverse), 1e-5, 1e-4)
 
-    def test_packed(self):
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_packed(self, reverse):
         cu_seqlens = torch.tensor([0, 9, 9, 10, 137, 437, 437], device="cuda")
         inputs = make(1, 437, 3, 40, 80, device="cuda")
-        check(errors(run_op, inputs, make_states(6, inputs[0], inputs[2]), None, cu_seqlens), 1e-5, 1e-4)
+        states = make_states(6, inputs[0], inputs[2])
+        check(errors(run_op, inputs, states, None, cu_seqlens, reverse=reverse), 1e-5, 1e-4)
 
     @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
     @pytest.mark.parametrize("keys, values", [(32, 64), (128, 256), (256, 512)])
@@ -184,8 +193,8 @@ class TestGPU:
         arguments = (*make(2, 1000, 2, 128, 256, torch.bfloat16, "cuda"), [], None, None, 1e-6)
         results = []
         for _ in range(3):
-            h, norms, *last = op.scan(*arguments, True)
-            results.append([h, norms, *last, *op.scan_backward(*arguments, h, norms, h, last)])
+            h, norms, *last = op.scan(*arguments, True, False)
+            results.append([h, norms, *last, *op.scan_backward(*arguments, h, norms, h, last, False)])
         for other in results[1:]:
             for a, b in zip(results[0], other, strict=True):
                 assert torch.equal(a, b)
@@ -193,7 +202,7 @@ class TestGPU:
     def test_step(self):
         inputs = make(3, 1, 4, 128, 256, torch.bfloat16, "cuda")
         states = make_states(3, inputs[0], inputs[2])
-        exact, _, *last = op.scan(*inputs, states, None, None, 1e-6, False)
+        exact, _, *last = op.scan(*inputs, states, None, None, 1e-6, False, False)
         h = op.decode(*(x[:, 0] for x in inputs), *states, None, 1e-6)
         for a, b, limit in zip((h, *states), (exact[:, 0], *last), (1e-2, 1e-2, 1e-5, 1e-5), strict=True):
             assert (a.double() - b.double()).norm() <= limit * b.double().norm()

@@ -39,8 +39,9 @@ def mlstm_scan(
         q, k: (B, T, H, K). v: (B, T, H, V). One dtype.
         i, f: pre-activations of the input and the forget gate (B, T, H), in any one floating dtype.
         C0, n0, m0: initial states (N, H, K, V), (N, H, K), (N, H), any floating dtype, m0 finite; zeros by default.
-        layout: which tokens are real and which sequences they make; sequence n starts from C0[n], n0[n], m0[n]. Rows by
-            default. A token that is not real leaves the states as they were, and its h is zero.
+        layout: which tokens are real, which sequences they make and from which end these are read; sequence n starts
+            from C0[n], n0[n], m0[n]. Rows by default. A token that is not real leaves the states as they were, and its
+            h is zero.
         eps: added to the normaliser; 1e-6 is the published models'.
 
     Returns:
@@ -68,7 +69,7 @@ def mlstm_scan(
 
     def any_tokens(training):
         inputs = (layout.flat(x) for x in (q, k, v, i, f))
-        h, _, *last = op.scan(*inputs, states, layout.flat_mask(), layout.offsets, eps, training)
+        h, _, *last = op.scan(*inputs, states, layout.flat_mask(), layout.offsets, eps, training, layout.reverse)
         return h.view(v.shape), last
 
     h, (C, n, m) = advance(layout, q.shape[1], reference.state_dtype(q), (q, k, v, i, f), states, one_token, any_tokens)

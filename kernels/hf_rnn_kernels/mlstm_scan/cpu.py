@@ -11,8 +11,9 @@ each chunk for itself. Backward (`cpu_backward.py`), `_states` again, `adjoints`
 and `gradients` takes each chunk for itself. Adjoints of C and n are kept times e^m at the same place: their weights are
 those above.
 
-Tensors come as flat arrays, a token's heads `apart` from the next token's. F, g and M are sums of up to L terms whose
-differences count, m at chunk starts is one of them: float64.
+Tensors come as flat arrays, a token's heads `apart` from the next token's. A chunk's rows are its tokens as they are
+read, which may be backwards in memory. F, g and M are sums of up to L terms whose differences count, m at chunk starts
+is one of them: float64.
 """
 
 from collections.abc import Iterable
@@ -72,7 +73,7 @@ def _next_state(rows, keys, values, k, v, g, top, m, C_here, n_here, scratch, we
 @parallel
 def _states(sizes, chunks, mask, inputs, i_and_log_f, states, states_at):
     """C, n, m from the first states of each sequence to its last; `states_at` get those of chunk starts."""
-    chunk_size, heads, K, V = sizes
+    chunk_size, heads, K, V, step = sizes
     first_chunk, start, count = chunks
     (k, k_apart), (v, v_apart) = inputs
     (C, n, m), (C_at, n_at, m_at) = states, states_at
@@ -91,9 +92,9 @@ def _states(sizes, chunks, mask, inputs, i_and_log_f, states, states_at):
             for d in range(keys):
                 n_at[at * keys + d] = n[n0 + d]
             m_at[at] = m[m0]
-            load(rows, K, keys, k, (token * k_apart + head * K, k_apart), mask, token, ONE, ks)
-            load(rows, V, values, v, (token * v_apart + head * V, v_apart), mask, token, ONE, vs)
-            gates(rows, i_and_log_f, token * heads + head, heads, m[m0], g, top, total)
+            load(rows, K, keys, k, (head * K, k_apart), mask, (token, step), ONE, ks)
+            load(rows, V, values, v, (head * V, v_apart), mask, (token, step), ONE, vs)
+            gates(rows, i_and_log_f, token * heads + head, heads * step, m[m0], g, top, total)
             _next_state(rows, keys, values, ks, vs, g, top, m[m0], (C, c0), (n, n0), scratch, weights)
             m[m0] = total[rows - _U1] + top[rows - _U1]
 
@@ -111,7 +112,7 @@ def _decays(r, below, g, top, w, w0):
 
 @parallel
 def _outputs(sizes, chunks, mask, inputs, i_and_log_f, states_at, eps, h, norms):
-    chunk_size, heads, K, V = sizes
+    chunk_size, heads, K, V, step = sizes
     _, start, count = chunks
     (q, q_apart), (k, k_apart), (v, v_apart) = inputs
     C_at, n_at, m_at = states_at
@@ -127,10 +128,10 @@ def _outputs(sizes, chunks, mask, inputs, i_and_log_f, states_at, eps, h, norms)
         # A row that every row starts from: strides of zero.
         nothing = np.zeros(max(side, values), np.float32)
         g, top, total = np.empty(chunk_size), np.empty(chunk_size), np.empty(chunk_size)
-        load(rows, K, keys, q, (token * q_apart + head * K, q_apart), mask, token, scale, qs)
-        load(rows, K, keys, k, (token * k_apart + head * K, k_apart), mask, token, ONE, ks)
-        load(rows, V, values, v, (token * v_apart + head * V, v_apart), mask, token, ONE, vs)
-        gates(rows, i_and_log_f, token * heads + head, heads, m_at[at], g, top, total)
+        load(rows, K, keys, q, (head * K, q_apart), mask, (token, step), scale, qs)
+        load(rows, K, keys, k, (head * K, k_apart), mask, (token, step), ONE, ks)
+        load(rows, V, values, v, (head * V, v_apart), mask, (token, step), ONE, vs)
+        gates(rows, i_and_log_f, token * heads + head, heads * step, m_at[at], g, top, total)
         transpose(rows, keys, keys, ks, _U0, panels)
         triangle(rows, keys, side, qs, panels, nothing, w)
         product(
@@ -156,12 +157,12 @@ def _outputs(sizes, chunks, mask, inputs, i_and_log_f, states_at, eps, h, norms)
             # Added in float64, rounded once.
             m = F32(total[r] + top[r])
             inverse = ONE / (max(abs(normalizer), exp(-m)) + eps)
-            to = ((token + r) * heads + head) * V
+            here = (token + r * step) * heads + head
             for d in range(V):
-                h[to + d] = out[r * values + d] * inverse
+                h[here * V + d] = out[r * values + d] * inverse
             if norms.size > 0:
-                norms[((token + r) * heads + head) * U(2)] = normalizer
-                norms[((token + r) * heads + head) * U(2) + _U1] = m
+                norms[here * U(2)] = normalizer
+                norms[here * U(2) + _U1] = m
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ def _views(tensors: Iterable[Tensor]) -> tuple[np.ndarray, ...]:
 class _Call:
     """What both passes need: sizes, chunks, inputs as flat arrays, and the states at the start of every chunk."""
 
-    def __init__(self, q, k, v, i, f, states, mask, cu_seqlens, eps):
+    def __init__(self, q, k, v, i, f, states, mask, cu_seqlens, eps, reverse):
         batch, time, heads, K = q.shape
         self.eps, V = F32(eps), v.shape[3]
         size = _chunk_size(K, V)
@@ -193,9 +194,12 @@ class _Call:
         first = np.concatenate([[0], np.cumsum(per_sequence)])
         start = [np.arange(a, b, size) for a, b in pairwise(offsets)]
         stop = [np.minimum(s + size, b) for s, b in zip(start, offsets[1:], strict=True)]
-        start, count = np.concatenate(start).astype(np.uint64), (np.concatenate(stop) - np.concatenate(start))
+        count = np.concatenate(stop) - np.concatenate(start)
+        if reverse:  # a sequence from a to b is its own mirror image at (a + b - 1) / 2
+            start = [a + b - 1 - s for s, (a, b) in zip(start, pairwise(offsets), strict=True)]
+        start = np.concatenate(start).astype(np.uint64)
         self.chunks = len(start)
-        self.sizes = Sizes(U(size), U(heads), U(K), U(V))
+        self.sizes = Sizes(U(size), U(heads), U(K), U(V), ~U(0) if reverse else U(1))
         self.walk = Chunks(first.astype(np.uint64), start, count.astype(np.uint64))
         self.mask = np.empty(0, np.bool_) if mask is None else mask.reshape(-1).bool().numpy()
         i, log_f = i.detach().float(), torch.nn.functional.logsigmoid(f.detach().float()).clamp_min(FORGOTTEN)
@@ -225,9 +229,10 @@ def scan(
     cu_seqlens: Tensor | None,
     eps: float,
     training: bool,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `op.scan`."""
-    call = _Call(q, k, v, i, f, states, mask, cu_seqlens, eps)
+    call = _Call(q, k, v, i, f, states, mask, cu_seqlens, eps, reverse)
     h, norms = empty(*v.shape), empty(*i.shape, 2 * training)
     run(
         _outputs, call.sizes, call.walk, call.mask, call.inputs, call.gates, call.starts, call.eps,
@@ -252,9 +257,10 @@ def scan_backward(
     norms: Tensor,
     grad: Tensor,
     grad_last: list[Tensor],
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `op.scan_backward`."""
-    call = _Call(q, k, v, i, f, states, mask, cu_seqlens, eps)
+    call = _Call(q, k, v, i, f, states, mask, cu_seqlens, eps, reverse)
     dC, dn, mu = [_padded(g) for g in grad_last] or [torch.zeros(s.shape) for s in call.last]
     # The loops have adjoints of C e^m and n e^m: what of the gradient of m goes through these is taken off, and put
     # back below.

@@ -21,10 +21,12 @@ class Sizes(NamedTuple):
     heads: np.uint64
     K: np.uint64
     V: np.uint64
+    step: np.uint64  # from a token to the one that is read next: 1, or -1 modulo 2^64 from a sequence's end
 
 
 class Chunks(NamedTuple):
-    """uint64 arrays: the first chunk of each sequence, and their number; the first token of each chunk; its tokens."""
+    """uint64 arrays: the first chunk of each sequence, and their number; the token of each chunk that is read first;
+    how many it has."""
 
     first: np.ndarray
     start: np.ndarray
@@ -57,13 +59,15 @@ def sum_of(size, a, a0):
 
 
 @row
-def load(rows, size, padded, source, places, mask, token, scale, target):
+def load(rows, size, padded, source, places, mask, tokens, scale, target):
     """Rows of a head, times `scale`, into rows of `padded` floats; zeros after the end and for padding. `places`: where
-    the first row begins, and how far apart rows are."""
-    at, apart = places
+    the first of all tokens begins, and how far apart they are. `tokens`: that of the first row, and the step to the
+    next."""
+    (head, apart), (first, step) = places, tokens
     for r in range(rows):
-        to, here = r * padded, at + r * apart
-        if mask.size > 0 and not mask[token + r]:
+        token = first + r * step
+        to, here = r * padded, head + token * apart
+        if mask.size > 0 and not mask[token]:
             for d in range(padded):
                 target[to + d] = _ZERO
         else:
@@ -94,14 +98,14 @@ def transpose(rows, columns, padded, source, s0, target):
 
 
 @row
-def gates(rows, i_and_log_f, at, heads, m, g, top, total):
-    """g, M and F of a chunk that starts with the stabiliser m."""
+def gates(rows, i_and_log_f, at, apart, m, g, top, total):
+    """g, M and F of a chunk that starts with the stabiliser m; its gates begin `at`, so far `apart`."""
     i, log_f = i_and_log_f
     # float64: g_j - M_i is a small difference of sums that may be thousands.
     summed, largest = np.float64(0), np.float64(m)
     for r in range(rows):
-        summed += log_f[at + r * heads]
-        g[r] = i[at + r * heads] - summed
+        summed += log_f[at + r * apart]
+        g[r] = i[at + r * apart] - summed
         largest = max(largest, g[r])
         top[r], total[r] = largest, summed
 

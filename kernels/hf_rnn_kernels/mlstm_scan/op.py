@@ -47,7 +47,7 @@ def _new_states(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]
     return [q.new_empty(sequences, q.shape[2], *shape, dtype=state_dtype(q)) for shape in shapes]
 
 
-def _backward_shapes(q, k, v, i, f, states, mask, cu_seqlens, eps, h, norms, grad, grad_last):
+def _backward_shapes(q, k, v, i, f, states, mask, cu_seqlens, eps, h, norms, grad, grad_last, reverse):
     return (*(x.new_empty(x.shape) for x in (q, k, v, i, f)), *_new_states(q, v, cu_seqlens))
 
 
@@ -66,24 +66,25 @@ def scan_backward(
     norms: Tensor,
     grad: Tensor,
     grad_last: list[Tensor],
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """From the gradients of h (B, T, H, V) and of the last C, n and m (empty for zeros) to those of q, k, v, i and f,
     each like its tensor, and of the initial C, n and m in float32 (float64 for float64 inputs). `h` and `norms` are
     what `scan` returned; states between chunks are computed again."""
     chosen = backend(__package__, q)
-    return chosen.scan_backward(q, k, v, i, f, states, mask, cu_seqlens, eps, h, norms, grad, grad_last)
+    return chosen.scan_backward(q, k, v, i, f, states, mask, cu_seqlens, eps, h, norms, grad, grad_last, reverse)
 
 
-def _shapes(q, k, v, i, f, states, mask, cu_seqlens, eps, training):
+def _shapes(q, k, v, i, f, states, mask, cu_seqlens, eps, training, reverse):
     norms = i.new_empty(*i.shape, 2 * training, dtype=state_dtype(q))
     return (q.new_empty(v.shape), norms, *_new_states(q, v, cu_seqlens))
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, i, f, states, mask, cu_seqlens, eps, training = inputs
+    q, k, v, i, f, states, mask, cu_seqlens, eps, training, reverse = inputs
     if not training:
         raise RuntimeError("hf_rnn::mlstm_scan: called with training=False on tensors that require gradients")
-    ctx.eps = eps
+    ctx.eps, ctx.reverse = eps, reverse
     ctx.set_materialize_grads(False)  # zeros for the last states, which few differentiate, would cost time
     ctx.save_for_backward(q, k, v, i, f, mask, cu_seqlens, output[0], output[1], *output[2:], *states)
 
@@ -95,9 +96,11 @@ def _backward(ctx, grad, _, *grad_last):
         grad = torch.zeros_like(h)
     given = any(g is not None for g in grad_last)
     grads = [torch.zeros_like(s) if g is None else g for g, s in zip(grad_last, last, strict=True)] if given else []
-    *of_inputs, C, n, m = scan_backward(q, k, v, i, f, states, mask, cu_seqlens, ctx.eps, h, norms, grad, grads)
+    *of_inputs, C, n, m = scan_backward(
+        q, k, v, i, f, states, mask, cu_seqlens, ctx.eps, h, norms, grad, grads, ctx.reverse
+    )
     of_states = [g.to(s.dtype) for g, s in zip((C, n, m), states, strict=False)]
-    return *of_inputs, of_states, None, None, None, None
+    return *of_inputs, of_states, None, None, None, None, None
 
 
 @operator("mlstm_scan", fake=_shapes, backward=_backward, save=_save)
@@ -112,6 +115,7 @@ def scan(
     cu_seqlens: Tensor | None,
     eps: float,
     training: bool,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the recurrence.
 
@@ -124,6 +128,8 @@ def scan(
         cu_seqlens: (N + 1) int offsets of the sequences packed in a batch of one.
         eps: added to the normaliser.
         training: whether a backward pass follows, which needs the second result.
+        reverse: each sequence is read from its last token to its first; the tokens stay where they lie. No default:
+            torch takes from backward as many gradients as a call had arguments that differ from theirs.
 
     Returns:
         h (B, T, H, V) in the dtype of q; n_t q_t and m_t (B, T, H, 2) if training, else (B, T, H, 0); the last states
@@ -132,7 +138,7 @@ def scan(
     if q.device.type == "cpu":  # again, for callers that could not know or did not ask: the loops trust it
         check_shapes(q, k, v, i, f, dict(zip(("C0", "n0", "m0"), states, strict=False)), mask, cu_seqlens)
         check_packing(cu_seqlens, q)
-    return backend(__package__, q).scan(q, k, v, i, f, states, mask, cu_seqlens, eps, training)
+    return backend(__package__, q).scan(q, k, v, i, f, states, mask, cu_seqlens, eps, training, reverse)
 
 
 def _step_shapes(q, k, v, i, f, C, n, m, real, eps):

@@ -109,8 +109,10 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return a[..., None] * b[..., None, :]
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, states: list[Tensor], mask: Tensor | None):
-    """In the states' dtype, padding made harmless, the forget gate as a logarithm; time first."""
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, states: list[Tensor], mask: Tensor | None, order: slice
+):
+    """In the states' dtype, padding made harmless, the forget gate as a logarithm; token by token in this order."""
     first = [s.to(state_dtype(q), copy=True) for s in states] or initial_states(q, v, q.shape[0])
     q, k, v, i, f = (x.to(state_dtype(q)) for x in (q, k, v, i, f))
     f = torch.nn.functional.logsigmoid(f)
@@ -118,7 +120,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, states: list
         real = mask.bool()[..., None]
         q, k, v = (x.where(real[..., None], 0.0) for x in (q, k, v))
         i, f = i.where(real, -torch.inf), f.where(real, 0.0)
-    return zip(*(x.unbind(1) for x in (q, k, v, i, f)), strict=True), (first[0], first[1], first[2])
+    return zip(*(x.unbind(1)[order] for x in (q, k, v, i, f)), strict=True), (first[0], first[1], first[2])
 
 
 def scan(
@@ -132,24 +134,27 @@ def scan(
     cu_seqlens: Tensor | None,
     eps: float,
     training: bool,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the recurrence one step at a time; arguments and results as in `op.scan`."""
     if cu_seqlens is not None:
         pieces = [
             scan(
-                q[:, at], k[:, at], v[:, at], i[:, at], f[:, at], [s[n : n + 1] for s in states], m, None, eps, training
+                q[:, at], k[:, at], v[:, at], i[:, at], f[:, at], [s[n : n + 1] for s in states], m, None, eps,
+                training, reverse,
             )
             for n, at, m in _pieces(mask, cu_seqlens)
-        ]
+        ]  # fmt: skip
         return _joined(pieces, 2)  # type: ignore[return-value]
-    tokens, state = _prepare(q, k, v, i, f, states, mask)
+    order = _order(reverse)
+    tokens, state = _prepare(q, k, v, i, f, states, mask, order)
     hs, norms = [], []
     for token in tokens:
         h, normalizer, state = step(token, state, eps)
         hs.append(h)
         norms.append(torch.stack([normalizer, state[2]], -1))
-    all_h = torch.stack(hs, 1).to(q.dtype) if hs else torch.empty_like(v)
-    all_norms = torch.stack(norms, 1) if training and hs else state[2].new_empty(*i.shape, 2 * training)
+    all_h = torch.stack(hs[order], 1).to(q.dtype) if hs else torch.empty_like(v)
+    all_norms = torch.stack(norms[order], 1) if training and hs else state[2].new_empty(*i.shape, 2 * training)
     return all_h, all_norms, *state
 
 
@@ -167,18 +172,20 @@ def scan_backward(
     norms: Tensor,
     grad: Tensor,
     grad_last: list[Tensor],
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients by the chain rule, backwards in time; as `op.scan_backward`."""
     if cu_seqlens is not None:
         pieces = [
             scan_backward(
                 q[:, at], k[:, at], v[:, at], i[:, at], f[:, at], [s[n : n + 1] for s in states], m, None, eps,
-                h[:, at], norms[:, at], grad[:, at], [g[n : n + 1] for g in grad_last],
+                h[:, at], norms[:, at], grad[:, at], [g[n : n + 1] for g in grad_last], reverse,
             )
             for n, at, m in _pieces(mask, cu_seqlens)
         ]  # fmt: skip
         return _joined(pieces, 5)  # type: ignore[return-value]
-    tokens, state = _prepare(q, k, v, i, f, states, mask)
+    order = _order(reverse)
+    tokens, state = _prepare(q, k, v, i, f, states, mask, order)
     every, carry = [], tuple(g.to(s.dtype, copy=True) for g, s in zip(grad_last, state, strict=False))
     carry = carry or tuple(torch.zeros_like(s) for s in state)
     assert len(carry) == 3
@@ -187,13 +194,18 @@ def scan_backward(
         state = step(token, state, eps)[2]
     real = torch.ones_like(i).bool() if mask is None else mask.bool()[..., None].expand_as(i)
     grads = [x.new_zeros(x.shape, dtype=state[0].dtype) for x in (q, k, v, i, f)]
-    for t, (token, before) in reversed(list(enumerate(every))):
+    for t, (token, before) in reversed(list(zip(range(i.shape[1])[order], every, strict=True))):
         dh = grad[:, t].to(state[0].dtype).where(real[:, t, :, None], 0.0)
         *of_token, carry = step_back(token, before, eps, dh, carry)
         for x, dx in zip(grads, of_token, strict=True):
             x[:, t] = dx
     grads[4] = grads[4] * torch.sigmoid(-f.to(grads[4].dtype)).where(real, 0.0)
     return *(g.to(x.dtype) for g, x in zip(grads, (q, k, v, i, f), strict=True)), *carry  # type: ignore[return-value]
+
+
+def _order(reverse: bool) -> slice:
+    """Of time, as it is read; and of what was read, as it lies."""
+    return slice(None, None, -1 if reverse else 1)
 
 
 def _pieces(mask: Tensor | None, cu_seqlens: Tensor):

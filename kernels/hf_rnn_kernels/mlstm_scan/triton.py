@@ -20,6 +20,7 @@ from hf_rnn_kernels.mlstm_scan.triton_chunks import (
     _live,
     _maxima,
     _pair,
+    _place,
     _state_tile,
     _tile,
     _tiles,
@@ -34,7 +35,7 @@ def _outputs(
     mask, table, offsets, firsts, time: tl.int64, rows: tl.int64, heads, chunks, gates,
     q, k, v, q_row, q_head, k_row, k_head, v_row, v_head, C, n, m, eps, h, norms,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """h_i = num_i / den_i with num_i = s (e_i q_i C + sum_j (q_i k_j) D_ij v_j), s = K^-0.5, and the normaliser
     a_i = s (e_i q_i n + sum_j (q_i k_j) D_ij); den_i = max(|a_i|, exp(-m_i)) + eps. `norms` holds a and m."""
@@ -42,18 +43,19 @@ def _outputs(
     parts: tl.constexpr = tiles * ((V + BV - 1) // BV)
     part, task = tl.program_id(0) % parts, tl.program_id(0) // parts
     head, c = (task % heads).to(tl.int64), task // heads
-    row, length = _chunk(table, c, time, chunks, L)
+    row, length = _chunk(table, c, time, chunks, L, STEP)
     begin = (part % tiles) * BT
     # A chunk shorter than L leaves tiles with nothing to do.
     if begin >= length:
         return
-    gates, plane = gates + head * rows + row, heads * rows
+    gates, plane = gates + head * rows + _place(row, rows, STEP), heads * rows
     q, k, v = q + row * q_row + head * q_head, k + row * k_row + head * k_head, v + row * v_row + head * v_head
+    q_row, k_row, v_row = q_row * STEP, k_row * STEP, v_row * STEP
     t, value = begin + tl.arange(0, BT), (part // tiles) * BV + tl.arange(0, BV)
     at = c.to(tl.int64) * heads + head
     m_start = tl.load(m + at)
     M, M_low = _maxima(gates, t, length, plane, m_start)
-    qs = _tiles(q, t, _live(mask, row, t, length), q_row, K, BK)
+    qs = _tiles(q, t, _live(mask, row, t, length, STEP), q_row, K, BK)
     sums, a = tl.zeros([BT, BV], tl.float32), tl.zeros([BT], tl.float32)
     for b in tl.static_range((K + BK - 1) // BK):
         key = b * BK + tl.arange(0, BK)
@@ -64,7 +66,7 @@ def _outputs(
     # Up to the diagonal; beyond it W is zero.
     for other in range(0, begin + BT, BT):
         u = other + tl.arange(0, BT)
-        live = _live(mask, row, u, length)
+        live = _live(mask, row, u, length, STEP)
         g, g_low = _pair(gates, u, length, plane)
         S = tl.zeros([BT, BT], tl.float32)
         for b in tl.static_range((K + BK - 1) // BK):
@@ -82,9 +84,9 @@ def _outputs(
     a *= scale
     h_t = sums * (scale / (tl.maximum(tl.abs(a), tl.exp(-m_t)) + eps))[:, None]
     inside = (t < length)[:, None] & (value < V)[None, :]
-    tl.store(h + (row * heads + head) * V + t[:, None] * (heads * V) + value[None, :], h_t, inside)
+    tl.store(h + (row * heads + head) * V + t[:, None] * (heads * V * STEP) + value[None, :], h_t, inside)
     if norms is not None and part < tiles:
-        to = norms + ((row + t) * heads + head) * 2
+        to = norms + ((row + t * STEP) * heads + head) * 2
         tl.store(to, a, t < length)
         tl.store(to + 1, m_t, t < length)
 
@@ -100,10 +102,11 @@ def scan(
     cu_seqlens: Tensor | None,
     eps: float,
     training: bool,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `op.scan`."""
     with torch.cuda.device_of(q):
-        launch = _Launch(q, k, v, i, f, states, mask, cu_seqlens)
+        launch = _Launch(q, k, v, i, f, states, mask, cu_seqlens, reverse)
         every, last = launch.states()
         h = launch.empty(*v.shape, dtype=q.dtype)
         norms = launch.empty(*i.shape, 2 * training)

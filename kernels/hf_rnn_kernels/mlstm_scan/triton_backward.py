@@ -30,6 +30,7 @@ from hf_rnn_kernels.mlstm_scan.triton_chunks import (
     _live,
     _maxima,
     _pair,
+    _place,
     _sequence,
     _state_tile,
     _store_state,
@@ -42,26 +43,27 @@ from hf_rnn_kernels.mlstm_scan.triton_chunks import (
 def _normalizers(
     mask, table, offsets, firsts, time: tl.int64, rows: tl.int64, heads, chunks,
     h, norms, grad, grad_row, grad_head, eps, d_num, back,
-    V: tl.constexpr, L: tl.constexpr, BV: tl.constexpr,
+    V: tl.constexpr, L: tl.constexpr, BV: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Writes dnum, and two planes (heads, rows): da, and the gradient of m_t itself, -(dh h) eps / den."""
     head, c = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
-    row, length = _chunk(table, c, time, chunks, L)
+    row, length = _chunk(table, c, time, chunks, L, STEP)
     t = tl.arange(0, L)
-    live = _live(mask, row, t, length)
-    to = row * heads + head
-    at = norms + to * 2 + t * (heads * 2)
+    live = _live(mask, row, t, length, STEP)
+    to, place = row * heads + head, _place(row, rows, STEP)
+    d_num += (place * heads + head) * V
+    at = norms + to * 2 + t * (heads * 2 * STEP)
     a, m = tl.load(at, live, other=0.0), tl.load(at + 1, live, other=0.0)
     floor = tl.exp(-m)
     den = tl.maximum(tl.abs(a), floor) + eps
     total = tl.zeros([L], tl.float32)
     for begin in range(0, V, BV):
         value = begin + tl.arange(0, BV)
-        dh = _tile(grad + row * grad_row + head * grad_head, t, live, value, grad_row, V).to(tl.float32)
-        total += tl.sum(dh * _tile(h + to * V, t, live, value, heads * V, V), 1)
+        dh = _tile(grad + row * grad_row + head * grad_head, t, live, value, grad_row * STEP, V).to(tl.float32)
+        total += tl.sum(dh * _tile(h + to * V, t, live, value, heads * V * STEP, V), 1)
         inside = (t < length)[:, None] & (value < V)[None, :]
-        tl.store(d_num + to * V + t[:, None] * (heads * V) + value[None, :], dh / den[:, None], inside)
-    to, plane = back + head * rows + row + t, heads * rows
+        tl.store(d_num + t[:, None] * (heads * V) + value[None, :], dh / den[:, None], inside)
+    to, plane = back + head * rows + place + t, heads * rows
     d_den = -total / den
     # a has a gradient only where it decides.
     tl.store(to, tl.where(tl.abs(a) > floor, tl.where(a > 0, d_den, -d_den), 0.0), t < length)
@@ -73,7 +75,7 @@ def _states_back(
     mask, table, offsets, firsts, time: tl.int64, rows: tl.int64, heads, chunks, gates, back,
     q, d_num, q_row, q_head, m, last_C, last_n, last_m, dC, dn, mu, first_C, first_n, first_m,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """As `_states`, from the last chunk to the first: gradients of C, n and m at each chunk's end and at the start, of
     m only what comes through m itself."""
@@ -83,10 +85,11 @@ def _states_back(
     head = ((tl.program_id(0) // parts) % heads).to(tl.int64)
     sequence = (tl.program_id(0) // parts // heads).to(tl.int64)
     key, value = key_block * BK + tl.arange(0, BK), block * BV + tl.arange(0, BV)
-    row, length, c = _sequence(offsets, firsts, sequence, time, chunks)
+    row, length, c = _sequence(offsets, firsts, sequence, time, chunks, STEP)
     plane = heads * rows
-    gates, back = gates + head * rows + row, back + head * rows + row
-    q, d_num = q + row * q_row + head * q_head, d_num + (row * heads + head) * V
+    place = _place(row, rows, STEP)
+    gates, back = gates + head * rows + place, back + head * rows + place
+    q, q_row, d_num = q + row * q_row + head * q_head, q_row * STEP, d_num + (place * heads + head) * V
     to = sequence * heads + head
     if last_C is None:
         state, keys, mu_t = tl.zeros([BK, BV], tl.float32), tl.zeros([BK], tl.float32), tl.full([], 0.0, tl.float32)
@@ -111,7 +114,7 @@ def _states_back(
         state, keys, mu_t = state * decay, keys * decay, tl.where(_kept(m_start, last, last_low), mu_t, 0.0)
         for part in tl.static_range(0, L, BT):
             t = part + tl.arange(0, BT)
-            live = _live(mask, row + begin, t, left)
+            live = _live(mask, row + begin * STEP, t, left, STEP)
             high, low = _pair(gates + begin + 2 * plane, t, left, plane)
             M, M_low = _larger_of(m_start, high, low)
             e = _factor(m_start, 0.0, M, M_low) * scale
@@ -134,7 +137,7 @@ def _grad_q(
     mask, table, offsets, firsts, time: tl.int64, rows: tl.int64, heads, chunks, gates, back,
     q, k, v, d_num, q_row, q_head, k_row, k_head, v_row, v_head, C, n, m, grad_q, flows,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """dq_i = s (sum_j dS_ij k_j + e_i (C dnum_i + n da_i)) with dS = dW * D, for BT queries and BK keys; the first
     two of the four planes `flows`: what flows to i from others in the chunk, and from the state before it."""
@@ -142,26 +145,28 @@ def _grad_q(
     parts: tl.constexpr = tiles * ((K + BK - 1) // BK)
     part, task = tl.program_id(0) % parts, tl.program_id(0) // parts
     head, c = (task % heads).to(tl.int64), task // heads
-    row, length = _chunk(table, c, time, chunks, L)
+    row, length = _chunk(table, c, time, chunks, L, STEP)
     begin = (part % tiles) * BT
     if begin >= length:
         return
     plane = heads * rows
-    gates, back = gates + head * rows + row, back + head * rows + row
+    place = _place(row, rows, STEP)
+    gates, back = gates + head * rows + place, back + head * rows + place
     q, k, v = q + row * q_row + head * q_head, k + row * k_row + head * k_head, v + row * v_row + head * v_head
-    d_num += (row * heads + head) * V
+    q_row, k_row, v_row = q_row * STEP, k_row * STEP, v_row * STEP
+    d_num += (place * heads + head) * V
     t, key = begin + tl.arange(0, BT), (part // tiles) * BK + tl.arange(0, BK)
     at = c.to(tl.int64) * heads + head
     m_start = tl.load(m + at)
     M, M_low = _maxima(gates, t, length, plane, m_start)
-    live = _live(mask, row, t, length)
+    live = _live(mask, row, t, length, STEP)
     da = tl.load(back + t, t < length, other=0.0)
     # Pairs i = j apart: `_grad_gates` must not find them in the flows.
     others = tl.zeros([BT, BK], tl.float32)
     diagonal = tl.zeros([BT], tl.float32)
     for other in range(0, begin + BT, BT):
         u = other + tl.arange(0, BT)
-        live_u = _live(mask, row, u, length)
+        live_u = _live(mask, row, u, length, STEP)
         g, g_low = _pair(gates, u, length, plane)
         dW = tl.zeros([BT, BT], tl.float32) + da[:, None]
         for b in range(0, V, BV):
@@ -181,12 +186,12 @@ def _grad_q(
     e = _factor(m_start, 0.0, M, M_low)
     sums = (sums + da[:, None] * tl.load(n + at * K + key, key < K, other=0.0)[None, :]) * e[:, None]
     q_t = _tile(q, t, live, key, q_row, K)
-    to = flows + (part // tiles) * 4 * plane + head * rows + row + t
+    to = flows + (part // tiles) * 4 * plane + head * rows + place + t
     tl.store(to, tl.sum(others * q_t, 1) * scale, t < length)
     tl.store(to + plane, tl.sum(sums * q_t, 1) * scale, t < length)
     dq = scale * (others + sums + diagonal[:, None] * _tile(k, t, live, key, k_row, K))
     inside = (t < length)[:, None] & (key < K)[None, :]
-    tl.store(grad_q + (row * heads + head) * K + t[:, None] * (heads * K) + key[None, :], dq, inside)
+    tl.store(grad_q + (row * heads + head) * K + t[:, None] * (heads * K * STEP) + key[None, :], dq, inside)
 
 
 @_jit
@@ -195,7 +200,7 @@ def _grad_k(
     q, k, v, d_num, q_row, q_head, k_row, k_head, v_row, v_head, C, n, m, dC, dn, grad_k, flows,
     through,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """dk_j = s sum_i dS_ij q_i + w_j (dC v_j + dn), for BT and BK keys; the last two planes of `flows`: what flows
     from j to others and to the state after the chunk, and what j itself reads of it; and, from the first tokens of each
@@ -204,24 +209,26 @@ def _grad_k(
     parts: tl.constexpr = tiles * ((K + BK - 1) // BK)
     part, task = tl.program_id(0) % parts, tl.program_id(0) // parts
     head, c = (task % heads).to(tl.int64), task // heads
-    row, length = _chunk(table, c, time, chunks, L)
+    row, length = _chunk(table, c, time, chunks, L, STEP)
     begin = (part % tiles) * BT
     if begin >= length:
         return
     plane = heads * rows
-    gates, back = gates + head * rows + row, back + head * rows + row
+    place = _place(row, rows, STEP)
+    gates, back = gates + head * rows + place, back + head * rows + place
     q, k, v = q + row * q_row + head * q_head, k + row * k_row + head * k_head, v + row * v_row + head * v_head
-    d_num += (row * heads + head) * V
+    q_row, k_row, v_row = q_row * STEP, k_row * STEP, v_row * STEP
+    d_num += (place * heads + head) * V
     t, key = begin + tl.arange(0, BT), (part // tiles) * BK + tl.arange(0, BK)
     at = c.to(tl.int64) * heads + head
     m_start = tl.load(m + at)
-    live = _live(mask, row, t, length)
+    live = _live(mask, row, t, length, STEP)
     g, g_low = _pair(gates, t, length, plane)
     others = tl.zeros([BT, BK], tl.float32)
     diagonal = tl.zeros([BT], tl.float32)
     for other in range(begin, length, BT):
         u = other + tl.arange(0, BT)
-        live_u = _live(mask, row, u, length)
+        live_u = _live(mask, row, u, length, STEP)
         M, M_low = _maxima(gates, u, length, plane, m_start)
         dW = tl.zeros([BT, BT], tl.float32) + tl.load(back + u, u < length, other=0.0)[None, :]
         for b in range(0, V, BV):
@@ -248,7 +255,7 @@ def _grad_k(
     sums = (sums + dn_t[None, :]) * w[:, None]
     k_t, q_t = _tile(k, t, live, key, k_row, K).to(tl.float32), _tile(q, t, live, key, q_row, K).to(tl.float32)
     others *= scale
-    to = flows + ((part // tiles) * 4 + 2) * plane + head * rows + row + t
+    to = flows + ((part // tiles) * 4 + 2) * plane + head * rows + place + t
     tl.store(to, tl.sum((others + sums) * k_t, 1), t < length)
     tl.store(to + plane, diagonal * tl.sum(q_t * k_t, 1) * scale, t < length)
     if begin == 0:
@@ -256,7 +263,7 @@ def _grad_k(
         tl.store(through + (part // tiles) * (tl.num_programs(0) // parts) + at, tl.sum(inner, 0) * decay)
     dk = others + sums + (diagonal * scale)[:, None] * q_t
     inside = (t < length)[:, None] & (key < K)[None, :]
-    tl.store(grad_k + (row * heads + head) * K + t[:, None] * (heads * K) + key[None, :], dk, inside)
+    tl.store(grad_k + (row * heads + head) * K + t[:, None] * (heads * K * STEP) + key[None, :], dk, inside)
 
 
 @_jit
@@ -264,26 +271,28 @@ def _grad_v(
     mask, table, offsets, firsts, time: tl.int64, rows: tl.int64, heads, chunks, gates, back,
     q, k, d_num, q_row, q_head, k_row, k_head, m, dC, grad_v,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """dv_j = sum_i W_ij dnum_i + w_j k_j dC, as `_outputs` the other way round."""
     tiles: tl.constexpr = L // BT
     parts: tl.constexpr = tiles * ((V + BV - 1) // BV)
     part, task = tl.program_id(0) % parts, tl.program_id(0) // parts
     head, c = (task % heads).to(tl.int64), task // heads
-    row, length = _chunk(table, c, time, chunks, L)
+    row, length = _chunk(table, c, time, chunks, L, STEP)
     begin = (part % tiles) * BT
     if begin >= length:
         return
     plane = heads * rows
-    gates, back = gates + head * rows + row, back + head * rows + row
+    place = _place(row, rows, STEP)
+    gates, back = gates + head * rows + place, back + head * rows + place
     q, k = q + row * q_row + head * q_head, k + row * k_row + head * k_head
-    d_num += (row * heads + head) * V
+    q_row, k_row = q_row * STEP, k_row * STEP
+    d_num += (place * heads + head) * V
     t, value = begin + tl.arange(0, BT), (part // tiles) * BV + tl.arange(0, BV)
     at = c.to(tl.int64) * heads + head
     m_start = tl.load(m + at)
     g, g_low = _pair(gates, t, length, plane)
-    ks = _tiles(k, t, _live(mask, row, t, length), k_row, K, BK)
+    ks = _tiles(k, t, _live(mask, row, t, length, STEP), k_row, K, BK)
     sums = tl.zeros([BT, BV], tl.float32)
     for b in tl.static_range((K + BK - 1) // BK):
         dC_t = _state_tile(dC + at * (K * V), b * BK + tl.arange(0, BK), value, K, V)
@@ -293,7 +302,7 @@ def _grad_v(
     scale: tl.constexpr = K**-0.5
     for other in range(begin, length, BT):
         u = other + tl.arange(0, BT)
-        live = _live(mask, row, u, length)
+        live = _live(mask, row, u, length, STEP)
         M, M_low = _maxima(gates, u, length, plane, m_start)
         S = tl.zeros([BT, BT], tl.float32)
         for b in tl.static_range((K + BK - 1) // BK):
@@ -303,7 +312,7 @@ def _grad_v(
         W = tl.where(u[None, :] >= t[:, None], S * scale * D, 0.0)
         sums = _dot(W, _tile(d_num, u, u < length, value, heads * V, V), sums, DTYPE, PRECISION)
     inside = (t < length)[:, None] & (value < V)[None, :]
-    tl.store(grad_v + (row * heads + head) * V + t[:, None] * (heads * V) + value[None, :], sums, inside)
+    tl.store(grad_v + (row * heads + head) * V + t[:, None] * (heads * V * STEP) + value[None, :], sums, inside)
 
 
 @triton.jit
@@ -323,26 +332,27 @@ def _resets(gates, t, length, plane, m_start):
 def _grad_gates(
     mask, table, offsets, firsts, time: tl.int64, rows: tl.int64, heads, chunks, gates, back,
     f, f_row, f_head, m, mu, flows, through, grad_i, grad_f,
-    L: tl.constexpr, PARTS: tl.constexpr,
+    L: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """From what the other kernels found to flow (`flows`, `through`: PARTS of each) and mu after each chunk."""
     head, c = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
-    row, length = _chunk(table, c, time, chunks, L)
+    row, length = _chunk(table, c, time, chunks, L, STEP)
     plane = heads * rows
-    gates, back, flows = gates + head * rows + row, back + head * rows + row, flows + head * rows + row
+    place = head * rows + _place(row, rows, STEP)
+    gates, back, flows = gates + place, back + place, flows + place
     at = c.to(tl.int64) * heads + head
     t = tl.arange(0, L)
     inside = t < length
-    live = _live(mask, row, t, length)
+    live = _live(mask, row, t, length, STEP)
     to, from_state = tl.zeros([L], tl.float32), tl.zeros([L], tl.float32)
     out, own = tl.zeros([L], tl.float32), tl.zeros([L], tl.float32)
     flow = tl.zeros([L], tl.float32)
     for part in tl.static_range(PARTS):
-        place = flows + part * 4 * plane + t
-        to += tl.load(place, inside, other=0.0)
-        from_state += tl.load(place + plane, inside, other=0.0)
-        out += tl.load(place + 2 * plane, inside, other=0.0)
-        own += tl.load(place + 3 * plane, inside, other=0.0)
+        found = flows + part * 4 * plane + t
+        to += tl.load(found, inside, other=0.0)
+        from_state += tl.load(found + plane, inside, other=0.0)
+        out += tl.load(found + 2 * plane, inside, other=0.0)
+        own += tl.load(found + 3 * plane, inside, other=0.0)
         flow += tl.load(through + part * tl.num_programs(0) + at)
     m_start = tl.load(m + at)
     mu_t = tl.load(back + plane + t, inside, other=0.0) + tl.where(t == length - 1, tl.load(mu + at), 0.0)
@@ -353,12 +363,12 @@ def _grad_gates(
     step = (out - to).to(tl.float64)
     # Up to t, but without t.
     flow += (tl.cumsum(step, 0) - step).to(tl.float32) + tl.cumsum(from_state, 0, reverse=True)
-    x = tl.load(f + row * f_row + head * f_head + t * f_row, live, other=0.0).to(tl.float32)
+    x = tl.load(f + row * f_row + head * f_head + t * (f_row * STEP), live, other=0.0).to(tl.float32)
     e = tl.exp(-tl.abs(x))
     not_f = tl.where(x >= 0, e, 1.0) / (1.0 + e)
-    place = (row + t) * heads + head
-    tl.store(grad_i + place, tl.where(live, out + own + tl.where(reset, mu_t, 0.0), 0.0), inside)
-    tl.store(grad_f + place, tl.where(live, (flow + tl.where(reset, 0.0, mu_t)) * not_f, 0.0), inside)
+    token = (row + t * STEP) * heads + head
+    tl.store(grad_i + token, tl.where(live, out + own + tl.where(reset, mu_t, 0.0), 0.0), inside)
+    tl.store(grad_f + token, tl.where(live, (flow + tl.where(reset, 0.0, mu_t)) * not_f, 0.0), inside)
 
 
 def scan_backward(
@@ -375,10 +385,11 @@ def scan_backward(
     norms: Tensor,
     grad: Tensor,
     grad_last: list[Tensor],
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `op.scan_backward`."""
     with torch.cuda.device_of(q):
-        launch = _Launch(q, k, v, i, f, states, mask, cu_seqlens)
+        launch = _Launch(q, k, v, i, f, states, mask, cu_seqlens, reverse)
         (C, n, m), last = launch.states()
         q, *of_q = launch.q
         back = launch.empty(2, launch.heads, launch.rows)

@@ -22,14 +22,17 @@ _jit = triton.jit(
 
 
 # Where things are. `row` is that of a chunk's first token, `t` counts from there, so that offsets in a tile are small.
+# STEP is 1, or -1 where sequences are read from their ends: token t of a chunk lies in row + t * STEP.
 
 
 @triton.jit
-def _chunk(table, c, time, chunks, L: tl.constexpr):
+def _chunk(table, c, time, chunks, L: tl.constexpr, STEP: tl.constexpr):
     """First row and length of chunk c, of `chunks` in each sequence if these are not packed."""
     if table is None:
         t = (c % chunks) * L
         row = (c // chunks).to(tl.int64) * time + t
+        if STEP < 0:
+            row += time - 1 - 2 * t
         length = tl.minimum(time - t, L).to(tl.int32)
     else:
         row = tl.load(table + 2 * c)
@@ -38,22 +41,32 @@ def _chunk(table, c, time, chunks, L: tl.constexpr):
 
 
 @triton.jit
-def _sequence(offsets, firsts, n, time, chunks):
+def _sequence(offsets, firsts, n, time, chunks, STEP: tl.constexpr):
     """First row and length of sequence n, and its first chunk."""
     if offsets is None:
         row, length, first = n * time, time, n * chunks
     else:
         row, first = tl.load(offsets + n), tl.load(firsts + n)
         length = tl.load(offsets + n + 1) - row
+    if STEP < 0:
+        row += length - 1
     return row, length, first
 
 
 @triton.jit
-def _live(mask, row, t, length):
+def _place(row, rows, STEP: tl.constexpr):
+    """Of the token in this row in what the kernels keep for each other: there tokens lie as they are read."""
+    if STEP < 0:
+        row = rows - 1 - row
+    return row
+
+
+@triton.jit
+def _live(mask, row, t, length, STEP: tl.constexpr):
     """Whether a token is inside its chunk and not padding."""
     inside = t < length
     if mask is not None:
-        inside = inside & (tl.load(mask + row + t, inside, other=0) != 0)
+        inside = inside & (tl.load(mask + row + t * STEP, inside, other=0) != 0)
     return inside
 
 
@@ -120,21 +133,21 @@ def _two_floats(x):
 @_jit
 def _gates(
     mask, table, offsets, firsts, time: tl.int64, rows: tl.int64, heads, chunks, i, f, i_row, i_head, f_row, f_head,
-    gates, L: tl.constexpr,
+    gates, L: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Writes the planes; sums in float64, because errors of F are errors of D."""
     c, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
-    row, length = _chunk(table, c, time, chunks, L)
+    row, length = _chunk(table, c, time, chunks, L, STEP)
     t = tl.arange(0, L)
-    live = _live(mask, row, t, length)
-    i_t = tl.load(i + row * i_row + head * i_head + t * i_row, live, other=float("-inf")).to(tl.float32)
-    f_t = tl.load(f + row * f_row + head * f_head + t * f_row, live, other=0.0).to(tl.float32)
+    live = _live(mask, row, t, length, STEP)
+    i_t = tl.load(i + row * i_row + head * i_head + t * (i_row * STEP), live, other=float("-inf")).to(tl.float32)
+    f_t = tl.load(f + row * f_row + head * f_head + t * (f_row * STEP), live, other=0.0).to(tl.float32)
     log_f = tl.maximum(_log_sigmoid(f_t), -1e4)  # e^-10000 is zero; a sum with -inf would lose what comes after
     # Padding adds zero: it forgets nothing. Its i of -inf weighs nothing.
     F = tl.cumsum(tl.where(live, log_f, 0.0).to(tl.float64), 0)
     g = i_t - F
     P = tl.associative_scan(g, 0, _larger)
-    to, plane = gates + head * rows + row + t, heads * rows
+    to, plane = gates + head * rows + _place(row, rows, STEP) + t, heads * rows
     high, low = _two_floats(g)
     tl.store(to, high, t < length)
     tl.store(to + plane, low, t < length)
@@ -199,7 +212,7 @@ def _states(
     mask, table, offsets, firsts, time: tl.int64, rows: tl.int64, heads, chunks, gates,
     k, v, k_row, k_head, v_row, v_head, first_C, first_n, first_m, C, n, m, last_C, last_n, last_m,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Walks the chunks of one head of one sequence with one block of C in registers, and writes C, n and m at each
     chunk's start, C rounded to what the products take, and at the end."""
@@ -209,9 +222,10 @@ def _states(
     head = ((tl.program_id(0) // parts) % heads).to(tl.int64)
     sequence = (tl.program_id(0) // parts // heads).to(tl.int64)
     key, value = key_block * BK + tl.arange(0, BK), block * BV + tl.arange(0, BV)
-    row, length, c = _sequence(offsets, firsts, sequence, time, chunks)
-    gates, plane = gates + head * rows + row, heads * rows
+    row, length, c = _sequence(offsets, firsts, sequence, time, chunks, STEP)
+    gates, plane = gates + head * rows + _place(row, rows, STEP), heads * rows
     k, v = k + row * k_row + head * k_head, v + row * v_row + head * v_head
+    k_row, v_row = k_row * STEP, v_row * STEP
     to = sequence * heads + head
     if first_C is None:
         state, keys, m_t = tl.zeros([BK, BV], tl.float32), tl.zeros([BK], tl.float32), tl.full([], 0.0, tl.float32)
@@ -234,7 +248,7 @@ def _states(
         state, keys = state * decay, keys * decay
         for part in tl.static_range(0, L, BT):
             u = part + tl.arange(0, BT)
-            live = _live(mask, row + begin, u, length - begin)
+            live = _live(mask, row + begin * STEP, u, length - begin, STEP)
             g, g_low = _pair(gates + begin, u, length - begin, plane)
             w = _factor(g, g_low, M, M_low)[:, None]
             k_t = _tile(k + begin * k_row, u, live, key, k_row, K)  # from memory to the product, on no detour
@@ -296,7 +310,7 @@ def _heads_and_rows(x: Tensor) -> tuple[Tensor, int, int]:
     return x, row, x.stride(2)
 
 
-def _cut(cu_seqlens: Tensor, rows: int, L: int) -> tuple[Tensor, Tensor, Tensor]:
+def _cut(cu_seqlens: Tensor, rows: int, L: int, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(first row, length) of each chunk, empty ones last; the sequences' bounds and first chunks. No value is read on
     the host, so there are as many chunks as there could be. Wrong offsets never lead to a wrong address."""
     offsets = cu_seqlens.long().clamp(0, rows).cummax(0).values
@@ -306,9 +320,10 @@ def _cut(cu_seqlens: Tensor, rows: int, L: int) -> tuple[Tensor, Tensor, Tensor]
     c = torch.arange(rows // L + len(counts), device=offsets.device)
     n = torch.searchsorted(ends, c, right=True).clamp(max=len(counts) - 1)
     # Which sequence a chunk is of, and which of its chunks.
-    first = starts[n] + (c - (ends - counts)[n]) * L
-    length = (stops[n] - first).clamp(0, L)
-    return torch.stack([first.clamp(max=rows), length], 1), offsets, ends - counts
+    done = (c - (ends - counts)[n]) * L
+    length = (stops[n] - starts[n] - done).clamp(0, L)
+    first = stops[n] - 1 - done if reverse else starts[n] + done
+    return torch.stack([first.clamp(0, rows), length], 1), offsets, ends - counts
 
 
 class _Launch:
@@ -316,17 +331,17 @@ class _Launch:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, states: list[Tensor], mask: Tensor | None,
-        cu_seqlens: Tensor | None,
+        cu_seqlens: Tensor | None, reverse: bool,
     ):  # fmt: skip
         batch, time, self.heads, self.keys = q.shape
-        self.rows, self.values, self.device = batch * time, v.shape[3], q.device
+        self.rows, self.values, self.device, self.step = batch * time, v.shape[3], q.device, -1 if reverse else 1
         self.plan = _plan(q.dtype, self.keys, self.values, _is_amd(q.device))
         self.dtype = torch.bfloat16 if self.plan["DTYPE"] == tl.bfloat16 else torch.float32  # of products' operands
         self.sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         chunks, table, offsets, firsts = triton.cdiv(time, self.plan["L"]), None, None, None
         self.chunks = batch * chunks
         if cu_seqlens is not None:
-            table, offsets, firsts = _cut(cu_seqlens, self.rows, self.plan["L"])
+            table, offsets, firsts = _cut(cu_seqlens, self.rows, self.plan["L"], reverse)
             self.chunks = table.shape[0]
         # Of 16 bits because Triton lays out the operands of `tl.dot` for the narrowest load they depend on.
         mask = None if mask is None else mask.bool().to(torch.int16).contiguous()
@@ -341,7 +356,7 @@ class _Launch:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def run(self, kernel, programs: int, *arguments, **constants) -> None:
-        kernel[(programs * self.heads,)](*self.shared, *arguments, **constants)
+        kernel[(programs * self.heads,)](*self.shared, *arguments, STEP=self.step, **constants)
 
     def tiles(self, *names: str) -> dict:
         return {"K": self.keys, "V": self.values} | {name: self.plan[name] for name in names}

@@ -21,27 +21,29 @@ def small(monkeypatch):
 
 @pytest.mark.usefixtures("bfloat16_dot", "poison", "small")
 class TestValues:
-    def test_all_at_once(self):
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_all_at_once(self, reverse):
         """Two heads of odd sizes, strided, initial states, NaN as padding on both sides, inside, and nothing else."""
         inputs = make(2, 67, 2, 20, 37)
-        check(errors(run_backend, inputs, make_states(2, inputs[0], inputs[2]), padding(2, 67), None, 0.1))
+        check(errors(run_backend, inputs, make_states(2, inputs[0], inputs[2]), padding(2, 67), None, 0.1, reverse))
 
+    @pytest.mark.parametrize("reverse", [False, True])
     @pytest.mark.parametrize("time", [1, 5, 31, 32, 33, 65])
-    def test_lengths(self, time):
+    def test_lengths(self, time, reverse):
         inputs = make(2, time, 1, 3, 5)
-        check(errors(run_backend, inputs, make_states(2, inputs[0], inputs[2]), eps=0.1))
+        check(errors(run_backend, inputs, make_states(2, inputs[0], inputs[2]), eps=0.1, reverse=reverse))
 
     @pytest.mark.parametrize("keys, values", [(1, 1), (16, 32), (48, 16), (3, 70)])
     def test_sizes(self, keys, values):
         check(errors(run_backend, make(1, 19, 1, keys, values)))
 
-    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-    def test_packed(self, dtype):
+    @pytest.mark.parametrize("dtype, reverse", [(torch.int32, False), (torch.int64, False), (torch.int64, True)])
+    def test_packed(self, dtype, reverse):
         """Sequences of 4, 0, 1, 64, 33 and 0 rows, with padding."""
         cu_seqlens = torch.tensor([0, 4, 4, 5, 69, 102, 102], dtype=dtype)
         inputs = make(1, 102, 2, 3, 5)
         states, mask = make_states(6, inputs[0], inputs[2]), padding(2, 102)[:1]
-        check(errors(run_backend, inputs, states, mask, cu_seqlens, 0.1))
+        check(errors(run_backend, inputs, states, mask, cu_seqlens, 0.1, reverse))
 
     @pytest.mark.parametrize("keys, values, dtype", [(100, 70, torch.float32), (33, 129, torch.bfloat16)])
     def test_tiles_of_the_gpu(self, keys, values, dtype, monkeypatch):
@@ -134,14 +136,18 @@ class TestValues:
             assert h[0, 35].isnan().all() and h[0, :32].isfinite().all() and h[1].isfinite().all()
             assert which == 0 or last[0][0].isnan().all()
 
-    def test_wrong_offsets_read_and_write_inside(self):
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_wrong_offsets_read_and_write_inside(self, reverse):
         """Under torch.compile offsets are not checked; those beyond the rows are cut off, and none goes back."""
         inputs = make(1, 70, 1, 3, 5)
-        h = backend.scan(*inputs, [], None, torch.tensor([-50, 2, 10**9]), 1e-6, False)[0]
-        assert torch.equal(h[:, 2:], backend.scan(*(x[:, 2:] for x in inputs), [], None, None, 1e-6, False)[0])
-        table, offsets, firsts = triton_chunks._cut(torch.tensor([0, 70, 0, 70, 5, 70]), 70, 32)
+        h = backend.scan(*inputs, [], None, torch.tensor([-50, 2, 10**9]), 1e-6, False, reverse)[0]
+        alone = backend.scan(*(x[:, 2:] for x in inputs), [], None, None, 1e-6, False, reverse)[0]
+        assert torch.equal(h[:, 2:], alone)
+        table, offsets, firsts = triton_chunks._cut(torch.tensor([0, 70, 0, 70, 5, 70]), 70, 32, reverse)
         assert table.shape[0] == 70 // 32 + 5 and firsts.max() + 3 <= table.shape[0]
-        assert (table.sum(1) <= 70).all() and (offsets[1:] >= offsets[:-1]).all()
+        first, length = table.unbind(1)
+        assert ((first - length + 1 >= 0) & (first < 70) if reverse else first + length <= 70)[length > 0].all()
+        assert (offsets[1:] >= offsets[:-1]).all()
 
     @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
     @pytest.mark.parametrize("heads, keys, values", [(2, 40, 70), (1, 1, 1)])
@@ -174,10 +180,11 @@ class TestValues:
     @pytest.mark.parametrize("given", [False, True])
     @pytest.mark.parametrize("keys, values", [(3, 16), (20, 48), (64, 33)])
     @pytest.mark.parametrize("heads", [1, 3])
-    def test_every_combination(self, heads, keys, values, given, masked, packed):
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_every_combination(self, reverse, heads, keys, values, given, masked, packed):
         cu_seqlens = torch.tensor([0, 0, 9, 10, 45, 138]) if packed else None
         inputs = make(*((1, 138) if packed else (2, 69)), heads, keys, values)
         states = make_states(5 if packed else 2, inputs[0], inputs[2]) if given else ()
         mask = padding(2, 69) if masked else None
         mask = mask.reshape(1, 138) if masked and packed else mask
-        check(errors(run_backend, inputs, states, mask, cu_seqlens, 0.1 if given else 1e-6))
+        check(errors(run_backend, inputs, states, mask, cu_seqlens, 0.1 if given else 1e-6, reverse))
