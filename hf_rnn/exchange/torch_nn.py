@@ -96,7 +96,7 @@ class TorchExchangeModel(RecurrentModel):
             )
         sizes = (c.hidden_size, c.hidden_size, c.num_hidden_layers)
         rnn = self.torch_class(*sizes, bias=c.use_bias, batch_first=True, dropout=c.hidden_dropout)
-        rnn = rnn.to(self.embed_tokens.weight.device, self.embed_tokens.weight.dtype).train(self.training)
+        rnn = rnn.to(self.device, self.dtype).train(self.training)
         with torch.no_grad():
             for layer, mixer in enumerate(self.mixers()):
                 if type(mixer.in_proj) is not nn.Linear:

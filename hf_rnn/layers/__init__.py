@@ -2,6 +2,7 @@
 
 from hf_rnn.layers.block_linear import BlockLinear
 from hf_rnn.layers.causal_conv import CausalConv
+from hf_rnn.layers.continuous_input import ContinuousInput
 from hf_rnn.layers.feed_forward import FeedForward, GatedFeedForward
 from hf_rnn.layers.mixer import Mixer, RecurrentMixer
 from hf_rnn.layers.multi_head import MultiHeadMixer
@@ -11,6 +12,7 @@ from hf_rnn.layers.sliding_attention import SlidingAttention
 __all__ = [
     "BlockLinear",
     "CausalConv",
+    "ContinuousInput",
     "FeedForward",
     "GatedFeedForward",
     "Mixer",
