@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, make_head
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
@@ -17,20 +17,6 @@ from hf_rnn.skeleton.configuration_recurrent import HEADS
 OTHERS = [head for head in HEADS if head != "ForCausalLM"]
 PER_TOKEN = ["ForCTC", "ForMaskedLM", "ForTokenClassification"]
 every_head = pytest.mark.parametrize("head", OTHERS)
-
-
-def make_head(architecture, head, **settings):
-    """A small model whose every part matters."""
-    (stem,) = (stem for stem in hf_rnn.ARCHITECTURES if stem.lower() == architecture)
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, initializer_range=0.3, num_labels=5)
-    sizes |= dict(pad_token_id=58, bos_token_id=59, eos_token_id=60)
-    model = getattr(hf_rnn, stem + head)(getattr(hf_rnn, f"{stem}Config")(**sizes | settings))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "initial_state" in name or "bias" in name:
-                parameter.normal_()
-    return model.eval()
 
 
 def scores(output, real=None):
@@ -303,7 +289,7 @@ def test_lora(head, ids, tmp_path):
 
 @every_head
 def test_compiled_and_exported(head, ids):
-    """One graph, padding and loss included (but CTC's, which torch does not trace); a program for any batch and time."""
+    """One graph, padding and loss included (but CTC's, which torch does not trace); a program for any length."""
     torch._dynamo.reset()
     model = make_head("mingru", head, num_hidden_layers=1, use_cache=False)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
