@@ -46,12 +46,13 @@ class ContinuousInput(nn.Module):
 def patches(x: Tensor, mask: Tensor | None, size: int) -> Tensor:
     """(B, T, ...) to (B, ceil(T / size), size, ...), zeros behind the end. A row's patches are counted from its first
     real step, so that padding in front of it moves no step to another."""
-    count = -(-x.shape[1] // size)
+    count = (x.shape[1] + size - 1) // size
     if size > 1:
-        x = F.pad(x, [0, 0] * (x.dim() - 2) + [0, count * size - x.shape[1] + size - 1])
-        first = x.new_zeros(x.shape[0], dtype=torch.long) if mask is None else mask.int().argmax(1) % size
+        x = F.pad(x, [0, 0] * (x.dim() - 2) + [0, count * size - x.shape[1]])
+    if size > 1 and mask is not None:
+        first = mask.int().argmax(1) % size
         steps = first[:, None] + torch.arange(count * size, device=x.device)
-        x = x.take_along_dim(steps.view(*steps.shape, *[1] * (x.dim() - 2)), 1)
+        x = F.pad(x, [0, 0] * (x.dim() - 2) + [0, size])[torch.arange(x.shape[0], device=x.device)[:, None], steps]
     return x.unflatten(1, (count, size))
 
 

@@ -168,11 +168,13 @@ def test_compiled_and_exported(features):
     found, expected = output(compiled, features, **inputs), output(model, features, **inputs)
     for row, real in ((0, slice(0, 4)), (1, slice(0, 3))):
         torch.testing.assert_close(found[row, real], expected[row, real])
-    dims = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("time", min=2)}
-    plain = make("mingru", num_hidden_layers=1, use_cache=False)
-    program = torch.export.export(plain, (), {"input_features": features}, dynamic_shapes={"input_features": dims})
-    x = torch.randn(5, 40, F)
-    torch.testing.assert_close(output(program.module(), x), output(plain, x))
+    dims = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("time", min=5)}
+    inputs = dict(input_features=features, attention_mask=mask)
+    program = torch.export.export(model, (), inputs, dynamic_shapes=dict.fromkeys(inputs, dims))
+    x, mask = torch.randn(3, 41, F), torch.ones(3, 41).long()
+    mask[:, :3] = 0
+    found = output(program.module(), x, attention_mask=mask)
+    torch.testing.assert_close(found, output(model, x, attention_mask=mask))
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
