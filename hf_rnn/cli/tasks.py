@@ -97,7 +97,7 @@ def _masked(data: Any, tokenizer: PreTrainedTokenizerBase) -> Prepared:
 
 
 def _words(rows: Dataset, data: Any, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Words and a label for each. The text is words with spaces between; tokens have the label of the word they end in."""
+    """Words and a label for each. The text is words with spaces between; a token has the label of that it ends in."""
     if not tokenizer.is_fast:
         raise ValueError("tokenizer: labels of words need one that gives offsets, as fast tokenizers do")
     words, tags = rows[data.text_column], rows[data.label_column]
