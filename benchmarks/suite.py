@@ -24,6 +24,7 @@ SPEED = [
     "kernels",
     "layers",
     "recurrent",
+    "bidirectional",
     "training_step",
     "layouts",
     "decoding",
