@@ -287,7 +287,10 @@ def test_lora(head, ids, tmp_path):
     assert torch.equal(scores(PeftModel.from_pretrained(base, tmp_path).eval()(input_ids=ids)), found)
 
 
-@every_head
+@pytest.mark.parametrize(
+    "head",
+    [head if head == "ForTokenClassification" else pytest.param(head, marks=pytest.mark.slow) for head in OTHERS],
+)
 def test_compiled_and_exported(head, ids):
     """One graph, padding and loss included (but CTC's, which torch does not trace); a program for any length."""
     torch._dynamo.reset()
