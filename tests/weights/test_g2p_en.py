@@ -15,10 +15,12 @@ from torch import Tensor, nn
 import hf_rnn
 
 pytestmark = pytest.mark.weights
+
 LETTERS = ["<pad>", "<unk>", "</s>", *string.ascii_lowercase]
-VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split()
-CONSONANTS = "B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH".split()
-PHONEMES = ["<pad>", "<unk>", "<s>", "</s>", *sorted([*CONSONANTS, "UW", *(v + s for v in VOWELS for s in "012")])]
+VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW"
+CONSONANTS = "B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH"
+_SOUNDS = [*CONSONANTS.split(), "UW", *(vowel + stress for vowel in VOWELS.split() for stress in "012")]
+PHONEMES = ["<pad>", "<unk>", "<s>", "</s>", *sorted(_SOUNDS)]
 START, END = PHONEMES.index("<s>"), PHONEMES.index("</s>")
 STEPS = 20
 
