@@ -78,9 +78,8 @@ def test_heads_are_a_dense_node(operator):
     x, model = torch.randn(2, 9, 12), model_class(config)
     weights = hf_rnn.to_onnx_node(model.to_torch())
     attributes = {"linear_before_reset": 1} if operator == "GRU" else {}
-    assert (
-        relative_error(model(inputs_embeds=x).last_hidden_state, run_node(operator, x, *weights, **attributes)) <= 1e-6
-    )
+    expected = run_node(operator, x, *weights, **attributes)
+    assert relative_error(model(inputs_embeds=x).last_hidden_state, expected) <= 1e-6
 
 
 def test_converted_weights_are_copies():
