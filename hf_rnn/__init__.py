@@ -27,6 +27,8 @@ _MODULES = {
     "to_onnx": "hf_rnn.exchange.export",
     "from_flashrnn": "hf_rnn.exchange.gate_order",
     "to_flashrnn": "hf_rnn.exchange.gate_order",
+    "from_onnx_node": "hf_rnn.exchange.gate_order",
+    "to_onnx_node": "hf_rnn.exchange.gate_order",
     "WeightOnlyConfig": "hf_rnn.compression.weight_only",
     "bits_per_byte": "hf_rnn.tasks.evaluation",
     "CorruptPayloadError": "hf_rnn_kernels.coding",
@@ -103,7 +105,7 @@ if TYPE_CHECKING:
     from hf_rnn.compression.prune import prune
     from hf_rnn.compression.weight_only import WeightOnlyConfig
     from hf_rnn.exchange.export import DecodingStep, export_step, to_onnx
-    from hf_rnn.exchange.gate_order import from_flashrnn, to_flashrnn
+    from hf_rnn.exchange.gate_order import from_flashrnn, from_onnx_node, to_flashrnn, to_onnx_node
     from hf_rnn.models.gru.configuration_gru import GRUConfig
     from hf_rnn.models.gru.modeling_gru import (
         GRUForCausalLM,
