@@ -1,0 +1,171 @@
+"""The package's operators in what ONNX has: LSTM and GRU as they are, the others a `Scan` over time.
+
+Each takes and gives what the operator of its name does (`hf_rnn_kernels`), of rows, in float32, while a program is made.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.scan import scan
+from torch.nn import functional as F
+
+from hf_rnn_kernels.gated_scan.reference import coefficients
+from hf_rnn_kernels.recurrent_scan.reference import slstm_step
+
+GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}  # ONNX's i, o, f, g and z, r, n of our i, f, g, o and r, z, n
+CHUNK = 64  # tokens of an mLSTM that are multiplied at once: longer ones cost more than they save
+
+
+def over_time(step: Callable, states: tuple[Tensor, ...], inputs: tuple[Tensor, ...], reverse: bool = False):
+    """`step(states, inputs)` to the next states and an output, for each token of the inputs (T, B, ...): the last
+    states and the outputs (T, B, ...)."""
+    return scan(step, states, inputs, dim=0, reverse=reverse)
+
+
+def time_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.transpose(0, 1) for x in tensors)
+
+
+def gated_scan(
+    gates: str,
+    inputs: list[Tensor],
+    h0: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """h + (add - drop * h), exact for slow gates."""
+    _, drop, add = coefficients(gates, inputs)
+    if mask is not None:
+        drop, add = (x.where(mask[..., None], 0.0) for x in (drop, add))
+
+    def step(states, inputs):
+        (h,), (drop, add) = states, inputs
+        h = h + (add - drop * h)
+        return (h,), h.clone()
+
+    h0 = drop.new_zeros(drop.shape[0], drop.shape[2]) if h0 is None else h0
+    (last,), h = over_time(step, (h0,), time_first(drop, add), reverse)
+    return h.transpose(0, 1), last
+
+
+def recurrent_scan(
+    cell: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: list[Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    training: bool,
+    perturbation: list[Tensor],
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An input that is projected already goes through ONNX's own projection as it is: a head's identity."""
+    others = x.new_empty(*x.shape[:2], 0, weight.shape[0] * weight.shape[2])
+    if cell == "slstm":
+        h, last = _slstm(x, weight, bias, states, mask, reverse)
+    else:
+        identity = torch.eye(x.shape[2], dtype=x.dtype)
+        h, last = recurrent_layer(cell, x, identity, None, weight, bias, states, mask, training, reverse)
+    return h, others, last
+
+
+def recurrent_layer(
+    cell: str,
+    x: Tensor,
+    input_weight: Tensor,
+    input_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: list[Tensor],
+    mask: Tensor | None,
+    training: bool,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """A head is an LSTM or a GRU of its own. ONNX's know padding at the end alone: real tokens are moved to the front,
+    and what is read at padding is what was there before it."""
+    heads, rows, size = weight.shape
+    zeros = x.new_zeros(heads * rows)
+    biases = [zeros if b is None else b for b in (input_bias, bias)]
+    states = states or [x.new_zeros(x.shape[0], heads * size)] * (2 if cell == "lstm" else 1)
+    lengths = None
+    if mask is not None:
+        place = mask.long().cumsum(1) - 1
+        x, lengths = _to_front(x, mask, place), mask.sum(1, dtype=torch.int32)
+    x = x.transpose(0, 1)
+    hs, lasts = [], []
+    for head in range(heads):
+        own = slice(head * size, (head + 1) * size)
+        h, *last = _onnx_layer(
+            cell,
+            x,
+            input_weight[head * rows : (head + 1) * rows],
+            weight[head],
+            [b[head * rows : (head + 1) * rows] for b in biases],
+            [s[:, own] for s in states],
+            lengths,
+            reverse,
+        )
+        hs.append(h)
+        lasts.append(torch.stack(last))
+    h, last = torch.cat(hs, -1).transpose(0, 1), torch.cat(lasts, -1)
+    if mask is not None:
+        h = h.gather(1, place.clamp(min=0)[..., None].expand(-1, -1, h.shape[2]))
+        last = torch.where((lengths > 0)[:, None], last, torch.stack(states))
+    return h, last
+
+
+def _to_front(x: Tensor, mask: Tensor, place: Tensor) -> Tensor:
+    """Real tokens of x (B, T, D), the n-th of a row at place n, in front; zeros behind."""
+    index = place.clamp(min=0)[..., None].expand(-1, -1, x.shape[2])
+    return torch.zeros_like(x).scatter_add(1, index, x * mask[..., None])
+
+
+def _onnx_layer(
+    cell: str,
+    x: Tensor,
+    input_weight: Tensor,
+    weight: Tensor,
+    biases: list[Tensor],
+    states: list[Tensor],
+    lengths: Tensor | None,
+    reverse: bool,
+) -> list[Tensor]:
+    """ONNX's LSTM or GRU of one head: x (T, B, I), weights (G * P, I) and (G * P, P), states (B, P) to h (T, B, P) and
+    the last states."""
+    time, batch, _ = x.shape
+    size = weight.shape[1]
+    order = torch.cat([torch.arange(gate * size, (gate + 1) * size) for gate in GATES[cell]])
+    inputs = [x, *(w[order][None] for w in (input_weight, weight)), torch.cat([b[order] for b in biases])[None]]
+    inputs += [lengths, *(s[None] for s in states)]
+    attributes = dict(hidden_size=size, direction="reverse" if reverse else "forward")
+    attributes |= dict(linear_before_reset=1) if cell == "gru" else {}
+    shapes = [(time, 1, batch, size), *[(1, batch, size)] * len(states)]
+    h, *last = torch.onnx.ops.symbolic_multi_out(
+        cell.upper(), inputs, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes
+    )
+    return [h[:, 0], *(s[0] for s in last)]
+
+
+def _slstm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, states: list[Tensor], mask: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    heads, _, size = weight.shape
+    x = x.unflatten(2, (heads, 4, size))
+    states = states or [x.new_zeros(x.shape[0], heads * size)] * 4
+    matrix, offset = weight.transpose(1, 2), weight.new_zeros(()) if bias is None else bias.view(heads, 1, 4 * size)
+    real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+
+    def step(states, inputs):
+        x, real = inputs
+        recurrent = torch.bmm(states[0].transpose(0, 1), matrix) + offset  # (H, B, 4 * P)
+        new = slstm_step(x, recurrent.transpose(0, 1).unflatten(2, (4, size)), states)
+        if mask is not None:
+            new = tuple(a.where(real[:, None, None], b) for a, b in zip(new, states, strict=True))
+        return new, new[0].clone()
+
+    before = tuple(s.unflatten(1, (heads, size)) for s in states)
+    last, h = over_time(step, before, time_first(x, real), reverse)
+    return h.transpose(0, 1).flatten(2), torch.stack([s.flatten(1) for s in last])
