@@ -64,6 +64,7 @@ def export_model(model: PreTrainedModel) -> torch.export.ExportedProgram:
         return torch.export.export(whole, (*inputs, *states), dynamic_shapes=(*shapes[0], tuple(shapes[1])))
 
 
+@torch.no_grad()  # or a loop's gradients would be part of the program
 def to_onnx(model: PreTrainedModel, path: str | Path) -> None:
     """Write `StatefulModel` as an ONNX file.
 
@@ -78,6 +79,7 @@ def to_onnx(model: PreTrainedModel, path: str | Path) -> None:
         {
             ops.gated_scan.default: operators.gated_scan,
             ops.recurrent_scan.default: operators.recurrent_scan,
+            ops.mlstm_scan.default: operators.mlstm_scan,
             ops.recurrent_layer.default: operators.recurrent_layer,
         }
     )
