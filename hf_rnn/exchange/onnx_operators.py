@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_rnn.layers.sliding_attention import rows
 from hf_rnn_kernels.gated_scan.reference import coefficients
 from hf_rnn_kernels.mlstm_scan.reference import initial_states
 from hf_rnn_kernels.recurrent_scan.reference import slstm_step
@@ -103,14 +104,15 @@ def recurrent_layer(
 ) -> tuple[Tensor, Tensor]:
     """A head is an LSTM or a GRU of its own. ONNX's know padding at the end alone: real tokens are moved to the front,
     and what is read at padding is what was there before it."""
-    heads, rows, size = weight.shape
-    zeros = x.new_zeros(heads * rows)
+    heads, height, size = weight.shape
+    zeros = x.new_zeros(heads * height)
     biases = [zeros if b is None else b for b in (input_bias, bias)]
     states = states or [x.new_zeros(x.shape[0], heads * size)] * (2 if cell == "lstm" else 1)
     lengths = None
     if mask is not None:
-        place = mask.long().cumsum(1) - 1
-        x, lengths = _to_front(x, mask, place), mask.sum(1, dtype=torch.int32)
+        place = (mask.long().cumsum(1) - 1).clamp(min=0)
+        order = torch.zeros_like(place).scatter_add(1, place, torch.arange(mask.shape[1]) * mask)
+        x, lengths = rows(x, order), mask.sum(1, dtype=torch.int32)
     x = x.transpose(0, 1)
     hs, lasts = [], []
     for head in range(heads):
@@ -118,9 +120,9 @@ def recurrent_layer(
         h, *last = _onnx_layer(
             cell,
             x,
-            input_weight[head * rows : (head + 1) * rows],
+            input_weight[head * height : (head + 1) * height],
             weight[head],
-            [b[head * rows : (head + 1) * rows] for b in biases],
+            [b[head * height : (head + 1) * height] for b in biases],
             [s[:, own] for s in states],
             lengths,
             reverse,
@@ -129,15 +131,9 @@ def recurrent_layer(
         lasts.append(torch.stack(last))
     h, last = torch.cat(hs, -1).transpose(0, 1), torch.cat(lasts, -1)
     if mask is not None:
-        h = h.gather(1, place.clamp(min=0)[..., None].expand(-1, -1, h.shape[2]))
+        h = rows(h, place)
         last = torch.where((lengths > 0)[:, None], last, torch.stack(states))
     return h, last
-
-
-def _to_front(x: Tensor, mask: Tensor, place: Tensor) -> Tensor:
-    """Real tokens of x (B, T, D), the n-th of a row at place n, in front; zeros behind."""
-    index = place.clamp(min=0)[..., None].expand(-1, -1, x.shape[2])
-    return torch.zeros_like(x).scatter_add(1, index, x * mask[..., None])
 
 
 def _onnx_layer(
@@ -249,3 +245,17 @@ def _mlstm_chunk(
     h = (scores @ v + (kept * q) @ C) / (torch.maximum(normalizer.abs(), (-top).exp()) + eps)[..., None]
     added, kept = share[..., -1, :, None] * k, kept[:, :, -1]
     return kept[..., None] * C + added.mT @ v, kept * n + added.sum(2), top[..., -1], h
+
+
+def argsort(x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Tensor:
+    """torch's stable one: ONNX's `TopK` gives the first of equals first."""
+    return torch.topk(x, x.shape[dim], dim=dim, largest=descending)[1]
+
+
+TABLE = {
+    torch.ops.hf_rnn.gated_scan.default: gated_scan,
+    torch.ops.hf_rnn.mlstm_scan.default: mlstm_scan,
+    torch.ops.hf_rnn.recurrent_layer.default: recurrent_layer,
+    torch.ops.hf_rnn.recurrent_scan.default: recurrent_scan,
+    torch.ops.aten.argsort.stable: argsort,
+}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import LAYOUTS
 
-from hf_rnn.exchange.export import StatefulModel, export_model, to_onnx
+from hf_rnn.exchange.export import StatefulModel, to_onnx
 
 
 def small(name, head=1, **settings):
@@ -23,10 +23,10 @@ def small(name, head=1, **settings):
 class InOnnx:
     """An ONNX file that is called as the `StatefulModel` that it was."""
 
-    def __init__(self, model, path):
+    def __init__(self, model, path, padding):
         onnxruntime = pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
-        to_onnx(model, path)
+        to_onnx(model, path, padding=padding)
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         self.names = [x.name for x in self.session.get_inputs()]
 
