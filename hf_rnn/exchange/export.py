@@ -5,29 +5,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from hf_rnn._version import __version__
 from hf_rnn.exchange.onnx_operators import TABLE
 from hf_rnn.skeleton.cache import RecurrentCache
+from hf_rnn.skeleton.pretrained import RecurrentPreTrainedModel
 from hf_rnn.skeleton.versions import STATE
+from hf_rnn_kernels.packed_linear import PackedLinear, PackedMatrix
 
 
 class StatefulModel(nn.Module):
     """A model with tensors alone in and out.
 
     Args:
-        model: any model of this package; put in eval mode.
-        padding: whether `forward` is told of padding. Not by default: where there is none, half of what ONNX does for a
-            token would be for it.
+        model: any of this package, in float32 on the CPU, which is put in eval mode.
+        padding: whether `forward` takes an attention_mask. Not by default, for looking after padding takes time where
+            there is none.
 
     Attributes:
         input_names, output_names: of what `forward` takes and returns: the model's, such as "input_ids" and "logits",
             then "state_0", "state_1", ... and "new_state_0", ... where it keeps a state (`config.use_cache`).
+
+    Raises:
+        TypeError, ValueError: a model that does not export, with the reason.
     """
 
-    def __init__(self, model: PreTrainedModel, padding: bool = False):
+    def __init__(self, model: RecurrentPreTrainedModel, padding: bool = False):
         super().__init__()
+        check_exportable(model)
         self.model, self.padding = model.eval(), padding
+        self.reads = "input_ids" if model.config.num_input_features is None else "input_features"
         self.layers: Any = model.base_model.layers
         with torch.no_grad():
             outputs = model(**self._given(self.example()))
@@ -37,16 +44,17 @@ class StatefulModel(nn.Module):
     @property
     def input_names(self) -> list[str]:
         masks = ["attention_mask"] * self.padding
-        return [self.model.main_input_name, *masks, *(f"state_{i}" for i in range(self.state_count))]
+        return [self.reads, *masks, *(f"state_{i}" for i in range(self.state_count))]
 
     @property
     def output_names(self) -> list[str]:
         return [*self.outputs, *(f"new_state_{i}" for i in range(self.state_count))]
 
     def example(self, batch: int = 2, time: int = 3) -> list[Tensor]:
-        """Tokens (B, T), and with `padding` a mask of ones."""
-        ids = torch.zeros(batch, time, dtype=torch.long)
-        return [ids, torch.ones_like(ids)] if self.padding else [ids]
+        """Tokens (B, T), or features (B, T, F), and with `padding` a mask of ones."""
+        ones, width = torch.ones(batch, time, dtype=torch.long), self.model.config.num_input_features
+        inputs = torch.zeros_like(ones) if width is None else torch.zeros(batch, time, width)
+        return [inputs, ones] if self.padding else [inputs]
 
     def initial_states(self, batch_size: int = 1) -> tuple[Tensor, ...]:
         """The state before the first token: float32 tensors (B, ...), layer by layer; none where the model has none."""
@@ -56,7 +64,7 @@ class StatefulModel(nn.Module):
         return tuple(x.detach().contiguous() for x in states)
 
     def _given(self, tensors) -> dict[str, Tensor]:
-        return dict(zip([self.model.main_input_name, "attention_mask"], tensors, strict=False))
+        return dict(zip([self.reads, "attention_mask"], tensors, strict=False))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Tokens (B, T), with `padding` their mask (B, T), zeros at padding, and the states before them to the model's
@@ -72,8 +80,12 @@ class StatefulModel(nn.Module):
         return *(outputs[name] for name in self.outputs), *states
 
 
-def export_model(model: PreTrainedModel, padding: bool = False) -> torch.export.ExportedProgram:
-    """`StatefulModel` as a program for any batch size and length."""
+def export_model(model: RecurrentPreTrainedModel, padding: bool = False) -> torch.export.ExportedProgram:
+    """`StatefulModel` as a program for any batch size and length.
+
+    Raises:
+        TypeError, ValueError: a model that does not export, with the reason.
+    """
     whole = StatefulModel(model, padding)
     inputs = whole.example()
     states = whole.initial_states(len(inputs[0]))
@@ -84,15 +96,38 @@ def export_model(model: PreTrainedModel, padding: bool = False) -> torch.export.
 
 
 @torch.no_grad()  # or a loop's gradients would be part of the program
-def to_onnx(model: PreTrainedModel, path: str | Path, padding: bool = False) -> None:
-    """Write `StatefulModel` as an ONNX file.
+def to_onnx(model: RecurrentPreTrainedModel, path: str | Path, padding: bool = False) -> None:
+    """Write a model as an ONNX file: a prompt of any length, a batch of any size, and a token with the state before it.
+
+    Inputs and outputs are those of `StatefulModel`, under its `input_names` and `output_names`. Weights of more than
+    1.5 GB lie in a second file beside it, `path` + ".data".
+
+    Args:
+        padding: whether the file takes an `attention_mask`, as `StatefulModel` does.
 
     Raises:
         ImportError: onnx or onnxscript is missing: `pip install 'hf-rnn[onnx]'`.
+        TypeError, ValueError: a model that does not export, with the reason.
     """
-    whole = StatefulModel(model, padding)
-    program = export_model(model, padding).run_decompositions(TABLE)
+    program, whole = export_model(model, padding), StatefulModel(model, padding)
     names = dict(input_names=whole.input_names, output_names=whole.output_names)
-    onnx = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    assert onnx is not None
-    onnx.save(str(path))
+    found = torch.onnx.export(program.run_decompositions(TABLE), dynamo=True, verbose=False, **names)
+    assert found is not None
+    told = dict(hf_rnn=__version__, model_type=model.config.model_type, architecture=type(model).__name__)
+    found.model.metadata_props.update(told)
+    found.save(str(path))
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Raise TypeError or ValueError for a model that does not export, with the reason."""
+    if not isinstance(model, RecurrentPreTrainedModel):
+        raise TypeError(f"model: expected one of this package, got a {type(model).__name__}")
+    if model.device.type != "cpu":
+        raise ValueError(f"model: expected on the CPU, got {model.device}; model.cpu()")
+    if any(isinstance(module, PackedLinear | PackedMatrix) for module in model.modules()):
+        raise ValueError("model: expected plain weights, got packed ones; model.dequantize()")
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"model: expected float32, got {name} in {parameter.dtype}; model.float()")
+    if getattr(model.config, "projection_size", None) is not None:
+        raise ValueError("projection_size: expected none, torch's loop over a projected state does not export")
