@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": Command("a table of a checkpoint's tensors: shape, nu, bits, zeros", "inspect"),
     "bundle": Command("write a checkpoint's code into its folder: it then loads without this package", "bundle"),
     "push": Command("check a checkpoint's folder and upload it to the Hub", "push"),
+    "export": Command("write a checkpoint as an ONNX file, checked against torch", "export"),
     "plan": Command("memory, traffic and time of a training step on many GPUs, on paper", "plan"),
     "convert": Command("an xLSTM checkpoint from or to transformers' own xlstm, or the xlstm package's", "convert"),
 }

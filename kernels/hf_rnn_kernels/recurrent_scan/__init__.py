@@ -9,6 +9,7 @@ head, in torch's order. Weights and biases may be `Perturbed`; then there are no
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -187,6 +188,8 @@ def _scan(
     def any_tokens(training):
         if weights is not None and (found := library.run(cell, x, weights, states, layout)) is not None:
             return found
+        if weights is not None and torch.compiler.is_exporting() and layout.offsets is None and not perturbation:
+            return op.layer(cell, x, *weights[:2], plain, plain_bias, states, layout.mask, training, layout.reverse)
         y = layout.flat(projected())
         h, _, last = op.scan(
             cell,
