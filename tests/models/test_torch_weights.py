@@ -101,22 +101,22 @@ def packed(rnn, x):
 
 @pytest.mark.usefixtures("route")
 def test_every_shape_of_torchs_is_ours(network):
-    """Padded and as packed rows, outputs and gradients, against torch.nn's packed sequences in float64."""
+    """Whole rows, padded ones and packed ones, outputs and gradients, against torch.nn's in float64."""
     for rnn, model in of_every_shape(network):
         x, double = torch.randn(4, 31, 5), copy.deepcopy(rnn).double()
-        leaf = x.double().requires_grad_()
-        expected = packed(double, leaf)[0][MASK]
-        grad = torch.randn_like(expected)
-        expected_grads = gradients([leaf, *double.parameters()], expected, grad)
-        assert model.config.hidden_size == expected.shape[1] and model.config.input_size == 5
-        ours = x.clone().requires_grad_()
-        parameters = [ours, *counterparts(model, rnn)]
-        for outputs in (
-            model(inputs_embeds=ours, attention_mask=MASK).last_hidden_state[MASK],
-            model(inputs_embeds=ours[MASK][None], cu_seq_lens_q=OFFSETS).last_hidden_state[0],
+        leaf, ours = x.double().requires_grad_(), x.clone().requires_grad_()
+        whole, real = double(leaf)[0].flatten(0, 1), packed(double, leaf)[0][MASK]
+        assert model.config.hidden_size == whole.shape[1] and model.config.input_size == 5
+        for outputs, expected in (
+            (model(inputs_embeds=ours).last_hidden_state.flatten(0, 1), whole),
+            (model(inputs_embeds=ours, attention_mask=MASK).last_hidden_state[MASK], real),
+            (model(inputs_embeds=ours[MASK][None], cu_seq_lens_q=OFFSETS).last_hidden_state[0], real),
         ):
             assert relative_error(outputs, expected) <= 1e-6, rnn
-            for a, b in zip(gradients(parameters, outputs, grad.float()), expected_grads, strict=True):
+            grad = torch.randn_like(expected)
+            expected_grads = torch.autograd.grad(expected, [leaf, *double.parameters()], grad, retain_graph=True)
+            grads = gradients([ours, *counterparts(model, rnn)], outputs, grad.float())
+            for a, b in zip(grads, expected_grads, strict=True):
                 assert relative_error(a.reshape(b.shape), b) <= 1e-5, rnn
 
 
@@ -407,6 +407,13 @@ def test_a_projected_state_stays_where_it_lies(projected):
     y = model(inputs_embeds=x[:, 3:], past_key_values=state).last_hidden_state
     torch.testing.assert_close(y, model(inputs_embeds=x).last_hidden_state[:, 3:])
     assert before == [s.data_ptr() for layer in state.states for s in layer]
+
+
+def test_a_projected_state_compiles(projected):
+    model, x = projected
+    mixer, layout = model.mixers()[0], SequenceLayout()
+    compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x[:, :2], None, layout), mixer(x[:, :2], None, layout))
 
 
 def test_an_adapter_on_the_projection_is_not_passed_by():
