@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from hf_rnn._version import __version__
+from hf_rnn.skeleton.configuration_recurrent import HEADS
 
 # Every architecture: what its classes' names begin with, and its room in hf_rnn.models
 ARCHITECTURES = {
@@ -38,6 +39,7 @@ _MODULES = {
     "min_gru_scan": "hf_rnn_kernels",
     "min_lstm_scan": "hf_rnn_kernels",
     "mlstm_scan": "hf_rnn_kernels",
+    "mean_pooling": "hf_rnn.skeleton.heads.sequences",
     "prune": "hf_rnn.compression.prune",
     "save_compressed": "hf_rnn.compression.checkpoint",
     "slstm_scan": "hf_rnn_kernels",
@@ -61,7 +63,7 @@ _MODULES = {
 }
 for _stem, _name in ARCHITECTURES.items():
     _MODULES[f"{_stem}Config"] = f"hf_rnn.models.{_name}.configuration_{_name}"
-    for _suffix in ("Model", "ForCausalLM", "ForSequenceClassification"):
+    for _suffix in ("Model", *HEADS):
         _MODULES[f"{_stem}{_suffix}"] = f"hf_rnn.models.{_name}.modeling_{_name}"
 
 __all__ = ["__version__", *_MODULES]
@@ -83,16 +85,15 @@ def _register() -> None:
     The Auto classes are asked for a model class by its config's, so the modeling files are imported here; what is
     slow, triton and numba, waits for the first call of a kernel.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
     import hf_rnn.compression.quantizer  # registers the reader of compressed checkpoints
 
     for stem in ARCHITECTURES:
         config = __getattr__(f"{stem}Config")
-        AutoConfig.register(config.model_type, config)
-        AutoModel.register(config, __getattr__(f"{stem}Model"))
-        AutoModelForCausalLM.register(config, __getattr__(f"{stem}ForCausalLM"))
-        AutoModelForSequenceClassification.register(config, __getattr__(f"{stem}ForSequenceClassification"))
+        transformers.AutoConfig.register(config.model_type, config)
+        for auto, name in config.auto_classes().items():
+            getattr(transformers, auto).register(config, __getattr__(name))
 
 
 _register()
@@ -104,27 +105,68 @@ if TYPE_CHECKING:
     from hf_rnn.exchange.export import DecodingStep, export_step, to_onnx
     from hf_rnn.exchange.gate_order import from_flashrnn, to_flashrnn
     from hf_rnn.models.gru.configuration_gru import GRUConfig
-    from hf_rnn.models.gru.modeling_gru import GRUForCausalLM, GRUForSequenceClassification, GRUModel
+    from hf_rnn.models.gru.modeling_gru import (
+        GRUForCausalLM,
+        GRUForCTC,
+        GRUForMaskedLM,
+        GRUForQuestionAnswering,
+        GRUForSequenceClassification,
+        GRUForTokenClassification,
+        GRUModel,
+    )
     from hf_rnn.models.lstm.configuration_lstm import LSTMConfig
-    from hf_rnn.models.lstm.modeling_lstm import LSTMForCausalLM, LSTMForSequenceClassification, LSTMModel
+    from hf_rnn.models.lstm.modeling_lstm import (
+        LSTMForCausalLM,
+        LSTMForCTC,
+        LSTMForMaskedLM,
+        LSTMForQuestionAnswering,
+        LSTMForSequenceClassification,
+        LSTMForTokenClassification,
+        LSTMModel,
+    )
     from hf_rnn.models.memory.configuration_memory import MemoryRNNConfig
     from hf_rnn.models.memory.modeling_memory import (
         MemoryRNNForCausalLM,
+        MemoryRNNForCTC,
+        MemoryRNNForMaskedLM,
+        MemoryRNNForQuestionAnswering,
         MemoryRNNForSequenceClassification,
+        MemoryRNNForTokenClassification,
         MemoryRNNModel,
     )
     from hf_rnn.models.mingru.configuration_mingru import MinGRUConfig
-    from hf_rnn.models.mingru.modeling_mingru import MinGRUForCausalLM, MinGRUForSequenceClassification, MinGRUModel
+    from hf_rnn.models.mingru.modeling_mingru import (
+        MinGRUForCausalLM,
+        MinGRUForCTC,
+        MinGRUForMaskedLM,
+        MinGRUForQuestionAnswering,
+        MinGRUForSequenceClassification,
+        MinGRUForTokenClassification,
+        MinGRUModel,
+    )
     from hf_rnn.models.minlstm.configuration_minlstm import MinLSTMConfig
     from hf_rnn.models.minlstm.modeling_minlstm import (
         MinLSTMForCausalLM,
+        MinLSTMForCTC,
+        MinLSTMForMaskedLM,
+        MinLSTMForQuestionAnswering,
         MinLSTMForSequenceClassification,
+        MinLSTMForTokenClassification,
         MinLSTMModel,
     )
     from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
-    from hf_rnn.models.xlstm.modeling_xlstm import XLSTMForCausalLM, XLSTMForSequenceClassification, XLSTMModel
+    from hf_rnn.models.xlstm.modeling_xlstm import (
+        XLSTMForCausalLM,
+        XLSTMForCTC,
+        XLSTMForMaskedLM,
+        XLSTMForQuestionAnswering,
+        XLSTMForSequenceClassification,
+        XLSTMForTokenClassification,
+        XLSTMModel,
+    )
     from hf_rnn.skeleton.cache import RecurrentCache
     from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
+    from hf_rnn.skeleton.heads.sequences import mean_pooling
     from hf_rnn.tasks.evaluation import bits_per_byte
     from hf_rnn.tokenization.byte_tokenizer import byte_tokenizer
     from hf_rnn_kernels import (

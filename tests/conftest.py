@@ -54,6 +54,20 @@ def for_those_that_have(*cases: tuple) -> list[tuple]:
     return [(name, *case) for case in cases for name in sorted(names) if case[0].keys() <= names[name]]
 
 
+def make_head(architecture, head, **settings):
+    """A small model whose every part matters."""
+    (stem,) = (stem for stem in hf_rnn.ARCHITECTURES if stem.lower() == architecture)
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, initializer_range=0.3, num_labels=5)
+    sizes |= dict(pad_token_id=58, bos_token_id=59, eos_token_id=60)
+    model = getattr(hf_rnn, stem + head)(getattr(hf_rnn, f"{stem}Config")(**sizes | settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "initial_state" in name or "bias" in name:
+                parameter.normal_()
+    return model.eval()
+
+
 @pytest.fixture(params=sorted(LAYOUTS))
 def architecture(request) -> str:
     return request.param

@@ -33,6 +33,7 @@ ROOMS = [
     ["hf_rnn.skeleton.block"],  # blocks made of layers, which know the config and the state
     ["hf_rnn.skeleton.pretrained"],
     ["hf_rnn.skeleton.modeling_recurrent"],
+    ["hf_rnn.skeleton.heads"],
     ["hf_rnn.exchange"],
     ["hf_rnn.models"],
     ["hf_rnn"],  # the public names

@@ -111,7 +111,7 @@ class TorchExchangeModel(RecurrentModel):
             bidirectional=c.bidirectional,
             **projected,
         )
-        rnn = rnn.to(self.embed_tokens.weight.device, self.embed_tokens.weight.dtype).train(self.training)
+        rnn = rnn.to(self.device, self.dtype).train(self.training)
         with torch.no_grad():
             for suffix, mixer in self._named_mixers():
                 if type(mixer.in_proj) is not nn.Linear:

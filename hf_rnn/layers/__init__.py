@@ -3,6 +3,7 @@
 from hf_rnn.layers.bidirectional import Bidirectional
 from hf_rnn.layers.block_linear import BlockLinear
 from hf_rnn.layers.causal_conv import CausalConv
+from hf_rnn.layers.continuous_input import ContinuousInput
 from hf_rnn.layers.feed_forward import FeedForward, GatedFeedForward
 from hf_rnn.layers.mixer import Mixer, RecurrentMixer
 from hf_rnn.layers.multi_head import MultiHeadMixer
@@ -13,6 +14,7 @@ __all__ = [
     "Bidirectional",
     "BlockLinear",
     "CausalConv",
+    "ContinuousInput",
     "FeedForward",
     "GatedFeedForward",
     "Mixer",

@@ -14,6 +14,15 @@ from hf_rnn.skeleton.versions import STATE_NAMES, AssignablePlan, refuse_bools
 
 logger = logging.get_logger(__name__)
 
+# What architectures are asked: the ends of the classes' names
+HEADS = (
+    "ForCausalLM",
+    "ForCTC",
+    "ForMaskedLM",
+    "ForQuestionAnswering",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+)
 # What transformers itself passes to or stores in a config beyond its fields
 _TRANSFORMERS_NAMES = {
     "auto_map", "attn_implementation", "experts_implementation", "is_encoder_decoder", "model_type", "name_or_path",
@@ -49,6 +58,13 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
         use_cache: return the state from forward outside training; False where bidirectional.
         pad_token_id, bos_token_id, eos_token_id: where not told, the byte tokenizer's 256, 257 and 258 with its
             vocabulary of 259, None with any other.
+        num_input_features: values of a step of `input_features`, which such a model reads instead of tokens; None: it
+            reads tokens.
+        patch_size: so many steps of input_features make one token.
+        classifier_pooling: the vector that sequences are classified by: "last", of the last real token; "mean", over
+            all of them; "ends", of the first and the last side by side. None: "last".
+        ctc_loss_reduction, ctc_zero_infinity: of `torch.nn.functional.ctc_loss`, as Wav2Vec2's: "sum" or "mean" of
+            sequences; zeros where a sequence is too short for its labels, whose loss is infinite.
         max_position_embeddings: what other tools take for the longest context. A recurrent model has none: the largest
             number they can hold; lm-evaluation-harness would cut texts at 2,048 tokens without it.
     """
@@ -66,6 +82,11 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
     bidirectional: bool = False
     share_directions: bool = False
     use_cache: bool = True
+    num_input_features: int | None = None
+    patch_size: int = 1
+    classifier_pooling: str | None = None
+    ctc_loss_reduction: str = "sum"
+    ctc_zero_infinity: bool = False
     max_position_embeddings: int = 2**31 - 1
     pad_token_id: int | None = _UNTOLD
     bos_token_id: int | None = _UNTOLD
@@ -99,11 +120,7 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
     def auto_classes(cls) -> dict[str, str]:
         """Auto class to model class, by name."""
         stem = cls.__name__.removesuffix("Config")
-        return {
-            "AutoModel": f"{stem}Model",
-            "AutoModelForCausalLM": f"{stem}ForCausalLM",
-            "AutoModelForSequenceClassification": f"{stem}ForSequenceClassification",
-        }
+        return {"AutoModel": f"{stem}Model"} | {f"AutoModel{head}": f"{stem}{head}" for head in HEADS}
 
     def _check_foreign(self, kwargs: dict[str, Any]) -> None:
         """Raise ValueError for what transformers itself would stumble over without naming the field, or count to."""
@@ -150,9 +167,20 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
             raise ValueError(f"initializer_range: expected at least 0, got {self.initializer_range}")
         if self.norm_eps is not None and self.norm_eps <= 0:
             raise ValueError(f"norm_eps: expected more than 0, got {self.norm_eps}")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "patch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.num_input_features is not None:
+            self._check_width("num_input_features", self.num_input_features)
+            self._check_width("patch_size", self.num_input_features * self.patch_size)
+        elif self.patch_size > 1:
+            raise ValueError(
+                f"patch_size: tokens make no patches; expected 1 without num_input_features, got {self.patch_size}"
+            )
+        if self.classifier_pooling not in (None, "last", "mean", "ends"):
+            raise ValueError(f"classifier_pooling: expected 'last', 'mean' or 'ends', got {self.classifier_pooling!r}")
+        if self.ctc_loss_reduction not in ("sum", "mean"):
+            raise ValueError(f"ctc_loss_reduction: expected 'sum' or 'mean', got {self.ctc_loss_reduction!r}")
         for name in ("vocab_size", "hidden_size"):
             if getattr(self, name) > _WIDEST:
                 raise ValueError(f"{name}: expected at most {_WIDEST:,}, got {getattr(self, name)}")

@@ -1,5 +1,7 @@
 """Checks of what users pass to forward, and what padding and packing arguments mean for a recurrence."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,34 @@ def state_of(cache: RecurrentCache | None, past_key_values: RecurrentCache | Non
     return past_key_values if cache is None else cache
 
 
-def check_ids(name: str, ids: Tensor, vocab_size: int, ignore_index: int | None = None) -> None:
-    """Raise IndexError for ids outside the vocabulary.
+def check_inputs(num_input_features: int | None, **given: Tensor | None) -> None:
+    """Raise ValueError unless forward got exactly one of the inputs that the model reads."""
+    wrong, right = "input_features", "input_ids"
+    if num_input_features is not None:
+        wrong, right = right, wrong
+    if given[wrong] is not None:
+        raise ValueError(
+            f"{wrong}: this model reads {right} or inputs_embeds, its config.num_input_features is {num_input_features}"
+        )
+    if (given[right] is None) == (given["inputs_embeds"] is None):
+        raise ValueError(f"{right}, inputs_embeds: pass exactly one of the two")
+    if given["observed_mask"] is not None and given["input_features"] is None:
+        raise ValueError("observed_mask: expected with input_features alone")
+
+
+def check_reads_tokens(config: Any) -> None:
+    """Raise ValueError for a language model that would not read what it predicts."""
+    if config.num_input_features is not None:
+        raise ValueError(
+            "num_input_features: a language model predicts the tokens that it reads; expected None, got "
+            f"{config.num_input_features}"
+        )
+
+
+def check_ids(
+    name: str, ids: Tensor, vocab_size: int, ignore_index: int | None = None, setting: str = "vocab_size"
+) -> None:
+    """Raise IndexError for ids outside the vocabulary, or whatever the config's `setting` counts.
 
     Only on a CPU, where reading the values does not stall the device, and where they are known; elsewhere the
     embedding's own assertion speaks.
@@ -53,7 +81,7 @@ def check_ids(name: str, ids: Tensor, vocab_size: int, ignore_index: int | None 
         high = max(high, 0)
     if low < 0 or high >= vocab_size:
         raise IndexError(
-            f"{name}: expected ids in [0, {vocab_size}) (config.vocab_size), got {low if low < 0 else high}"
+            f"{name}: expected ids in [0, {vocab_size}) (config.{setting}), got {low if low < 0 else high}"
         )
 
 

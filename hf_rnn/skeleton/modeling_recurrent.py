@@ -12,16 +12,33 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_rnn.generation.fused_step import decode_fused, reason_not_fused
-from hf_rnn.layers import Bidirectional, CausalConv, FeedForward, Mixer, RecurrentMixer, RMSNorm, SlidingAttention
+from hf_rnn.layers import (
+    Bidirectional,
+    CausalConv,
+    ContinuousInput,
+    FeedForward,
+    Mixer,
+    RecurrentMixer,
+    RMSNorm,
+    SlidingAttention,
+)
+from hf_rnn.layers.continuous_input import real_patches
 from hf_rnn.skeleton.block import RecurrentBlock
 from hf_rnn.skeleton.cache import RecurrentCache
 from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
 from hf_rnn.skeleton.generation import RecurrentGenerationMixin
-from hf_rnn.skeleton.inputs import check_ids, check_known, packed_offsets, padding_mask, state_of
+from hf_rnn.skeleton.inputs import (
+    check_ids,
+    check_inputs,
+    check_known,
+    check_reads_tokens,
+    packed_offsets,
+    padding_mask,
+    state_of,
+)
 from hf_rnn.skeleton.memory import MemoryMixin
 from hf_rnn.skeleton.pretrained import RecurrentPreTrainedModel
-from hf_rnn.skeleton.versions import STATE, BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
-from hf_rnn_kernels.checks import values_known
+from hf_rnn.skeleton.versions import STATE, BaseModelOutput, CausalLMOutput
 from hf_rnn_kernels.fused_step.program import Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
 
@@ -38,7 +55,10 @@ class RecurrentModel(RecurrentPreTrainedModel):
     def __init__(self, config: RecurrentConfig):
         config.validate()  # loading sets what it is told beside the file's
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.input_size)
+        if config.num_input_features is None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.input_size)
+        else:
+            self.embed_features = ContinuousInput(config.num_input_features, config.input_size, config.patch_size)
         norm = self.make_norm(config)
         self.dropout = nn.Dropout(0.0 if norm is None else config.hidden_dropout)
         self.layers = nn.ModuleList(self.make_block(config, index) for index in range(config.num_hidden_layers))
@@ -80,11 +100,15 @@ class RecurrentModel(RecurrentPreTrainedModel):
         both = [make() for _ in range(1 if self.config.share_directions else 2)]
         return Bidirectional(both[0], both[-1] if len(both) > 1 else None, self.config.directions_side_by_side)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
+    def get_input_embeddings(self) -> nn.Module:
+        """What embeds: an `nn.Embedding`, or a `ContinuousInput`."""
+        return self.embed_tokens if self.config.num_input_features is None else self.embed_features
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
+    def set_input_embeddings(self, value: Any) -> None:
+        if self.config.num_input_features is None:
+            self.embed_tokens = value
+        else:
+            self.embed_features = value
 
     @capture_outputs
     def forward(
@@ -96,12 +120,19 @@ class RecurrentModel(RecurrentPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cache: RecurrentCache | None = None,
+        input_features: torch.FloatTensor | None = None,
+        observed_mask: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         """Run the model.
 
         Args:
             input_ids: (B, T) tokens; or inputs_embeds, (B, T, config.input_size).
+            input_features: (B, T, num_input_features) floating values, instead of tokens where the config has such.
+                `config.patch_size` steps make one token, the last ones maybe fewer: what is said below of T tokens is
+                of ceil(T / patch_size) then, but for attention_mask, which is of steps. Pieces with a state are of a
+                multiple of patch_size steps.
+            observed_mask: (B, T, num_input_features), zeros where a value is missing, whatever stands there.
             attention_mask: (B, T), or longer with the past in front; zeros at padding, on either side or in between,
                 ones elsewhere. Padding changes neither the state nor any other token's output.
             position_ids: (B, T) or (1, T). A recurrent model needs no positions; a position 0 after the first token
@@ -126,8 +157,11 @@ class RecurrentModel(RecurrentPreTrainedModel):
         """
         check_known(kwargs, "cu_seq_lens_q", "seq_idx")
         cache = state_of(cache, past_key_values)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids, inputs_embeds: pass exactly one of the two")
+        inputs = dict(input_ids=input_ids, input_features=input_features, inputs_embeds=inputs_embeds)
+        check_inputs(self.config.num_input_features, **inputs, observed_mask=observed_mask)
+        past = 0 if cache is None else cache.get_seq_length()
+        if input_features is not None:
+            inputs_embeds, attention_mask = self._embed(input_features, observed_mask, attention_mask, past)
         if input_ids is not None:
             if input_ids.dim() != 2:
                 raise ValueError(f"input_ids: expected shape (B, T), got {tuple(input_ids.shape)}")
@@ -139,7 +173,6 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 f"inputs_embeds: expected shape (B, T, {self.config.input_size}), got {tuple(inputs_embeds.shape)}"
             )
         batch, time = inputs_embeds.shape[:2]
-        past = 0 if cache is None else cache.get_seq_length()
         mask = padding_mask(attention_mask, batch, time, past)
         goes_on = isinstance(cache, RecurrentCache) and cache.is_initialized
         offsets, continues = packed_offsets(
@@ -156,6 +189,18 @@ class RecurrentModel(RecurrentPreTrainedModel):
             cache.seen_tokens += time
             cache.model_type = self.config.model_type
         return BaseModelOutput(last_hidden_state=self.norm(x), **{STATE: cache})  # type: ignore[arg-type]
+
+    def _embed(
+        self, x: Tensor, observed: Tensor | None, attention_mask: Tensor | None, past: int
+    ) -> tuple[Any, Tensor | None]:
+        """Features (B, T, F) and the mask of their steps as tokens (B, ceil(T / patch_size), D) and theirs."""
+        size = self.config.patch_size
+        if x.dim() != 3 or x.shape[2] != self.config.num_input_features:
+            raise ValueError(
+                f"input_features: expected shape (B, T, {self.config.num_input_features}), got {tuple(x.shape)}"
+            )
+        mask = padding_mask(attention_mask, x.shape[0], x.shape[1], past * size)
+        return self.embed_features(x, observed, mask), None if mask is None else real_patches(mask, size)
 
     def _state(
         self, cache: RecurrentCache | None, use_cache: bool | None, batch: int, packed: bool
@@ -214,6 +259,7 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
                 f"bidirectional: {type(self).__name__} predicts the next token, which a second direction has read; "
                 "expected False, or a head for other tasks, such as ForMaskedLM or ForTokenClassification"
             )
+        check_reads_tokens(config)
         super().__init__(config)
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -318,69 +364,3 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
             labels = labels.long()  # type: ignore[assignment]
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
         return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{STATE: outputs.cache})
-
-
-class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
-    """Classifier: a linear layer on the last real token of each sequence.
-
-    Attributes:
-        model_class: the architecture's backbone.
-    """
-
-    model_class: type[RecurrentModel]
-    accepts_loss_kwargs = False  # its loss is a mean, which Trainer divides by the accumulated batches
-
-    def __init__(self, config: RecurrentConfig):
-        super().__init__(config)
-        self.num_labels = int(config.num_labels or 0)
-        self.model = self.model_class(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: RecurrentCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache: RecurrentCache | None = None,
-        **kwargs,
-    ) -> SequenceClassifierOutput:
-        """Logits (B, num_labels) at the last token that `attention_mask` marks as real.
-
-        Without an attention_mask, tokens equal to `config.pad_token_id` are padding. The loss follows
-        `config.problem_type`.
-
-        Raises:
-            ValueError: a row of padding only, or packed sequences (a classifier takes one sequence a row).
-            others: see `RecurrentModel.forward`.
-        """
-        packing = [name for name in ("cu_seq_lens_q", "seq_idx", "position_ids") if kwargs.get(name) is not None]
-        if packing:
-            raise ValueError(f"{packing[0]}: a classifier takes one sequence a row; pad instead of packing")
-        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            attention_mask = input_ids != self.config.pad_token_id
-        outputs = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            cache=state_of(cache, past_key_values),
-            return_dict=True,
-            **kwargs,
-        )
-        x = outputs.last_hidden_state
-        real = x.new_ones(x.shape[:2]).bool() if attention_mask is None else attention_mask[:, -x.shape[1] :].bool()
-        if values_known(real) and not bool(real.any(1).all()):
-            raise ValueError("attention_mask: expected a real token in every row, got a row of padding only")
-        last = (real * torch.arange(1, x.shape[1] + 1, device=x.device)).argmax(1)
-        logits = self.score(x[torch.arange(x.shape[0], device=x.device), last])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, logits=logits, config=self.config)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{STATE: outputs.cache}
-        )

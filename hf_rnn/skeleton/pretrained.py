@@ -31,6 +31,11 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # no rollback: generate() refuses assisted decoding
     _can_record_outputs = {"hidden_states": RecurrentBlock}
 
+    def __init__(self, config: RecurrentConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.num_input_features is not None:
+            self.main_input_name = "input_features"
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the model makes its own
@@ -120,8 +125,10 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         """As transformers'.
 
         Raises:
-            ValueError: a head of packed integers, of which no rows can be added.
+            ValueError: a head of packed integers, of which no rows can be added; a model that reads no tokens.
         """
+        if self.config.num_input_features is not None:
+            raise ValueError("resize_token_embeddings: this model reads input_features and embeds no tokens")
         if isinstance(self.get_output_embeddings(), PackedLinear):
             raise ValueError("resize_token_embeddings: the head is packed; dequantize() the model first")
         return super().resize_token_embeddings(*args, **kwargs)

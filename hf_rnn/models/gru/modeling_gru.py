@@ -6,7 +6,14 @@ from torch import Tensor, nn
 from hf_rnn.exchange.torch_nn import TorchExchangeModel
 from hf_rnn.layers import MultiHeadMixer
 from hf_rnn.models.gru.configuration_gru import GRUConfig
-from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification
+from hf_rnn.skeleton.heads import (
+    RecurrentForCTC,
+    RecurrentForMaskedLM,
+    RecurrentForQuestionAnswering,
+    RecurrentForSequenceClassification,
+    RecurrentForTokenClassification,
+)
+from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM
 from hf_rnn_kernels import gru_scan
 from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
@@ -46,8 +53,36 @@ class GRUForCausalLM(RecurrentForCausalLM):
     model_class = GRUModel
 
 
+class GRUForMaskedLM(RecurrentForMaskedLM):
+    """GRU that fills in masked tokens."""
+
+    config_class = GRUConfig
+    model_class = GRUModel
+
+
+class GRUForTokenClassification(RecurrentForTokenClassification):
+    """GRU with a label for each token."""
+
+    config_class = GRUConfig
+    model_class = GRUModel
+
+
 class GRUForSequenceClassification(RecurrentForSequenceClassification):
-    """GRU with a classifier on the last real token."""
+    """GRU with a classifier of sequences."""
+
+    config_class = GRUConfig
+    model_class = GRUModel
+
+
+class GRUForQuestionAnswering(RecurrentForQuestionAnswering):
+    """GRU that marks the answer in a text."""
+
+    config_class = GRUConfig
+    model_class = GRUModel
+
+
+class GRUForCTC(RecurrentForCTC):
+    """GRU that transcribes."""
 
     config_class = GRUConfig
     model_class = GRUModel

@@ -7,7 +7,14 @@ from hf_rnn.exchange.torch_nn import TorchExchangeModel
 from hf_rnn.layers import MultiHeadMixer
 from hf_rnn.models.lstm.configuration_lstm import LSTMConfig
 from hf_rnn.models.lstm.projected import projected_lstm
-from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification
+from hf_rnn.skeleton.heads import (
+    RecurrentForCTC,
+    RecurrentForMaskedLM,
+    RecurrentForQuestionAnswering,
+    RecurrentForSequenceClassification,
+    RecurrentForTokenClassification,
+)
+from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM
 from hf_rnn_kernels import lstm_scan
 from hf_rnn_kernels.fused_step.program import NotFusable, Op, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
@@ -66,8 +73,36 @@ class LSTMForCausalLM(RecurrentForCausalLM):
     model_class = LSTMModel
 
 
+class LSTMForMaskedLM(RecurrentForMaskedLM):
+    """LSTM that fills in masked tokens."""
+
+    config_class = LSTMConfig
+    model_class = LSTMModel
+
+
+class LSTMForTokenClassification(RecurrentForTokenClassification):
+    """LSTM with a label for each token."""
+
+    config_class = LSTMConfig
+    model_class = LSTMModel
+
+
 class LSTMForSequenceClassification(RecurrentForSequenceClassification):
-    """LSTM with a classifier on the last real token."""
+    """LSTM with a classifier of sequences."""
+
+    config_class = LSTMConfig
+    model_class = LSTMModel
+
+
+class LSTMForQuestionAnswering(RecurrentForQuestionAnswering):
+    """LSTM that marks the answer in a text."""
+
+    config_class = LSTMConfig
+    model_class = LSTMModel
+
+
+class LSTMForCTC(RecurrentForCTC):
+    """LSTM that transcribes."""
 
     config_class = LSTMConfig
     model_class = LSTMModel

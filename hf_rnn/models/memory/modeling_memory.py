@@ -11,7 +11,14 @@ from hf_rnn.layers import FeedForward, Mixer, RMSNorm
 from hf_rnn.models.memory.configuration_memory import MemoryRNNConfig
 from hf_rnn.models.memory.updaters import TransformerUpdater, make_updater
 from hf_rnn.skeleton.block import RecurrentBlock
-from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from hf_rnn.skeleton.heads import (
+    RecurrentForCTC,
+    RecurrentForMaskedLM,
+    RecurrentForQuestionAnswering,
+    RecurrentForSequenceClassification,
+    RecurrentForTokenClassification,
+)
+from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentModel
 from hf_rnn_kernels.fused_step.program import Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
 
@@ -120,8 +127,36 @@ class MemoryRNNForCausalLM(RecurrentForCausalLM):
     model_class = MemoryRNNModel
 
 
+class MemoryRNNForMaskedLM(RecurrentForMaskedLM):
+    """Memory RNN that fills in masked tokens."""
+
+    config_class = MemoryRNNConfig
+    model_class = MemoryRNNModel
+
+
+class MemoryRNNForTokenClassification(RecurrentForTokenClassification):
+    """Memory RNN with a label for each token."""
+
+    config_class = MemoryRNNConfig
+    model_class = MemoryRNNModel
+
+
 class MemoryRNNForSequenceClassification(RecurrentForSequenceClassification):
-    """Memory RNN with a classifier on the last real token."""
+    """Memory RNN with a classifier of sequences."""
+
+    config_class = MemoryRNNConfig
+    model_class = MemoryRNNModel
+
+
+class MemoryRNNForQuestionAnswering(RecurrentForQuestionAnswering):
+    """Memory RNN that marks the answer in a text."""
+
+    config_class = MemoryRNNConfig
+    model_class = MemoryRNNModel
+
+
+class MemoryRNNForCTC(RecurrentForCTC):
+    """Memory RNN that transcribes."""
 
     config_class = MemoryRNNConfig
     model_class = MemoryRNNModel

@@ -5,7 +5,14 @@ from torch import Tensor
 
 from hf_rnn.layers import RecurrentMixer
 from hf_rnn.models.mingru.configuration_mingru import MinGRUConfig
-from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from hf_rnn.skeleton.heads import (
+    RecurrentForCTC,
+    RecurrentForMaskedLM,
+    RecurrentForQuestionAnswering,
+    RecurrentForSequenceClassification,
+    RecurrentForTokenClassification,
+)
+from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentModel
 from hf_rnn_kernels import min_gru_scan
 from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
@@ -44,8 +51,36 @@ class MinGRUForCausalLM(RecurrentForCausalLM):
     model_class = MinGRUModel
 
 
+class MinGRUForMaskedLM(RecurrentForMaskedLM):
+    """minGRU that fills in masked tokens."""
+
+    config_class = MinGRUConfig
+    model_class = MinGRUModel
+
+
+class MinGRUForTokenClassification(RecurrentForTokenClassification):
+    """minGRU with a label for each token."""
+
+    config_class = MinGRUConfig
+    model_class = MinGRUModel
+
+
 class MinGRUForSequenceClassification(RecurrentForSequenceClassification):
-    """minGRU with a classifier on the last real token."""
+    """minGRU with a classifier of sequences."""
+
+    config_class = MinGRUConfig
+    model_class = MinGRUModel
+
+
+class MinGRUForQuestionAnswering(RecurrentForQuestionAnswering):
+    """minGRU that marks the answer in a text."""
+
+    config_class = MinGRUConfig
+    model_class = MinGRUModel
+
+
+class MinGRUForCTC(RecurrentForCTC):
+    """minGRU that transcribes."""
 
     config_class = MinGRUConfig
     model_class = MinGRUModel

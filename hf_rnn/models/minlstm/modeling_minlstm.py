@@ -5,7 +5,14 @@ from torch import Tensor
 
 from hf_rnn.layers import RecurrentMixer
 from hf_rnn.models.minlstm.configuration_minlstm import MinLSTMConfig
-from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from hf_rnn.skeleton.heads import (
+    RecurrentForCTC,
+    RecurrentForMaskedLM,
+    RecurrentForQuestionAnswering,
+    RecurrentForSequenceClassification,
+    RecurrentForTokenClassification,
+)
+from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentModel
 from hf_rnn_kernels import min_lstm_scan
 from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
@@ -49,8 +56,36 @@ class MinLSTMForCausalLM(RecurrentForCausalLM):
     model_class = MinLSTMModel
 
 
+class MinLSTMForMaskedLM(RecurrentForMaskedLM):
+    """minLSTM that fills in masked tokens."""
+
+    config_class = MinLSTMConfig
+    model_class = MinLSTMModel
+
+
+class MinLSTMForTokenClassification(RecurrentForTokenClassification):
+    """minLSTM with a label for each token."""
+
+    config_class = MinLSTMConfig
+    model_class = MinLSTMModel
+
+
 class MinLSTMForSequenceClassification(RecurrentForSequenceClassification):
-    """minLSTM with a classifier on the last real token."""
+    """minLSTM with a classifier of sequences."""
+
+    config_class = MinLSTMConfig
+    model_class = MinLSTMModel
+
+
+class MinLSTMForQuestionAnswering(RecurrentForQuestionAnswering):
+    """minLSTM that marks the answer in a text."""
+
+    config_class = MinLSTMConfig
+    model_class = MinLSTMModel
+
+
+class MinLSTMForCTC(RecurrentForCTC):
+    """minLSTM that transcribes."""
 
     config_class = MinLSTMConfig
     model_class = MinLSTMModel

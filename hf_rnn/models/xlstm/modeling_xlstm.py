@@ -11,7 +11,14 @@ from hf_rnn.models.xlstm.conversion_xlstm import check_complete, from_package, t
 from hf_rnn.models.xlstm.mlstm import MLSTM, UpProjectedMLSTM
 from hf_rnn.models.xlstm.slstm import SLSTM, GatedSLSTM
 from hf_rnn.skeleton.block import RecurrentBlock
-from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from hf_rnn.skeleton.heads import (
+    RecurrentForCTC,
+    RecurrentForMaskedLM,
+    RecurrentForQuestionAnswering,
+    RecurrentForSequenceClassification,
+    RecurrentForTokenClassification,
+)
+from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentModel
 from hf_rnn.skeleton.pretrained import RecurrentPreTrainedModel
 from hf_rnn_kernels.fused_step.program import Op, Program, Vector
 
@@ -102,7 +109,32 @@ class XLSTMForCausalLM(XLSTMPreTrainedModel, RecurrentForCausalLM):
             program.pointwise(Op.SOFT_CAP, program.logits, out=program.logits, cap=self.config.logit_soft_cap)
 
 
+class XLSTMForMaskedLM(XLSTMPreTrainedModel, RecurrentForMaskedLM):
+    """xLSTM that fills in masked tokens."""
+
+    model_class = XLSTMModel
+    logits = XLSTMForCausalLM.logits
+
+
+class XLSTMForTokenClassification(XLSTMPreTrainedModel, RecurrentForTokenClassification):
+    """xLSTM with a label for each token."""
+
+    model_class = XLSTMModel
+
+
 class XLSTMForSequenceClassification(XLSTMPreTrainedModel, RecurrentForSequenceClassification):
-    """xLSTM with a classifier on the last real token."""
+    """xLSTM with a classifier of sequences."""
+
+    model_class = XLSTMModel
+
+
+class XLSTMForQuestionAnswering(XLSTMPreTrainedModel, RecurrentForQuestionAnswering):
+    """xLSTM that marks the answer in a text."""
+
+    model_class = XLSTMModel
+
+
+class XLSTMForCTC(XLSTMPreTrainedModel, RecurrentForCTC):
+    """xLSTM that transcribes."""
 
     model_class = XLSTMModel

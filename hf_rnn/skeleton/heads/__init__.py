@@ -1,0 +1,14 @@
+"""What a backbone is asked beside the next token, under transformers' names."""
+
+from hf_rnn.skeleton.heads.ctc import RecurrentForCTC
+from hf_rnn.skeleton.heads.question_answering import RecurrentForQuestionAnswering
+from hf_rnn.skeleton.heads.sequence_classification import RecurrentForSequenceClassification
+from hf_rnn.skeleton.heads.tokens import RecurrentForMaskedLM, RecurrentForTokenClassification
+
+__all__ = [
+    "RecurrentForCTC",
+    "RecurrentForMaskedLM",
+    "RecurrentForQuestionAnswering",
+    "RecurrentForSequenceClassification",
+    "RecurrentForTokenClassification",
+]
