@@ -5,7 +5,7 @@ mambapy's parallel scan where no CUDA kernel is there: its own loop over time ta
 What is searched for is the width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -85,6 +85,16 @@ def width(name: str, parameters: int, vocab_size: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if count(step * middle) <= parameters else (low, middle)
     return step * min((low, high), key=lambda n: abs(count(step * n) - parameters))
+
+
+def nearest_width(build: Callable[[int], PreTrainedModel], parameters: int, widths: Iterable[int]) -> int:
+    """The one whose model comes closest to so many parameters."""
+
+    def distance(width: int) -> int:
+        with torch.device("meta"):
+            return abs(build(width).num_parameters() - parameters)
+
+    return min(widths, key=distance)
 
 
 def make(name: str, parameters: int, vocab_size: int) -> PreTrainedModel:

@@ -1,8 +1,11 @@
-"""Tasks that say what a memory can do: synthetic ones without end, and images as sequences of pixels."""
+"""Tasks that say what a memory can do: synthetic ones without end, images as sequences of pixels, handwritten numbers,
+and sources of Python, tagged."""
 
+from hf_rnn.tasks.digit_strings import DigitStrings, pad_features
 from hf_rnn.tasks.listops import ListOps
-from hf_rnn.tasks.metrics import accuracy, compute_metrics, preprocess_logits_for_metrics
-from hf_rnn.tasks.pixels import digits, image_sequences, to_image
+from hf_rnn.tasks.metrics import accuracy, best_path, compute_metrics, error_rate, preprocess_logits_for_metrics
+from hf_rnn.tasks.pixels import digit_rows, digits, image_sequences, to_image
+from hf_rnn.tasks.sources import byte_labels, python_sources
 from hf_rnn.tasks.synthetic import (
     KeysValues,
     ModularArithmetic,
@@ -15,6 +18,7 @@ from hf_rnn.tasks.synthetic import (
 )
 
 __all__ = [
+    "DigitStrings",
     "KeysValues",
     "ListOps",
     "ModularArithmetic",
@@ -25,9 +29,15 @@ __all__ = [
     "StringCopy",
     "SyntheticTask",
     "accuracy",
+    "best_path",
+    "byte_labels",
     "compute_metrics",
+    "digit_rows",
     "digits",
+    "error_rate",
     "image_sequences",
+    "pad_features",
     "preprocess_logits_for_metrics",
+    "python_sources",
     "to_image",
 ]

@@ -1,4 +1,7 @@
-"""How right predictions are, with labels shifted as causal language models have them, -100 where there is none."""
+"""How right predictions are: labels shifted as causal language models have them, and transcriptions."""
+
+from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -31,6 +34,42 @@ def accuracy(predictions: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> d
         raise ValueError("labels: expected some that are not -100")
     some = labelled.any(1)
     return {"accuracy": float(right[labelled].mean()), "exact_match": float(right.all(1)[some].mean())}
+
+
+def best_path(logits: Tensor, blank: int, attention_mask: Tensor | None = None) -> list[list[int]]:
+    """What a CTC model reads, greedily: the likeliest label of each step, repeated ones once, blanks dropped.
+
+    Args:
+        logits: (B, T, C).
+        blank: the model's `config.pad_token_id`.
+        attention_mask: (B, T), zeros at steps of padding; None: there are none.
+    """
+    steps = logits.argmax(-1)
+    real = torch.ones_like(steps, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    rows = [row[there].tolist() for row, there in zip(steps, real, strict=True)]
+    return [[label for label, _ in groupby(row) if label != blank] for row in rows]
+
+
+def error_rate(found: Sequence[Sequence], expected: Sequence[Sequence]) -> float:
+    """Edits that make the found sequences the expected ones, over the length of these: of characters or labels CER, of
+    words WER.
+
+    Raises:
+        ValueError: not as many found as expected, or nothing is.
+    """
+    if len(found) != len(expected) or not any(map(len, expected)):
+        raise ValueError(f"found, expected: as many sequences, not all empty; got {len(found)} and {len(expected)}")
+    return sum(map(_edits, found, expected)) / sum(map(len, expected))
+
+
+def _edits(x: Sequence, y: Sequence) -> int:
+    """Insertions, deletions and replacements: Levenshtein's distance."""
+    row = list(range(len(y) + 1))
+    for i, a in enumerate(x, 1):
+        above, row = row, [i]
+        for j, b in enumerate(y, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (a != b)))
+    return row[-1]
 
 
 def _to_numpy(x: Tensor | np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Images as sequences of grey levels, row by row, to generate or to classify.
 
 A sequence begins with a token of its own, number `levels`, and holds side * side pixels: input_ids and labels are
-(1 + side * side).
+(1 + side * side). Or, where the model takes numbers, of rows of pixels as they are.
 """
 
 from typing import TYPE_CHECKING
@@ -25,18 +25,34 @@ def digits(split: str = "train", levels: int = 8, seed: int = 0, classify: bool 
         ImportError: scikit-learn is missing.
         ValueError: another split or number of levels.
     """
+    _check_levels(levels, 17)
+    images, values = digit_images(split, seed)
+    return _sequences(images, levels, values if classify else None)
+
+
+def digit_rows(split: str = "train", seed: int = 0) -> "Dataset":
+    """The same digits for models that take numbers, a row of pixels a step: a `datasets.Dataset`.
+
+    `input_features` (8, 8), from 0 to 1, and `labels`, 0 to 9. Arguments and errors as of `digits`.
+    """
+    from datasets import Dataset
+
+    images, values = digit_images(split, seed)
+    return Dataset.from_dict({"input_features": images, "labels": values}).with_format("torch")
+
+
+def digit_images(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The split's images (N, 8, 8), float32 from 0 to 1, and the digits (N,) that they show."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError("digits: needs scikit-learn, pip install 'hf-rnn[tasks]'") from error
     if split not in ("train", "test"):
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
-    _check_levels(levels, 17)
     data = load_digits()
-    images = data.images / 16
-    order = np.random.default_rng(seed).permutation(len(images))
+    order = np.random.default_rng(seed).permutation(len(data.images))
     chosen = order[::5] if split == "test" else np.delete(order, np.s_[::5])
-    return _sequences(images[chosen], levels, data.target[chosen] if classify else None)
+    return (data.images[chosen] / 16).astype(np.float32), data.target[chosen]
 
 
 def image_sequences(
