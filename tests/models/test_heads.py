@@ -91,6 +91,16 @@ def test_masked_lm_is_the_language_models_head(architecture, ids, tmp_path):
     assert masked(ids).logits.shape == (3, 17, 64)
 
 
+@every_head
+def test_a_new_head_on_a_language_model(head, ids, tmp_path):
+    causal = make_head("minlstm", "ForCausalLM")
+    causal.save_pretrained(tmp_path)
+    model = getattr(transformers, f"AutoModel{head}").from_pretrained(tmp_path, num_labels=7)
+    assert torch.equal(model.model(ids).last_hidden_state, causal.model(ids).last_hidden_state)
+    with pytest.raises(ValueError, match="num_input_features: |weights are missing, 'model.embed_features"):
+        type(model).from_pretrained(tmp_path, num_input_features=5)
+
+
 def test_losses(ids):
     """By hand: labels are not shifted, -100 and positions outside are ignored, sums are divided by what is told."""
     for head in ("ForMaskedLM", "ForTokenClassification"):
