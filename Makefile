@@ -70,9 +70,9 @@ test-slow: $(STAMP)
 test-weights: $(STAMP)
 	$(BIN)/python -m pytest -m weights tests/weights
 
-# Everything, hours of it
+# Everything that needs no network, hours of it
 test-all: $(STAMP)
-	$(call pytest,$(VENV)) -m 'not gpu'
+	$(call pytest,$(VENV)) -m 'not gpu and not weights'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

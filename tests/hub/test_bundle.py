@@ -22,6 +22,7 @@ CASES: dict[str, dict] = {name: {} for name in ARCHITECTURES} | {
     "xlstm": {"num_heads": 2},
     "lstm attention": {"layer_types": ["linear_attention", "sliding_attention"], "sliding_window": 5},
     "minlstm paper": {"block_layout": "paper"},
+    "lstm projected": {"block_layout": "paper", "projection_size": 8, "learned_initial_state": False},
     "xlstm gated": {"num_heads": 2, "block_layout": "gated", "slstm_at": [0]},
     "xlstm neurips": {"num_heads": 2, "block_layout": "neurips", "slstm_at": [1]},
     "memoryrnn": {"num_memory_tokens": 3},
