@@ -87,9 +87,11 @@ def export_model(model: RecurrentPreTrainedModel, padding: bool = False) -> torc
         TypeError, ValueError: a model that does not export, with the reason.
     """
     whole = StatefulModel(model, padding)
-    inputs = whole.example()
+    patch = model.config.patch_size
+    inputs = whole.example(time=2 * patch + 1)
     states = whole.initial_states(len(inputs[0]))
-    batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
+    # Whether there is more than one patch is asked for
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("time", min=1 if patch == 1 else patch + 1)
     dynamic = *({0: batch, 1: time} for _ in inputs), *({0: batch} for _ in states)
     with torch.no_grad():
         return torch.export.export(whole, (*inputs, *states), dynamic_shapes=(dynamic,))

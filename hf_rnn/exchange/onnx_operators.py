@@ -167,7 +167,7 @@ def _slstm(
 ) -> tuple[Tensor, Tensor]:
     heads, _, size = weight.shape
     x = x.unflatten(2, (heads, 4, size))
-    states = states or [x.new_zeros(x.shape[0], heads * size)] * 4
+    states = states or [x.new_zeros(x.shape[0], heads * size) for _ in range(4)]
     offset = weight.new_zeros(heads, 1, 4 * size) if bias is None else bias.view(heads, 1, 4 * size)
 
     def step(h, c, n, m, x, real, matrix, offset):
