@@ -1,4 +1,4 @@
-"""`hf-rnn export CHECKPOINT FILE.onnx`: a checkpoint as an ONNX file, checked against torch, with its speed beside ours."""
+"""`hf-rnn export CHECKPOINT FILE.onnx`: a checkpoint as an ONNX file, checked against torch, its speed beside ours."""
 
 import argparse
 import statistics

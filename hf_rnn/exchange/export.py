@@ -35,7 +35,8 @@ class StatefulModel(nn.Module):
         check_exportable(model)
         self.model, self.padding = model.eval(), padding
         self.reads = "input_ids" if model.config.num_input_features is None else "input_features"
-        self.layers: Any = model.base_model.layers
+        backbone: Any = model.base_model
+        self.layers = backbone.layers
         with torch.no_grad():
             outputs = model(**self._given(self.example()))
         self.state_count = sum(len(layer.state_shapes) for layer in self.layers) if outputs.get(STATE) else 0
@@ -112,8 +113,13 @@ def to_onnx(model: RecurrentPreTrainedModel, path: str | Path, padding: bool = F
         TypeError, ValueError: a model that does not export, with the reason.
     """
     program, whole = export_model(model, padding), StatefulModel(model, padding)
-    names = dict(input_names=whole.input_names, output_names=whole.output_names)
-    found = torch.onnx.export(program.run_decompositions(TABLE), dynamo=True, verbose=False, **names)
+    found = torch.onnx.export(
+        program.run_decompositions(TABLE),
+        dynamo=True,
+        input_names=whole.input_names,
+        output_names=whole.output_names,
+        verbose=False,
+    )
     assert found is not None
     told = dict(hf_rnn=__version__, model_type=model.config.model_type, architecture=type(model).__name__)
     found.model.metadata_props.update(told)
