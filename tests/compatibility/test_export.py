@@ -57,7 +57,7 @@ def check(whole, run, shapes, tolerance=1e-4):
 
 def close(found, expected, mask, tolerance):
     for x, y in zip(found, expected, strict=True):
-        if y.dim() == 3 and y.shape[:2] == mask.shape:
+        if y.shape[:2] == mask.shape:
             x, y = x[mask.bool()], y[mask.bool()]
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
