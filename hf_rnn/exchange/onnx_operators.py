@@ -25,7 +25,7 @@ def over_time(
     states: Sequence[Tensor],
     inputs: Sequence[Tensor],
     constants: tuple[Tensor, ...] = (),
-    reverse: bool,
+    reverse: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
     """A `Scan`: `step(*states, *inputs, *constants)` to the next states and an output, for each token of the inputs
     (T, B, ...); to the last states and the outputs (T, B, ...).
