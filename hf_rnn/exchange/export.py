@@ -112,6 +112,8 @@ def to_onnx(model: RecurrentPreTrainedModel, path: str | Path, padding: bool = F
         ImportError: onnx or onnxscript is missing: `pip install 'hf-rnn[onnx]'`.
         TypeError, ValueError: a model that does not export, with the reason.
     """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
     program, whole = export_model(model, padding), StatefulModel(model, padding)
     found = torch.onnx.export(
         program.run_decompositions(TABLE),
@@ -123,6 +125,7 @@ def to_onnx(model: RecurrentPreTrainedModel, path: str | Path, padding: bool = F
     assert found is not None
     told = dict(hf_rnn=__version__, model_type=model.config.model_type, architecture=type(model).__name__)
     found.model.metadata_props.update(told)
+    RemoveUnusedNodesPass()(found.model)  # and constants, of which onnxruntime would warn
     found.save(str(path))
 
 
