@@ -32,6 +32,7 @@ SPEED = [
     "long_sequences",
     "xlstm",
     "min_against_traditional",
+    "exported",
 ]
 QUALITY = [
     "demo", "quality", "weight_bits", "streams", "state_tracking", "classification", "language_model",

@@ -35,7 +35,8 @@ class StatefulModel(nn.Module):
         check_exportable(model)
         self.model, self.padding = model.eval(), padding
         self.reads = "input_ids" if model.config.num_input_features is None else "input_features"
-        self.layers: Any = model.base_model.layers
+        backbone: Any = model.base_model
+        self.layers = backbone.layers
         with torch.no_grad():
             outputs = model(**self._given(self.example()))
         self.state_count = sum(len(layer.state_shapes) for layer in self.layers) if outputs.get(STATE) else 0
@@ -87,9 +88,11 @@ def export_model(model: RecurrentPreTrainedModel, padding: bool = False) -> torc
         TypeError, ValueError: a model that does not export, with the reason.
     """
     whole = StatefulModel(model, padding)
-    inputs = whole.example()
+    patch = model.config.patch_size
+    inputs = whole.example(time=2 * patch + 1)
     states = whole.initial_states(len(inputs[0]))
-    batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
+    # Whether there is more than one patch is asked for
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("time", min=1 if patch == 1 else patch + 1)
     dynamic = *({0: batch, 1: time} for _ in inputs), *({0: batch} for _ in states)
     with torch.no_grad():
         return torch.export.export(whole, (*inputs, *states), dynamic_shapes=(dynamic,))
@@ -109,12 +112,20 @@ def to_onnx(model: RecurrentPreTrainedModel, path: str | Path, padding: bool = F
         ImportError: onnx or onnxscript is missing: `pip install 'hf-rnn[onnx]'`.
         TypeError, ValueError: a model that does not export, with the reason.
     """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
     program, whole = export_model(model, padding), StatefulModel(model, padding)
-    names = dict(input_names=whole.input_names, output_names=whole.output_names)
-    found = torch.onnx.export(program.run_decompositions(TABLE), dynamo=True, verbose=False, **names)
+    found = torch.onnx.export(
+        program.run_decompositions(TABLE),
+        dynamo=True,
+        input_names=whole.input_names,
+        output_names=whole.output_names,
+        verbose=False,
+    )
     assert found is not None
     told = dict(hf_rnn=__version__, model_type=model.config.model_type, architecture=type(model).__name__)
     found.model.metadata_props.update(told)
+    RemoveUnusedNodesPass()(found.model)  # and constants, of which onnxruntime would warn
     found.save(str(path))
 
 

@@ -5,6 +5,7 @@ Each takes and gives what the operator of its name does, of rows, in float32, wh
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def gated_scan(
     h0: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    reverse: bool = False,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """h + (add - drop * h), exact for slow gates."""
     _, drop, add = coefficients(gates, inputs)
@@ -78,7 +79,7 @@ def recurrent_scan(
     cu_seqlens: Tensor | None,
     training: bool,
     perturbation: list[Tensor],
-    reverse: bool = False,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """An input that is projected already goes through ONNX's own projection as it is: a head's identity."""
     others = x.new_empty(*x.shape[:2], 0, weight.shape[0] * weight.shape[2])
@@ -100,7 +101,7 @@ def recurrent_layer(
     states: list[Tensor],
     mask: Tensor | None,
     training: bool,
-    reverse: bool = False,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """A head is an LSTM or a GRU of its own. ONNX's know padding at the end alone: real tokens are moved to the front,
     and what is read at padding is what was there before it."""
@@ -108,39 +109,28 @@ def recurrent_layer(
     zeros = x.new_zeros(heads * height)
     biases = [zeros if b is None else b for b in (input_bias, bias)]
     states = states or [x.new_zeros(x.shape[0], heads * size)] * (2 if cell == "lstm" else 1)
-    lengths = None
+    lengths = place = None
     if mask is not None:
         place = (mask.long().cumsum(1) - 1).clamp(min=0)
         order = torch.zeros_like(place).scatter_add(1, place, torch.arange(mask.shape[1]) * mask)
         x, lengths = rows(x, order), mask.sum(1, dtype=torch.int32)
-    x = x.transpose(0, 1)
-    hs, lasts = [], []
+    outputs = []
     for head in range(heads):
-        own = slice(head * size, (head + 1) * size)
-        h, *last = _onnx_layer(
-            cell,
-            x,
-            input_weight[head * height : (head + 1) * height],
-            weight[head],
-            [b[head * height : (head + 1) * height] for b in biases],
-            [s[:, own] for s in states],
-            lengths,
-            reverse,
-        )
-        hs.append(h)
-        lasts.append(torch.stack(last))
-    h, last = torch.cat(hs, -1).transpose(0, 1), torch.cat(lasts, -1)
-    if mask is not None:
-        h = rows(h, place)
-        last = torch.where((lengths > 0)[:, None], last, torch.stack(states))
-    return h, last
+        own, unit = slice(head * height, (head + 1) * height), slice(head * size, (head + 1) * size)
+        weights = [input_weight[own], weight[head]]
+        of_head = [b[own] for b in biases], [s[:, unit] for s in states]
+        outputs.append(_onnx_layer(cell, x.transpose(0, 1), weights, *of_head, lengths, reverse))
+    h, *last = (torch.cat(parts, -1) for parts in zip(*outputs, strict=True))
+    h, after = h.transpose(0, 1), torch.stack(last)
+    if place is not None and lengths is not None:
+        h, after = rows(h, place), torch.where((lengths > 0)[:, None], after, torch.stack(states))
+    return h, after
 
 
 def _onnx_layer(
     cell: str,
     x: Tensor,
-    input_weight: Tensor,
-    weight: Tensor,
+    weights: list[Tensor],
     biases: list[Tensor],
     states: list[Tensor],
     lengths: Tensor | None,
@@ -148,13 +138,13 @@ def _onnx_layer(
 ) -> list[Tensor]:
     """ONNX's LSTM or GRU of one head: x (T, B, I), weights (G * P, I) and (G * P, P), states (B, P) to h (T, B, P) and
     the last states."""
-    time, batch, _ = x.shape
-    size = weight.shape[1]
+    time, batch, size = *x.shape[:2], weights[1].shape[1]
     order = torch.cat([torch.arange(gate * size, (gate + 1) * size) for gate in GATES[cell]])
-    inputs = [x, *(w[order][None] for w in (input_weight, weight)), torch.cat([b[order] for b in biases])[None]]
-    inputs += [lengths, *(s[None] for s in states)]
-    attributes = dict(hidden_size=size, direction="reverse" if reverse else "forward")
-    attributes |= dict(linear_before_reset=1) if cell == "gru" else {}
+    inputs = [x, *(w[order][None] for w in weights), torch.cat([b[order] for b in biases])[None]]
+    inputs += [lengths, *(s[None] for s in states)]  # type: ignore[list-item]
+    attributes: dict[str, Any] = dict(hidden_size=size, direction="reverse" if reverse else "forward")
+    if cell == "gru":
+        attributes["linear_before_reset"] = 1
     shapes = [(time, 1, batch, size), *[(1, batch, size)] * len(states)]
     h, *last = torch.onnx.ops.symbolic_multi_out(
         cell.upper(), inputs, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes
@@ -167,7 +157,7 @@ def _slstm(
 ) -> tuple[Tensor, Tensor]:
     heads, _, size = weight.shape
     x = x.unflatten(2, (heads, 4, size))
-    states = states or [x.new_zeros(x.shape[0], heads * size)] * 4
+    states = states or [x.new_zeros(x.shape[0], heads * size) for _ in range(4)]
     offset = weight.new_zeros(heads, 1, 4 * size) if bias is None else bias.view(heads, 1, 4 * size)
 
     def step(h, c, n, m, x, real, matrix, offset):
@@ -194,7 +184,7 @@ def mlstm_scan(
     cu_seqlens: Tensor | None,
     eps: float,
     training: bool,
-    reverse: bool = False,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Chunk by chunk, within a chunk by products of matrices; a single token is a chunk of one."""
     batch, time, heads, keys = q.shape
@@ -217,7 +207,8 @@ def mlstm_scan(
     place = torch.arange(chunk)
     last, h = over_time(partial(_mlstm_chunk, eps), states, tuple(chunks), (place[:, None] >= place,))
     h = h.transpose(2, 3).movedim(0, 1).flatten(1, 2)[:, :time]
-    return h.flip(1) if reverse else h, norms, *last
+    C, n, m = last
+    return h.flip(1) if reverse else h, norms, C, n, m
 
 
 def _mlstm_chunk(

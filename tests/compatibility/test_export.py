@@ -2,22 +2,15 @@
 
 import pytest
 import torch
-from conftest import LAYOUTS
+from conftest import make_head
 
-from hf_rnn.exchange.export import StatefulModel, to_onnx
+from hf_rnn.exchange.export import StatefulModel, export_model, to_onnx
 
 
-def small(name, head=1, **settings):
+def small(name, head="ForCausalLM", **settings):
     """A model in which every part matters: one layer, odd sizes."""
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=31, hidden_size=12, num_hidden_layers=1, initializer_range=0.3, num_labels=5)
     tokens = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
-    model = LAYOUTS[name][head](LAYOUTS[name][0](**sizes | tokens | settings))
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "initial_state" in parameter_name or "bias" in parameter_name:
-                parameter.normal_()
-    return model.eval()
+    return make_head(name, head, **dict(vocab_size=31, hidden_size=12, num_hidden_layers=1) | tokens | settings)
 
 
 class InOnnx:
@@ -49,11 +42,13 @@ def check(whole, run, shapes, tolerance=1e-4):
     """`run` gives what `whole` does, at real tokens; in one piece and, with the state handed on, in two."""
     for batch, time in shapes:
         ids = torch.randint(0, 31, (batch, time))
+        if whole.reads == "input_features":
+            ids = torch.randn(batch, time, whole.example()[0].shape[2])
         for mask in padded(batch, time):
             states = whole.initial_states(batch)
             expected = whole(ids, mask, *states)
             close(run(ids, mask, *states), expected, mask, tolerance)
-            if time > 1 and whole.has_states and expected[0].dim() == 3:
+            if time > 1 and states and expected[0].dim() == 3:
                 at = time // 3
                 _, *between = run(ids[:, :at], mask[:, :at], *states)
                 y, *last = run(ids[:, at:], mask[:, at:], *between)
@@ -62,22 +57,85 @@ def check(whole, run, shapes, tolerance=1e-4):
 
 def close(found, expected, mask, tolerance):
     for x, y in zip(found, expected, strict=True):
-        if y.dim() == 3 and y.shape[:2] == mask.shape:
+        if y.shape[:2] == mask.shape:
             x, y = x[mask.bool()], y[mask.bool()]
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
+KINDS = ["sliding_attention", "linear_attention"]
+# Every way into ONNX; those whose time `make test` has none for are slow
 SMALL = [
-    ("lstm", {}),
-    ("lstm", dict(num_heads=3, block_layout="paper", learned_initial_state=True)),
-    ("gru", {}),
-    ("gru", dict(num_heads=2, use_bias=False)),
-    ("mingru", {}),
-    ("minlstm", dict(normalize_gates=False, block_layout="paper")),
+    ("lstm", "ForCausalLM", dict(num_heads=3, block_layout="paper", learned_initial_state=True)),
+    ("gru", "ForSequenceClassification", dict(use_bias=False)),
+    ("minlstm", "ForCausalLM", dict(layer_types=KINDS, num_hidden_layers=2, sliding_window=5, num_attention_heads=2)),
+    ("xlstm", "ForCausalLM", dict(num_heads=2)),
+    ("xlstm", "ForTokenClassification", dict(num_heads=2, bidirectional=True, block_layout="gated", slstm_at="all")),
+    ("memoryrnn", "ForCausalLM", dict(num_memory_tokens=3)),
+]
+MORE = [
+    ("lstm", "Model", dict(num_hidden_layers=2)),
+    ("gru", "ForQuestionAnswering", dict(num_heads=2, bidirectional=True)),
+    ("mingru", "ForCausalLM", dict(num_hidden_layers=2)),
+    ("mingru", "ForMaskedLM", dict(bidirectional=True)),
+    ("mingru", "ForCTC", dict(num_input_features=3)),
+    ("mingru", "ForTokenClassification", dict(num_input_features=3, patch_size=2, use_cache=False)),
+    ("minlstm", "ForCausalLM", dict(normalize_gates=False, block_layout="paper")),
+    ("xlstm", "ForCausalLM", dict(num_heads=2, num_hidden_layers=2, block_layout="neurips", slstm_at=[1])),
+    ("xlstm", "ForMaskedLM", dict(num_heads=2, bidirectional=True)),
+    ("memoryrnn", "ForQuestionAnswering", dict(updater="gru", bidirectional=True)),
 ]
 
 
-@pytest.mark.parametrize("name, settings", SMALL)
-def test_onnx(name, settings, tmp_path):
-    model = small(name, **settings)
-    check(StatefulModel(model), InOnnx(model, tmp_path / "x.onnx"), [(1, 1), (3, 17)])
+@pytest.mark.parametrize("name, head, settings", SMALL)
+def test_onnx(name, head, settings, tmp_path):
+    model = small(name, head, **settings)
+    run = InOnnx(model, tmp_path / "x.onnx", padding=True)
+    check(StatefulModel(model, padding=True), run, [(1, 1), (3, 17)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, head, settings", SMALL + MORE)
+def test_long_sequences_in_onnx(name, head, settings, tmp_path):
+    model = small(name, head, **settings)
+    run = InOnnx(model, tmp_path / "x.onnx", padding=True)
+    check(StatefulModel(model, padding=True), run, [(5, 1), (2, 130), (1, 2000)])
+
+
+@torch.no_grad()
+def test_without_padding(tmp_path):
+    """No mask is taken, and the file says what it is of."""
+    model, path = small("mingru"), tmp_path / "x.onnx"
+    run, whole = InOnnx(model, path, padding=False), StatefulModel(model)
+    assert run.names == whole.input_names == ["input_ids", "state_0", "state_1"]
+    assert [x.name for x in run.session.get_outputs()] == ["logits", "new_state_0", "new_state_1"]
+    told = run.session.get_modelmeta().custom_metadata_map
+    assert told["model_type"] == "hf_rnn_mingru" and told["architecture"] == "MinGRUForCausalLM"
+    inputs = torch.randint(0, 31, (2, 70)), *whole.initial_states(2)
+    torch.testing.assert_close(run(*inputs), list(whole(*inputs)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_program(tmp_path):
+    """torch.export's, saved and loaded, for any batch and length."""
+    model = small("lstm", num_heads=2)
+    torch.export.save(export_model(model, padding=True), tmp_path / "x.pt2")
+    program = torch.export.load(tmp_path / "x.pt2").module()
+    check(StatefulModel(model, padding=True), program, [(1, 1), (3, 17)])
+
+
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (lambda: torch.nn.Linear(2, 2), TypeError, "model: expected one of this package, got a Linear"),
+        (lambda: small("gru").bfloat16(), ValueError, "model: expected float32, got .* in torch.bfloat16; model.float"),
+        (
+            lambda: small("lstm", block_layout="paper", projection_size=4, learned_initial_state=False),
+            ValueError,
+            "projection_size: expected none",
+        ),
+    ],
+)
+def test_what_does_not_export_says_so(make, error, words, tmp_path):
+    with pytest.raises(error, match=words):
+        to_onnx(make(), tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())

@@ -72,8 +72,8 @@ class Memory(Mixer):
         else:
             memory = state[0]
         if torch.compiler.is_exporting():
-            last, all_memories = self._exported(memory, self.token_norm(x), layout)
-            return self.read((all_memories,)), (last,)
+            last, every = self._exported(memory, self.token_norm(x), layout)
+            return self.read((every,)), (last,)
         memories = []
         tokens = list(enumerate(self.token_norm(x).unbind(1)))
         for t, x_t in reversed(tokens) if layout.reverse else tokens:
