@@ -6,7 +6,7 @@ Strings: five of scikit-learn's digits side by side with gaps of up to four colu
 connectionist temporal classification (`hf_rnn.tasks.DigitStrings`); errors are edits over the length, by the likeliest
 label of each column. Rows: one digit, read row by row, classified by the last row's vector or, in both directions, by
 the first and the last row's. Two blocks, about 50,000 parameters in one direction and in both; the learning rate is
-each one's best of three after a third of the steps: on other strings of the training images, on a fifth of these that
+each one's best of four after a third of the steps: on other strings of the training images, on a fifth of these that
 is kept for that. Tested on images not trained on. AdamW, cosine schedule, 3 seeds. One thread a run, as many at once as
 there are cores; an interrupted measurement goes on.
 """

@@ -8,7 +8,7 @@ Nothing on the page is written by hand but what stands here; a test checks that 
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ TITLES = {
     "quality": "Quality at equal budget",
     "state_tracking": "State tracking, recall and selective copying",
     "classification": "Expressions and pixels, classified",
+    "tagging": "Both directions: sources of Python, tagged",
+    "digits_ctc": "Both directions: digits, transcribed and classified",
 }
 
 
@@ -322,6 +324,53 @@ def classification(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def mean_and(worst: Callable[[list[float]], float], runs: list[Results], key: str) -> str:
+    values = [run[key] for run in runs]
+    return f"{statistics.mean(values):.3f} ({worst(values):.3f})"
+
+
+def tagging(results: Results) -> str:
+    text = (
+        f"After {results['steps']} steps of 8 windows of 256 bytes: of bytes of files not trained on, accuracy and the "
+        "mean of the labels' F1, mean (worst) of 3 seeds. Transformers: Llama's blocks in one direction, ModernBERT's "
+        "in both."
+    )
+    rows, labels = [], []
+    for name, directions in results["models"].items():
+        for direction, runs in directions.items():
+            first, seconds = runs[0], statistics.mean(run["seconds"] for run in runs)
+            sizes = [str(first["width"]), f"{first['parameters']:,}", f"{first['learning_rate']:g}"]
+            scores = [mean_and(min, runs, key) for key in ("accuracy", "macro_f1")]
+            rows.append([f"{name}, {direction}", *sizes, *scores, f"{seconds:.0f}"])
+            means = [statistics.mean(run["f1"][label] for run in runs) for label in first["f1"]]
+            labels.append([f"{name}, {direction}", *(f"{mean:.3f}" for mean in means)])
+    header = ["", "width", "parameters", "learning rate", "accuracy", "mean F1", "seconds"]
+    each = markdown(["F1", *first["f1"]], labels)
+    picture = "![a file, and what a model takes it for](../benchmarks/results/tagging_cpu.png)"
+    return "\n\n".join([text, markdown(header, rows), each, picture])
+
+
+def digits_ctc(results: Results) -> str:
+    parts = [
+        "Images not trained on, mean (worst) of 3 seeds. strings: five digits, edits over the length; rows: one digit, "
+        "the share that is wrong."
+    ]
+    for task, models in results.items():
+        rows = [
+            [
+                f"{name}, {direction}",
+                str(runs[0]["width"]),
+                f"{runs[0]['parameters']:,}",
+                f"{runs[0]['learning_rate']:g}",
+                mean_and(max, runs, "error"),
+            ]
+            for name, directions in models.items()
+            for direction, runs in directions.items()
+        ]
+        parts.append(markdown([task, "width", "parameters", "learning rate", "errors"], rows))
+    return "\n\n".join(parts)
+
+
 def long_sequences(results: Results) -> str:
     lengths = list(dict.fromkeys(length for rows in results["memory"].values() for length in rows))
 
@@ -372,6 +421,8 @@ WRITERS = {
     "long_sequences": long_sequences,
     "streams": streams,
     "classification": classification,
+    "tagging": tagging,
+    "digits_ctc": digits_ctc,
     "kernels": kernels,
     "training_step": training_step,
     "decoding": decoding,

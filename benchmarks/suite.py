@@ -35,8 +35,8 @@ SPEED = [
     "exported",
 ]
 QUALITY = [
-    "demo", "quality", "weight_bits", "streams", "state_tracking", "classification", "language_model",
-    "zero_order", "zero_order_memory", "zero_order_race",
+    "demo", "quality", "weight_bits", "streams", "state_tracking", "classification", "tagging",
+    "digits_ctc", "language_model", "zero_order", "zero_order_memory", "zero_order_race",
     "memory_scaling", "memory_retrieval", "memory_drift", "memory_tasks", "memory_language", "rate_constrained",
     "coding", "planning", "faults",
 ]  # fmt: skip

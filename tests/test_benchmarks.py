@@ -346,6 +346,16 @@ def test_models_are_of_equal_size():
                 assert model.num_parameters() == pytest.approx(parameters, rel=0.09), name
 
 
+@pytest.mark.parametrize("direction", ["causal", "bidirectional"])
+def test_taggers_are_of_equal_size(direction):
+    pytest.importorskip("sklearn")
+    from tagging import CONTESTANTS, PARAMETERS, make
+
+    with torch.device("meta"):
+        sizes = {name: make(name, direction).num_parameters() for name in CONTESTANTS}
+    assert sizes == {name: pytest.approx(PARAMETERS, rel=0.06) for name in sizes}
+
+
 def test_the_page_is_what_the_results_make():
     import page
 
