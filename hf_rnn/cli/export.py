@@ -54,7 +54,11 @@ def milliseconds(run: Callable, repeats: int = 5) -> float:
 def inputs(whole: StatefulModel, batch: int, length: int) -> list[Tensor]:
     """Random ones; with padding on the left of the first row."""
     first, *masks = whole.example(batch, length)
-    random = torch.randn_like(first) if first.is_floating_point() else first.random_(whole.model.config.vocab_size)
+    if first.is_floating_point():
+        random = torch.randn_like(first)
+    else:
+        random = torch.randint_like(first, whole.model.config.vocab_size)
+        random = random.where(random != whole.model.config.pad_token_id, first)
     for mask in masks:
         mask[0, : length // 3] = 0
     return [random, *masks, *whole.initial_states(batch)]

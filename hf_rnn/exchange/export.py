@@ -52,9 +52,10 @@ class StatefulModel(nn.Module):
         return [*self.outputs, *(f"new_state_{i}" for i in range(self.state_count))]
 
     def example(self, batch: int = 2, time: int = 3) -> list[Tensor]:
-        """Tokens (B, T), or features (B, T, F), and with `padding` a mask of ones."""
-        ones, width = torch.ones(batch, time, dtype=torch.long), self.model.config.num_input_features
-        inputs = torch.zeros_like(ones) if width is None else torch.zeros(batch, time, width)
+        """Tokens (B, T), none of them padding, or features (B, T, F); with `padding` a mask of ones."""
+        ones, config = torch.ones(batch, time, dtype=torch.long), self.model.config
+        width, token = config.num_input_features, int(config.pad_token_id == 0)
+        inputs = token * ones if width is None else torch.zeros(batch, time, width)
         return [inputs, ones] if self.padding else [inputs]
 
     def initial_states(self, batch_size: int = 1) -> tuple[Tensor, ...]:

@@ -62,4 +62,8 @@ def is_bare(module: nn.Module) -> bool:
     """Whether a linear layer is its weight and bias, and nothing that its call would run beside."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     own = "forward" in vars(module) or any(getattr(module, name) for name in hooks)
-    return type(module) is nn.Linear and not own
+    # torch.export puts a class of its own around a module
+    plain_class = (
+        nn.Linear.forward is type(module).forward if torch.compiler.is_exporting() else type(module) is nn.Linear
+    )
+    return plain_class and not own

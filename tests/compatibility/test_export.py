@@ -115,6 +115,16 @@ def test_without_padding(tmp_path):
 
 
 @torch.no_grad()
+def test_padding_by_its_token():
+    """A classifier finds it without a mask, and so the program does; its own example must have none."""
+    model = small("mingru", "ForSequenceClassification", pad_token_id=0)
+    whole, ids = StatefulModel(model), torch.randint(1, 31, (2, 9))
+    ids[0, 4:] = 0
+    found = export_model(model).module()(ids, *whole.initial_states(2))
+    torch.testing.assert_close(found[0], model(ids).logits)
+
+
+@torch.no_grad()
 def test_a_program(tmp_path):
     """torch.export's, saved and loaded, for any batch and length."""
     model = small("lstm", num_heads=2)

@@ -90,7 +90,7 @@ class Memory(Mixer):
     def _exported(self, memory: Tensor, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         """The loop as one operator, of any number of tokens: the first memory and normalised tokens (B, T, D) to the
         last memory and all of them, (B, T, K, D)."""
-        from torch._higher_order_ops.scan import scan
+        from torch._higher_order_ops import scan
 
         def step(memory, inputs):
             x, real = inputs

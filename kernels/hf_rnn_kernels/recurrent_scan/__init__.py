@@ -189,7 +189,8 @@ def _scan(
         if weights is not None and (found := library.run(cell, x, weights, states, layout)) is not None:
             return found
         if weights is not None and torch.compiler.is_exporting() and layout.offsets is None and not perturbation:
-            return op.layer(cell, x, *weights[:2], plain, plain_bias, states, layout.mask, training, layout.reverse)
+            options = layout.mask, training, layout.reverse
+            return torch.ops.hf_rnn.recurrent_layer(cell, x, *weights[:2], plain, plain_bias, states, *options)
         y = layout.flat(projected())
         h, _, last = op.scan(
             cell,

@@ -157,7 +157,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("hf_rnn::recurrent_layer", "CompositeImplicitAutograd")
 def layer(
     cell: str,
     x: Tensor,
@@ -175,3 +174,6 @@ def layer(
     y = torch.nn.functional.linear(x, input_weight, input_bias)
     h, _, last = scan(cell, y, weight, bias, states, mask, None, training, [], reverse)
     return h, last
+
+
+torch.library.impl("hf_rnn::recurrent_layer", "CompositeImplicitAutograd", layer)
