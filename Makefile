@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 PIP = -m pip install --quiet --disable-pip-version-check
 # Two at a time, with threads that do not spin while others wait for a core
 pytest = HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(1)/bin/python -m pytest -n 2 --dist worksteal
-FAST = -m 'not gpu and not slow and not exhaustive'
+FAST = -m 'not gpu and not slow and not exhaustive and not weights'
 # What depends on the versions of transformers, accelerate, PEFT and huggingface_hub
 VERSIONED = tests/test_private_members.py tests/models tests/trainers tests/hub tests/compatibility
 # but for what is equations and torch alone
@@ -19,8 +19,8 @@ BENCH = $(VENV)-bench/bin/python
 BENCH_STAMP = $(VENV)-bench/.installed
 WHEELS ?= wheels
 
-.PHONY: demo test test-oldest test-newest test-next test-slow test-all lint bench bench-quality bench-check gpu gpu-wheels \
-	performance model-cards setup clean
+.PHONY: demo test test-oldest test-newest test-next test-slow test-weights test-all lint bench bench-quality bench-check gpu \
+	gpu-wheels performance model-cards setup clean
 
 setup: $(STAMP)
 
@@ -66,9 +66,13 @@ test-next: | $(VENV)-next
 test-slow: $(STAMP)
 	$(call pytest,$(VENV)) -m 'slow and not gpu and not exhaustive'
 
-# Everything, hours of it
+# Trained networks of others, 14 MB of wheels that pip downloads once into pytest's cache. Not in CI.
+test-weights: $(STAMP)
+	$(BIN)/python -m pytest -m weights tests/weights
+
+# Everything that needs no network, hours of it
 test-all: $(STAMP)
-	$(call pytest,$(VENV)) -m 'not gpu'
+	$(call pytest,$(VENV)) -m 'not gpu and not weights'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

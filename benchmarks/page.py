@@ -21,6 +21,7 @@ Results = dict[str, Any]
 TITLES = {
     "kernels": "Kernels",
     "recurrent": "LSTM and GRU beside torch's, and with heads",
+    "bidirectional": "Both directions",
     "layers": "Norms and convolutions",
     "training_step": "Training steps at equal parameters",
     "layouts": "The gated layout beside the paper's",

@@ -24,6 +24,7 @@ SPEED = [
     "kernels",
     "layers",
     "recurrent",
+    "bidirectional",
     "training_step",
     "layouts",
     "decoding",
@@ -31,6 +32,7 @@ SPEED = [
     "long_sequences",
     "xlstm",
     "min_against_traditional",
+    "exported",
 ]
 QUALITY = [
     "demo", "quality", "weight_bits", "streams", "state_tracking", "classification", "tagging",

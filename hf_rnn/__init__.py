@@ -22,11 +22,13 @@ ARCHITECTURES = {
 _MODULES = {
     "RecurrentCache": "hf_rnn.skeleton.cache",
     "RecurrentConfig": "hf_rnn.skeleton.configuration_recurrent",
-    "DecodingStep": "hf_rnn.exchange.export",
-    "export_step": "hf_rnn.exchange.export",
+    "StatefulModel": "hf_rnn.exchange.export",
+    "export_model": "hf_rnn.exchange.export",
     "to_onnx": "hf_rnn.exchange.export",
     "from_flashrnn": "hf_rnn.exchange.gate_order",
     "to_flashrnn": "hf_rnn.exchange.gate_order",
+    "from_onnx_node": "hf_rnn.exchange.gate_order",
+    "to_onnx_node": "hf_rnn.exchange.gate_order",
     "WeightOnlyConfig": "hf_rnn.compression.weight_only",
     "bits_per_byte": "hf_rnn.tasks.evaluation",
     "CorruptPayloadError": "hf_rnn_kernels.coding",
@@ -102,8 +104,8 @@ if TYPE_CHECKING:
     from hf_rnn.compression.checkpoint import compress, save_compressed
     from hf_rnn.compression.prune import prune
     from hf_rnn.compression.weight_only import WeightOnlyConfig
-    from hf_rnn.exchange.export import DecodingStep, export_step, to_onnx
-    from hf_rnn.exchange.gate_order import from_flashrnn, to_flashrnn
+    from hf_rnn.exchange.export import StatefulModel, export_model, to_onnx
+    from hf_rnn.exchange.gate_order import from_flashrnn, from_onnx_node, to_flashrnn, to_onnx_node
     from hf_rnn.models.gru.configuration_gru import GRUConfig
     from hf_rnn.models.gru.modeling_gru import (
         GRUForCausalLM,

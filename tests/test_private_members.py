@@ -25,7 +25,9 @@ numba.core.compiler.CompileResult._reduce()
 peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 torch._C._are_functorch_transforms_active
 torch._assert_async
+torch._higher_order_ops.scan.scan(combine_fn, init, xs, ...)
 torch._subclasses.fake_tensor.FakeTensor
+torch.mkldnn_rnn_layer
 transformers.GenerationMixin._expand_inputs_for_generation(expand_size, ...)
 transformers.GenerationMixin._prepare_cache_for_generation(generation_config, model_kwargs, ...)
 transformers.GenerationMixin._supports_default_dynamic_cache()

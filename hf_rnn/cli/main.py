@@ -14,12 +14,14 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train a model on your text and save a checkpoint", "train"),
+    "predict": Command("labels, numbers or masked tokens for texts, of a checkpoint with such a head", "predict"),
     "generate": Command("continue a prompt, streamed to the terminal", "generate"),
     "eval": Command("bits per byte of a checkpoint on a text", "evaluate"),
     "compress": Command("quantise a checkpoint and code it in few bits; it loads like any other", "compress"),
     "inspect": Command("a table of a checkpoint's tensors: shape, nu, bits, zeros", "inspect"),
     "bundle": Command("write a checkpoint's code into its folder: it then loads without this package", "bundle"),
     "push": Command("check a checkpoint's folder and upload it to the Hub", "push"),
+    "export": Command("write a checkpoint as an ONNX file, checked against torch", "export"),
     "plan": Command("memory, traffic and time of a training step on many GPUs, on paper", "plan"),
     "convert": Command("an xLSTM checkpoint from or to transformers' own xlstm, or the xlstm package's", "convert"),
 }

@@ -1,4 +1,4 @@
-"""`hf-rnn train`: a language model on your text, with one of the package's trainers."""
+"""`hf-rnn train`: a language model on your text, with one of the package's trainers, or a model for another task."""
 
 import argparse
 from dataclasses import dataclass, field
@@ -34,6 +34,7 @@ from hf_rnn import (
 from hf_rnn.cli.data import blocks, cut_documents, read_documents, tokenize
 from hf_rnn.cli.plot import plot_losses
 from hf_rnn.cli.settings import read_settings
+from hf_rnn.cli.tasks import MODELS, answers, prepare
 from hf_rnn.skeleton.configuration_hybrid import HybridConfig
 from hf_rnn.tasks.evaluation import bits_per_byte
 from hf_rnn.tokenization.reading import read_tokenizer
@@ -41,6 +42,13 @@ from hf_rnn.tokenization.reading import read_tokenizer
 
 @dataclass
 class ModelArguments:
+    task: str = field(
+        default="causal-lm",
+        metadata={
+            "help": f"causal-lm, or one of {', '.join(MODELS)}, by backpropagation; new models of these read both "
+            "ways, unless --config says bidirectional=False"
+        },
+    )
     trainer: str = field(
         default="backpropagation",
         metadata={
@@ -71,6 +79,10 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        if self.task != "causal-lm" and self.task not in MODELS:
+            raise ValueError(f"task: expected one of {['causal-lm', *MODELS]}, got {self.task!r}")
+        if self.task != "causal-lm" and self.trainer != "backpropagation":
+            raise ValueError(f"trainer: {self.task} trains by backpropagation, got {self.trainer!r}")
         if self.teacher is not None and self.trainer not in ("smt", "dmt"):
             raise ValueError(f"teacher: only smt and dmt have one, got --trainer {self.trainer}")
         if self.model is None:
@@ -87,13 +99,30 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    data: str = field(metadata={"help": "a text file, a folder saved by `datasets`, or a dataset's name on the Hub"})
-    split: str = field(default="train", metadata={"help": "split of a dataset"})
-    text_column: str = field(default="text", metadata={"help": "column of a dataset that holds the text"})
-    block_size: int = field(
-        default=512, metadata={"help": "tokens of one training sequence; with --stream, of each row of a batch"}
+    data: str = field(
+        metadata={
+            "help": "a text file, a folder saved by `datasets`, or a dataset's name on the Hub; with labels also a "
+            "csv, json, jsonl or parquet file"
+        }
     )
-    held_out: float = field(default=0.05, metadata={"help": "share of the text, at its end, to evaluate on"})
+    split: str = field(default="train", metadata={"help": "split of a dataset"})
+    text_column: str = field(
+        default="text",
+        metadata={"help": "column of a dataset that holds the text, of token-classification a list of words"},
+    )
+    label_column: str = field(
+        default="label",
+        metadata={"help": "column that holds the class, the list of classes or the number; of each word its class"},
+    )
+    block_size: int = field(
+        default=512,
+        metadata={
+            "help": "tokens of one training sequence, the longest with labels; with --stream, of each row of a batch"
+        },
+    )
+    held_out: float = field(
+        default=0.05, metadata={"help": "share of the text, at its end, or of rows by chance, to evaluate on"}
+    )
 
     def __post_init__(self):
         if self.block_size < 2:
@@ -177,13 +206,18 @@ def default_learning_rate(config: PreTrainedConfig) -> float:
     return min(0.02, 1.28 / config.hidden_size) if isinstance(config, HybridConfig) else 3e-3
 
 
-def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A pretrained checkpoint, or a new model whose vocabulary is the tokenizer's."""
+def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, **labels: Any) -> PreTrainedModel:
+    """A pretrained checkpoint, or a new model whose vocabulary is the tokenizer's.
+
+    Args:
+        labels: settings of the config that the task's labels make.
+    """
+    auto: Any = MODELS.get(arguments.task, AutoModelForCausalLM)
     assert arguments.model is not None
     if Path(arguments.model).is_dir() or "/" in arguments.model:
         if arguments.config:
             raise ValueError(f"config: the checkpoint {arguments.model} has its own settings")
-        return AutoModelForCausalLM.from_pretrained(arguments.model)
+        return auto.from_pretrained(arguments.model, **labels)
     names = list(ARCHITECTURES.values())
     if arguments.model not in names:
         raise ValueError(f"model: expected one of {names} or a checkpoint's folder, got {arguments.model!r}")
@@ -193,8 +227,9 @@ def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    settings |= {"bidirectional": True} | labels if arguments.task in MODELS else {}
     settings |= read_settings(arguments.model, arguments.config, fixed=("vocab_size",))
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(f"hf_rnn_{arguments.model}", **settings))
+    return auto.from_config(AutoConfig.for_model(f"hf_rnn_{arguments.model}", **settings))
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -202,7 +237,42 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         return read_tokenizer(arguments.tokenizer)
     if Path(str(arguments.model)).is_dir() or "/" in str(arguments.model):
         return read_tokenizer(str(arguments.model))
-    return byte_tokenizer()
+    return byte_tokenizer("<|mask|>" if arguments.task == "masked-lm" else None)
+
+
+def train_task(
+    arguments: ModelArguments, data: DataArguments, training: RecurrentTrainingArguments
+) -> dict[str, float]:
+    """Train a model on one of `MODELS`' tasks, evaluate and save it as `train` does; returns the held-out metrics."""
+    if training.stream:
+        raise ValueError(f"stream: expected --task causal-lm, got {arguments.task}")
+    tokenizer = load_tokenizer(arguments)
+    prepared = prepare(arguments.task, data, tokenizer, training.seed)
+    model = build_model(arguments, tokenizer, **prepared.config)
+    print(f"{type(model).__name__}: {model.num_parameters():,} parameters")
+    if training.learning_rate is None:
+        training.learning_rate = default_learning_rate(model.config)
+    trainer = RecurrentTrainer(
+        model=model,
+        args=training,
+        train_dataset=prepared.training,
+        eval_dataset=prepared.evaluation,
+        data_collator=prepared.collator,
+        processing_class=tokenizer,
+        compute_metrics=prepared.metrics,
+        preprocess_logits_for_metrics=answers,
+    )
+    resume = training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
+    metrics = trainer.evaluate() if prepared.evaluation is not None else {}
+    if not training.push_to_hub:
+        trainer.save_model()
+    if trainer.is_world_process_zero():
+        plot_losses(trainer.state.log_history, Path(str(training.output_dir)) / "loss.png")
+    name = Path(data.data).name if Path(data.data).exists() else data.data
+    about = dict(dataset=f"{name}, {100 * data.held_out:g}% held out")
+    trainer.push_to_hub(**about) if training.push_to_hub else trainer.create_model_card(**about)
+    return metrics
 
 
 def train(
@@ -288,6 +358,12 @@ def main(argv: list[str]) -> None:
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
     check_output(Path(str(arguments.output_dir)))
     set_seed(arguments.seed)
+    if model_arguments.task != "causal-lm":
+        for name, value in train_task(model_arguments, data, arguments).items():
+            if name.removeprefix("eval_") in ("loss", "accuracy", "rmse", "r2"):
+                print(f"held-out {name.removeprefix('eval_')}: {value:.4f}")
+        print(f"saved {arguments.output_dir}; try: hf-rnn predict {arguments.output_dir} 'a text'")
+        return
     tokenizer = load_tokenizer(model_arguments)
     model = build_model(model_arguments, tokenizer)
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters")

@@ -62,6 +62,7 @@ class TorchExchangeModel(RecurrentModel):
             hidden_size=width,
             embedding_size=rnn.input_size,
             bidirectional=rnn.bidirectional,
+            share_directions=False,
             num_hidden_layers=rnn.num_layers,
             use_bias=rnn.bias,
             hidden_dropout=rnn.dropout,
@@ -74,8 +75,8 @@ class TorchExchangeModel(RecurrentModel):
             num_heads=1,
             expansion_factor=_factor(rnn.hidden_size, width),
         )
-        if rnn.proj_size:
-            settings["projection_size"] = rnn.proj_size
+        if isinstance(rnn, nn.LSTM):
+            settings["projection_size"] = rnn.proj_size or None
         if taken := [name for name in config if name in settings]:
             raise ValueError(f"{taken[0]}: not a choice here, rnn determines it")
         weight = rnn.weight_ih_l0

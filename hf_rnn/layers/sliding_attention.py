@@ -61,7 +61,7 @@ class SlidingAttention(Mixer):
             y = self._attend(q, k, v, of_q, of_k)
         else:  # padding in front, then the state, then the real tokens: distances are those of real tokens
             order = mask.long().argsort(dim=1, stable=True)
-            kept = torch.cat([mask.new_ones(len(mask), self.window), mask], 1).long().argsort(dim=1, stable=True)
+            kept = torch.cat([mask.new_ones(mask.shape[0], self.window), mask], 1).long().argsort(dim=1, stable=True)
             k, v, of_k = (rows(y, kept) for y in (k, v, of_k))
             y = rows(self._attend(rows(q, order), k, v, rows(of_q, order), of_k), order.argsort(1))
             y = y * mask[..., None, None]  # else padding would give what its place in a piece lets it see
@@ -133,4 +133,4 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
     """x (B, T, ...) at index (B, T) of each row."""
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]

@@ -234,7 +234,7 @@ def import_lines(imported: set[Imported], aliases: dict[Imported, str]) -> str:
 
 
 def bundle_source(config_class: "type[RecurrentConfig]") -> str:
-    """The text of `modeling_hf_rnn.py` for an architecture: its config and its three model classes."""
+    """The text of `modeling_hf_rnn.py` for an architecture: its config and its model classes."""
     module = config_class.__module__
     models = module.replace(".configuration_", ".modeling_")
     names = list(config_class.auto_classes().values())
@@ -253,8 +253,8 @@ def bundle_source(config_class: "type[RecurrentConfig]") -> str:
             text += ("\n" if kind is last is ast.Assign else "\n\n\n") + text_of(definition, final)
             last = kind  # type: ignore[assignment]
         parts.append(text)
-    exported = ", ".join(f'"{name}"' for name in sorted([config_class.__name__, *names]))
-    parts.append(f"\n\n__all__ = [{exported}]\n")
+    exported = "".join(f'    "{name}",\n' for name in sorted([config_class.__name__, *names]))
+    parts.append(f"\n\n__all__ = [\n{exported}]\n")
     return "\n".join(parts)
 
 

@@ -10,9 +10,11 @@ FILE_NAME = "modeling_hf_rnn.py"
 
 _TEMPLATE = '''"""Loads this checkpoint through the hf_rnn package: `pip install hf-rnn`."""
 
-from hf_rnn import {names}
+from hf_rnn import (
+{names})
 
-__all__ = [{quoted}]
+__all__ = [
+{quoted}]
 '''
 
 
@@ -24,5 +26,6 @@ def write_remote_code(config: "RecurrentConfig", folder: str | Path) -> Path:
     """
     names = [type(config).__name__, *config.auto_classes().values()]
     path = Path(folder) / FILE_NAME
-    path.write_text(_TEMPLATE.format(names=", ".join(names), quoted=", ".join(f'"{name}"' for name in names)))
+    imported, quoted = "".join(f"    {name},\n" for name in names), "".join(f'    "{name}",\n' for name in names)
+    path.write_text(_TEMPLATE.format(names=imported, quoted=quoted))
     return path

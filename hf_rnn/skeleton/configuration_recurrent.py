@@ -62,7 +62,7 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
             reads tokens.
         patch_size: so many steps of input_features make one token.
         classifier_pooling: the vector that sequences are classified by: "last", of the last real token; "mean", over
-            all of them; "ends", of the first and the last side by side. None: "last".
+            all of them; "ends", of the first and the last side by side. None: "last", or "ends" where bidirectional.
         ctc_loss_reduction, ctc_zero_infinity: of `torch.nn.functional.ctc_loss`, as Wav2Vec2's: "sum" or "mean" of
             sequences; zeros where a sequence is too short for its labels, whose loss is infinite.
         max_position_embeddings: what other tools take for the longest context. A recurrent model has none: the largest

@@ -51,7 +51,9 @@ def available() -> bool:
 
 def worthwhile(x: torch.Tensor) -> bool:
     """Whether an elementwise operation of ours beats torch's: float32 on a CPU, large enough for what a call costs.
-    Transforms are torch's alone."""
+    Transforms are torch's alone, and so are exported programs, which are of any size."""
+    if torch.compiler.is_exporting():
+        return False
     large = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() >= 2**16
     return large and not transforming() and available()
 

@@ -325,3 +325,24 @@ def test_loss_by_position(checkpoint):
             assert loss == pytest.approx(nats[:, first - 1 : 2 * first - 1].mean().item(), rel=1e-4)
     with pytest.raises(ValueError, match="ids: expected one sequence of at least 2 tokens for each of 16 rows, got 20"):
         loss_by_position(model, ids[:20])
+
+
+def test_export(checkpoint, tmp_path, capsys, monkeypatch):
+    """A file that is checked against torch, and an error where it is another's."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from hf_rnn.cli import export
+
+    monkeypatch.setattr(export, "SHAPES", [(1, 1), (2, 9)])
+    assert main(["export", str(checkpoint), str(tmp_path / "x.onnx"), "--padding"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["batch", "length", "error", "torch", "ms", "onnx", "ms"]
+    assert [line.split()[:2] for line in printed[1:3]] == [["1", "1"], ["2", "9"]]
+    assert "x.onnx, the same to" in printed[3] and (tmp_path / "x.onnx").stat().st_size > 1000
+    whole = export.StatefulModel(AutoModelForCausalLM.from_pretrained(checkpoint), padding=True)
+    session = export.Session(tmp_path / "x.onnx")
+    next(whole.parameters()).data.add_(0.1)
+    assert export.compare(whole, session) > export.TOLERANCE
+    monkeypatch.setattr(export, "compare", lambda *_: float("nan"))
+    assert main(["export", str(checkpoint), str(tmp_path / "y.onnx")]) == 1
+    assert "file: expected torch's outputs to 1e-04" in capsys.readouterr().err

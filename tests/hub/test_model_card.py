@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import make_head
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, default_data_collator
 
@@ -93,6 +94,32 @@ def test_of_other_models(tmp_path):
     card = make_card(str(tmp_path), classifier)
     assert card.data.pipeline_tag == "text-classification"
     assert "tensor([[" in run(card)
+
+
+@pytest.mark.parametrize(
+    "head, task, said",
+    [
+        ("ForTokenClassification", "token-classification", "'entity_group': 'LABEL_"),
+        ("ForMaskedLM", "fill-mask", "'token_str'"),
+        ("ForQuestionAnswering", "question-answering", ""),
+        ("ForCTC", "automatic-speech-recognition", "tensor([["),
+        ("Model", "feature-extraction", "tensor([[["),
+    ],
+)
+def test_of_every_head(head, task, said, tmp_path):
+    """Its card's snippet runs; that of a model that reads numbers as well."""
+    tokenizer = hf_rnn.byte_tokenizer("<|mask|>")
+    settings = dict(vocab_size=len(tokenizer), pad_token_id=256, bos_token_id=257, eos_token_id=258)
+    for reads in ({}, dict(num_input_features=5)):
+        if reads and head == "ForMaskedLM":
+            continue
+        model = make_head("gru", head, **settings | reads)
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        card = make_card(str(tmp_path), model)
+        assert card.data.pipeline_tag == task
+        assert ("5 values a step as input" if reads else "a vocabulary of 260 tokens") in card.text
+        assert ("tensor(" if reads else said) in run(card)
 
 
 def run(card: ModelCard) -> str:

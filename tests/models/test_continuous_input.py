@@ -1,10 +1,13 @@
 """Sequences of numbers instead of tokens: values that are missing, patches, padding, pieces, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, make_head, relative_error
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import hf_rnn
@@ -192,6 +195,22 @@ def test_trainer(features, gradient_checkpointing, tmp_path):
     trainer = Trainer(model, arguments, train_dataset=Dataset.from_dict(columns))
     trainer.train()
     assert not torch.equal(before, model.model.embed_features.proj.weight)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, dict(target_modules=["in_proj"], modules_to_save=["embed_features", "score"])]
+)
+def test_lora(features, settings, tmp_path):
+    """The embedding of values adapted or trained whole."""
+    model = make("gru", "ForTokenClassification", num_hidden_layers=1)
+    base = copy.deepcopy(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, **settings))
+    adapted.train()(input_features=features, labels=torch.ones(2, T).long()).loss.backward()
+    assert any("embed_features" in name and p.grad is not None for name, p in adapted.named_parameters())
+    torch.optim.SGD(adapted.parameters(), lr=0.1).step()
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(loaded(input_features=features).logits, adapted.eval()(input_features=features).logits)
 
 
 NAN = torch.full((2, T, F), torch.nan)

@@ -26,7 +26,7 @@ def by_hand(logits, labels, blank):
 @pytest.mark.parametrize("blank", [0, 2])
 @pytest.mark.parametrize("inputs", ["tokens", "features"])
 def test_loss_over_all_alignments(inputs, blank):
-    """In float64, of unequal lengths, padded on either side and in between; labels padded with -100 or the blank."""
+    """In float64, of unequal lengths, padded on either side and in between; so are labels, with -100 or the blank."""
     settings = dict(vocab_size=4, pad_token_id=blank, bos_token_id=None, eos_token_id=None)
     if inputs == "features":
         settings |= dict(num_input_features=2, patch_size=2)
@@ -39,7 +39,7 @@ def test_loss_over_all_alignments(inputs, blank):
         mask[2, 1] = 0
     others = [label for label in range(4) if label != blank]
     rows = [[others[0], others[0], others[1]], [others[2]], []]
-    labels = torch.tensor([rows[0] + [-100], rows[1] + [-100, blank, -100], [-100] * 4])
+    labels = torch.tensor([rows[0] + [-100], [-100, *rows[1], blank, -100], [-100] * 4])
     name = {"tokens": "input_ids", "features": "input_features"}[inputs]
     output = model(**{name: x}, attention_mask=mask, labels=labels)
     alone = [

@@ -38,10 +38,11 @@ def labels_of(head, ids):
 
 
 @every_head
+@pytest.mark.parametrize("both_ways", [False, True])
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_every_head_of_every_architecture(architecture, head, ids, tmp_path):
+def test_every_head_of_every_architecture(architecture, both_ways, head, ids, tmp_path):
     """Saved and loaded by the Auto class the same; padding on either side changes nothing; every weight learns."""
-    model = make_head(architecture, head)
+    model = make_head(architecture, head, bidirectional=both_ways)
     expected = scores(model(ids))
     model.save_pretrained(tmp_path)
     loaded = getattr(transformers, f"AutoModel{head}").from_pretrained(tmp_path)
@@ -50,15 +51,16 @@ def test_every_head_of_every_architecture(architecture, head, ids, tmp_path):
     for order in (1, -1):
         mask = torch.cat([ones, torch.zeros_like(padding)][::order], 1)
         found = scores(model(torch.cat([ids, padding][::order], 1), attention_mask=mask), mask.bool())
-        torch.testing.assert_close(found, scores(model(ids), ones.bool()), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, scores(model(ids), ones.bool()), rtol=1e-4, atol=1e-4)
     model.train()(ids, **labels_of(head, ids)).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("both_ways", [False, True])
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("head", [*PER_TOKEN, "ForQuestionAnswering"])
-def test_packed_sequences(architecture, head, ids):
-    model = make_head(architecture, head)
+def test_packed_sequences(architecture, both_ways, head, ids):
+    model = make_head(architecture, head, bidirectional=both_ways)
     alone = torch.cat([scores(model(row[None])) for row in ids[0].split([5, 3, 9])], 1)
     for packed in (
         dict(position_ids=torch.cat([torch.arange(n) for n in (5, 3, 9)])[None]),
@@ -89,6 +91,16 @@ def test_masked_lm_is_the_language_models_head(architecture, ids, tmp_path):
     assert masked.lm_head.weight is masked.model.embed_tokens.weight
     masked.resize_token_embeddings(64)
     assert masked(ids).logits.shape == (3, 17, 64)
+
+
+@every_head
+def test_a_new_head_on_a_language_model(head, ids, tmp_path):
+    causal = make_head("minlstm", "ForCausalLM")
+    causal.save_pretrained(tmp_path)
+    model = getattr(transformers, f"AutoModel{head}").from_pretrained(tmp_path, num_labels=7)
+    assert torch.equal(model.model(ids).last_hidden_state, causal.model(ids).last_hidden_state)
+    with pytest.raises(ValueError, match="num_input_features: |weights are missing, 'model.embed_features"):
+        type(model).from_pretrained(tmp_path, num_input_features=5)
 
 
 def test_losses(ids):
@@ -287,7 +299,10 @@ def test_lora(head, ids, tmp_path):
     assert torch.equal(scores(PeftModel.from_pretrained(base, tmp_path).eval()(input_ids=ids)), found)
 
 
-@every_head
+@pytest.mark.parametrize(
+    "head",
+    [head if head == "ForTokenClassification" else pytest.param(head, marks=pytest.mark.slow) for head in OTHERS],
+)
 def test_compiled_and_exported(head, ids):
     """One graph, padding and loss included (but CTC's, which torch does not trace); a program for any length."""
     torch._dynamo.reset()

@@ -54,10 +54,11 @@ def test_embedding_and_its_head():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(
-    "members, rows, time, heads, size, rank", [(3, 2, 9, 2, 5, 2), (5, 1, 1, 1, 8, 1), (1, 3, 4, 1, 7, 1)]
+    "members, rows, time, heads, size, rank, reverse",
+    [(3, 2, 9, 2, 5, 2, False), (5, 1, 1, 1, 8, 1, False), (1, 3, 4, 1, 7, 1, False), (2, 2, 9, 2, 5, 2, True)],
 )
 @pytest.mark.parametrize("cell", SCANS)
-def test_scans(cell, members, rows, time, heads, size, rank, dtype, tolerance):
+def test_scans(cell, members, rows, time, heads, size, rank, reverse, dtype, tolerance):
     torch.manual_seed(0)
     scan, gates, states = SCANS[cell]
     n = members * rows
@@ -73,7 +74,7 @@ def test_scans(cell, members, rows, time, heads, size, rank, dtype, tolerance):
         Perturbed.of_low_rank(weight, left, right, rows),
         Perturbed.of_offset(bias, lambda: offset, members, rows),
         *initial,
-        layout=SequenceLayout(mask),
+        layout=SequenceLayout(mask, reverse=reverse),
     )
     for m in range(members):
         part = slice(m * rows, (m + 1) * rows)
@@ -83,7 +84,7 @@ def test_scans(cell, members, rows, time, heads, size, rank, dtype, tolerance):
             copy,
             (bias + offset[m]).double(),
             *(s[part].double() for s in initial),
-            layout=SequenceLayout(mask[part]),
+            layout=SequenceLayout(mask[part], reverse=reverse),
         )
         assert relative_error(h[part], exact) < tolerance
         for a, b in zip(*((s if isinstance(s, tuple) else (s,)) for s in (last, exact_last)), strict=True):

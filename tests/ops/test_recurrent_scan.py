@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import hf_rnn_kernels
 from hf_rnn.exchange.gate_order import from_flashrnn, to_gate_major, to_head_major
 from hf_rnn_kernels import SequenceLayout, gru_scan, lstm_scan, min_gru_scan, slstm_scan
+from hf_rnn_kernels.layout import ROWS
 from hf_rnn_kernels.recurrent_scan import cpu, library, op, reference
 from hf_rnn_kernels.recurrent_scan.weight_gradients import weight_gradients
 
@@ -276,15 +277,30 @@ def test_a_long_sequence_reversed(cell):
     cu_seqlens = torch.tensor([0, 3, 150, 157, 400])
     leaves = make(cell, 1, 400, 2, 7, 4)
     grad, grad_last = cotangents(leaves, 14)
+    x, weight, bias, *initial = [t.double() for t in leaves]
+    arguments = (cell, x, weight, bias, initial, None, cu_seqlens)
+    h, others, last = reference.scan(*arguments, True, reverse=True)
+    grads = reference.scan_backward(*arguments, h, others, grad.double(), grad_last.double(), True)
     actual = run(cell, leaves, grad, grad_last, None, cu_seqlens, reverse=True)
-    h, others, last = reference.scan(
-        cell, *(t.double() for t in leaves[:3]), [t.double() for t in leaves[3:]], None, cu_seqlens, True, reverse=True
-    )
-    double = [t.double() for t in leaves]
-    grads = reference.scan_backward(
-        cell, *double[:3], double[3:], None, cu_seqlens, h, others, grad.double(), grad_last.double(), True
-    )
     check(actual, [h, last, *grads[:3], *grads[3]])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_reversed_under_transforms_and_the_compiler(cell):
+    """And in place. Both ways are compiled as two calls of one operator."""
+    x, weight, bias, *initial = make(cell, 2, 6, 2, 3)
+    scan = SCANS[cell]
+    loss = lambda x: scan(x, weight, bias, *initial, backwards)[0].pow(2).sum()  # noqa: E731
+    backwards = SequenceLayout(reverse=True)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert torch.equal(torch.func.grad(loss)(x), expected)
+    both = lambda x: [scan(x, weight, bias, *initial, ROWS._replace(reverse=r))[0] for r in (False, True)]  # noqa: E731
+    for a, b in zip(torch.compile(both, backend="aot_eager", fullgraph=True)(x), both(x), strict=True):
+        assert torch.equal(a, b)
+    buffers = [s.clone() for s in initial]
+    h, last = scan(x, weight, bias, *buffers, SequenceLayout(in_place=True, reverse=True))
+    assert (last if cell == "gru" else last[0]) is buffers[0] and torch.equal(h[:, 0], buffers[0])
 
 
 @pytest.mark.parametrize("bias", [True, False])

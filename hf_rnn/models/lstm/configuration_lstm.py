@@ -33,6 +33,6 @@ class LSTMConfig(MultiHeadConfig):
                 f"projection_size: expected at least 1 and less than the {self.inner_size} channels, got "
                 f"{self.projection_size}"
             )
-        for name, expected in (("num_heads", 1), ("learned_initial_state", False), ("block_layout", "paper")):
+        for name, expected in (("block_layout", "paper"), ("num_heads", 1), ("learned_initial_state", False)):
             if getattr(self, name) != expected:
                 raise ValueError(f"{name}: expected {expected!r} with projection_size, got {getattr(self, name)!r}")

@@ -71,6 +71,9 @@ class Memory(Mixer):
             memory = x.new_zeros(x.shape[0], *self.state_shapes[0], dtype=dtype)
         else:
             memory = state[0]
+        if torch.compiler.is_exporting():
+            last, every = self._exported(memory, self.token_norm(x), layout)
+            return self.read((every,)), (last,)
         memories = []
         tokens = list(enumerate(self.token_norm(x).unbind(1)))
         for t, x_t in reversed(tokens) if layout.reverse else tokens:
@@ -83,6 +86,21 @@ class Memory(Mixer):
         if layout.in_place and state is not None and not memory.requires_grad:
             memory = state[0].copy_(memory)
         return y, (memory,)
+
+    def _exported(self, memory: Tensor, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """The loop as one operator, of any number of tokens: the first memory and normalised tokens (B, T, D) to the
+        last memory and all of them, (B, T, K, D)."""
+        from torch._higher_order_ops.scan import scan
+
+        def step(memory, inputs):
+            x, real = inputs
+            new = torch.where(real[:, None, None], self.update(memory, x), memory)
+            return new, new.clone()  # an output must be no state
+
+        real = x.new_ones(x.shape[:2], dtype=torch.bool) if layout.mask is None else layout.mask
+        inputs = (x.transpose(0, 1), real.transpose(0, 1))
+        last, memories = scan(step, memory, inputs, reverse=layout.reverse)
+        return last, memories.transpose(0, 1)
 
     def fuse(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
         memory, tokens = states[0], self.config.num_memory_tokens

@@ -15,8 +15,9 @@ class RecurrentForCTC(RecurrentTokenHead):
     """Connectionist temporal classification (Graves et al., 2006), in the conventions of transformers' Wav2Vec2ForCTC.
 
     Logits (B, T, vocab_size), of which `config.pad_token_id` is the blank. Labels are (B, L), any L, in [0, vocab_size)
-    and -100 behind them; the blank counts as such padding. `config.ctc_loss_reduction` and `config.ctc_zero_infinity`
-    are those of `torch.nn.functional.ctc_loss`. Inputs that are tokens have the same vocabulary.
+    and -100 where there is none; the blank counts as such padding. `config.ctc_loss_reduction` and
+    `config.ctc_zero_infinity` are those of `torch.nn.functional.ctc_loss`. Inputs that are tokens have the same
+    vocabulary.
     """
 
     def __init__(self, config: RecurrentConfig):

@@ -27,7 +27,7 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
     def __init__(self, config: RecurrentConfig):
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
-        self.pooling = config.classifier_pooling or "last"
+        self.pooling = config.classifier_pooling or ("ends" if config.bidirectional else "last")
         self.model = self.model_class(config)
         width = config.hidden_size * (2 if self.pooling == "ends" else 1)
         self.score = nn.Linear(width, self.num_labels, bias=False)

@@ -39,6 +39,7 @@ from hf_rnn_kernels.mlstm_scan.cpu_chunks import (
     sum_of,
     transpose,
     triangle,
+    turned,
     weight,
 )
 from hf_rnn_kernels.mlstm_scan.reference import initial_states
@@ -73,7 +74,7 @@ def _next_state(rows, keys, values, k, v, g, top, m, C_here, n_here, scratch, we
 @parallel
 def _states(sizes, chunks, mask, inputs, i_and_log_f, states, states_at):
     """C, n, m from the first states of each sequence to its last; `states_at` get those of chunk starts."""
-    chunk_size, heads, K, V, step = sizes
+    chunk_size, heads, K, V, reverse = sizes
     first_chunk, start, count = chunks
     (k, k_apart), (v, v_apart) = inputs
     (C, n, m), (C_at, n_at, m_at) = states, states_at
@@ -87,14 +88,15 @@ def _states(sizes, chunks, mask, inputs, i_and_log_f, states, states_at):
         c0, n0, m0 = U(task) * keys * values, U(task) * keys, U(task)
         for chunk in range(first_chunk[sequence], first_chunk[sequence + _U1]):
             at, token, rows = chunk * heads + head, start[chunk], count[chunk]
+            turn = reverse * (rows - _U1)
             for d in range(keys * values):
                 C_at[at * keys * values + d] = C[c0 + d]
             for d in range(keys):
                 n_at[at * keys + d] = n[n0 + d]
             m_at[at] = m[m0]
-            load(rows, K, keys, k, (head * K, k_apart), mask, (token, step), ONE, ks)
-            load(rows, V, values, v, (head * V, v_apart), mask, (token, step), ONE, vs)
-            gates(rows, i_and_log_f, token * heads + head, heads * step, m[m0], g, top, total)
+            load(rows, K, keys, k, (head * K, k_apart), mask, (token, turn), ONE, ks)
+            load(rows, V, values, v, (head * V, v_apart), mask, (token, turn), ONE, vs)
+            gates(rows, i_and_log_f, token * heads + head, heads, turn, m[m0], g, top, total)
             _next_state(rows, keys, values, ks, vs, g, top, m[m0], (C, c0), (n, n0), scratch, weights)
             m[m0] = total[rows - _U1] + top[rows - _U1]
 
@@ -112,7 +114,7 @@ def _decays(r, below, g, top, w, w0):
 
 @parallel
 def _outputs(sizes, chunks, mask, inputs, i_and_log_f, states_at, eps, h, norms):
-    chunk_size, heads, K, V, step = sizes
+    chunk_size, heads, K, V, reverse = sizes
     _, start, count = chunks
     (q, q_apart), (k, k_apart), (v, v_apart) = inputs
     C_at, n_at, m_at = states_at
@@ -122,16 +124,17 @@ def _outputs(sizes, chunks, mask, inputs, i_and_log_f, states_at, eps, h, norms)
     for task in prange(U(start.size) * heads):
         chunk, head, at = U(task) // heads, U(task) % heads, U(task)
         token, rows = start[chunk], count[chunk]
+        turn = reverse * (rows - _U1)
         qs, ks = np.empty(chunk_size * keys, np.float32), np.empty(chunk_size * keys, np.float32)
         panels, vs = np.empty(side * keys, np.float32), np.empty(chunk_size * values, np.float32)
         out, w = np.empty(chunk_size * values, np.float32), np.empty(chunk_size * side, np.float32)
         # A row that every row starts from: strides of zero.
         nothing = np.zeros(max(side, values), np.float32)
         g, top, total = np.empty(chunk_size), np.empty(chunk_size), np.empty(chunk_size)
-        load(rows, K, keys, q, (head * K, q_apart), mask, (token, step), scale, qs)
-        load(rows, K, keys, k, (head * K, k_apart), mask, (token, step), ONE, ks)
-        load(rows, V, values, v, (head * V, v_apart), mask, (token, step), ONE, vs)
-        gates(rows, i_and_log_f, token * heads + head, heads * step, m_at[at], g, top, total)
+        load(rows, K, keys, q, (head * K, q_apart), mask, (token, turn), scale, qs)
+        load(rows, K, keys, k, (head * K, k_apart), mask, (token, turn), ONE, ks)
+        load(rows, V, values, v, (head * V, v_apart), mask, (token, turn), ONE, vs)
+        gates(rows, i_and_log_f, token * heads + head, heads, turn, m_at[at], g, top, total)
         transpose(rows, keys, keys, ks, _U0, panels)
         triangle(rows, keys, side, qs, panels, nothing, w)
         product(
@@ -157,7 +160,7 @@ def _outputs(sizes, chunks, mask, inputs, i_and_log_f, states_at, eps, h, norms)
             # Added in float64, rounded once.
             m = F32(total[r] + top[r])
             inverse = ONE / (max(abs(normalizer), exp(-m)) + eps)
-            here = (token + r * step) * heads + head
+            here = (token + turned(r, turn)) * heads + head
             for d in range(V):
                 h[here * V + d] = out[r * values + d] * inverse
             if norms.size > 0:
@@ -195,11 +198,11 @@ class _Call:
         start = [np.arange(a, b, size) for a, b in pairwise(offsets)]
         stop = [np.minimum(s + size, b) for s, b in zip(start, offsets[1:], strict=True)]
         count = np.concatenate(stop) - np.concatenate(start)
-        if reverse:  # a sequence from a to b is its own mirror image at (a + b - 1) / 2
-            start = [a + b - 1 - s for s, (a, b) in zip(start, pairwise(offsets), strict=True)]
+        if reverse:  # chunks are cut from a sequence's end
+            start = [a + b - s for s, (a, b) in zip(stop, pairwise(offsets), strict=True)]
         start = np.concatenate(start).astype(np.uint64)
         self.chunks = len(start)
-        self.sizes = Sizes(U(size), U(heads), U(K), U(V), ~U(0) if reverse else U(1))
+        self.sizes = Sizes(U(size), U(heads), U(K), U(V), U(reverse))
         self.walk = Chunks(first.astype(np.uint64), start, count.astype(np.uint64))
         self.mask = np.empty(0, np.bool_) if mask is None else mask.reshape(-1).bool().numpy()
         i, log_f = i.detach().float(), torch.nn.functional.logsigmoid(f.detach().float()).clamp_min(FORGOTTEN)

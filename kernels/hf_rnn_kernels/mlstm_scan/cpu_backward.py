@@ -4,7 +4,7 @@ import numpy as np
 from numba import prange
 
 from hf_rnn_kernels.matrix_product import LANES, product
-from hf_rnn_kernels.mlstm_scan.cpu_chunks import ROWS, dot, gates, load, sum_of, transpose, triangle, weight
+from hf_rnn_kernels.mlstm_scan.cpu_chunks import ROWS, dot, gates, load, sum_of, transpose, triangle, turned, weight
 from hf_rnn_kernels.vector_math import F32, ONE, U, exp, parallel, row
 
 _U0, _U1, _LANES = U(0), U(1), U(LANES)
@@ -16,7 +16,7 @@ def adjoints(sizes, chunks, mask, q_rows, i_and_log_f, m_at, eps, outputs, last,
     """`last`: dC, dn and mu, the adjoint of m, from those of a sequence's last states to its first; `ends` get dC and
     dn of chunk ends, `per_token` 1 / denominator and the gradient of a, `d_gates` what mu gives to i and log f.
     `outputs`: h, the norms, the gradient of h."""
-    chunk_size, heads, K, V, step = sizes
+    chunk_size, heads, K, V, reverse = sizes
     first_chunk, start, count = chunks
     (q, q_apart), (h, norms, grad), (dC, dn, mu) = q_rows, outputs, last
     (dC_at, dn_at), (inverses, d_normalizers), (di, d_log_f) = ends, per_token, d_gates
@@ -31,13 +31,14 @@ def adjoints(sizes, chunks, mask, q_rows, i_and_log_f, m_at, eps, outputs, last,
         for back in range(chunks):
             chunk = first_chunk[sequence + _U1] - _U1 - back
             at, token, rows = chunk * heads + head, start[chunk], count[chunk]
+            turn = reverse * (rows - _U1)
             for d in range(keys * values):
                 dC_at[at * keys * values + d] = dC[c0 + d]
             for d in range(keys):
                 dn_at[at * keys + d] = dn[n0 + d]
-            load(rows, K, keys, q, (head * K, q_apart), mask, (token, step), scale, qs)
-            load(rows, V, values, grad, (head * V, heads * V), mask, (token, step), ONE, numerators)
-            gates(rows, i_and_log_f, token * heads + head, heads * step, m_at[at], g, top, total)
+            load(rows, K, keys, q, (head * K, q_apart), mask, (token, turn), scale, qs)
+            load(rows, V, values, grad, (head * V, heads * V), mask, (token, turn), ONE, numerators)
+            gates(rows, i_and_log_f, token * heads + head, heads, turn, m_at[at], g, top, total)
             keep = weight(m_at[at] - top[rows - _U1])
             for d in range(keys):
                 dn[n0 + d] *= keep
@@ -45,7 +46,7 @@ def adjoints(sizes, chunks, mask, q_rows, i_and_log_f, m_at, eps, outputs, last,
                 dC[c0 + d] *= keep
             for later in range(rows):
                 r = rows - _U1 - later
-                here = (token + r * step) * heads + head
+                here = (token + turned(r, turn)) * heads + head
                 # a and m come from the forward pass: which of the two decided must not be rounded the other way here.
                 normalizer, floor = norms[here * U(2)], exp(-norms[here * U(2) + _U1])
                 inverse = ONE / (max(abs(normalizer), floor) + eps)
@@ -92,7 +93,7 @@ def _pairs(r, below, d_normalizer, g, top, w, dw, w0, decay, shares, columns):
 @parallel
 def gradients(sizes, chunks, mask, inputs, i_and_log_f, states_at, grad, ends, per_token, d_inputs, d_gates):
     """Of q, k and v; of i and log f, to what is there. `ends` and `per_token` as `adjoints` left them."""
-    chunk_size, heads, K, V, step = sizes
+    chunk_size, heads, K, V, reverse = sizes
     _, start, count = chunks
     (q, q_apart), (k, k_apart), (v, v_apart) = inputs
     (C_at, n_at, m_at), (dC_at, dn_at), (inverses, d_normalizers) = states_at, ends, per_token
@@ -103,6 +104,7 @@ def gradients(sizes, chunks, mask, inputs, i_and_log_f, states_at, grad, ends, p
     for task in prange(U(start.size) * heads):
         chunk, head, at = U(task) // heads, U(task) % heads, U(task)
         token, rows, c0 = start[chunk], count[chunk], at * keys * values
+        turn = reverse * (rows - _U1)
         qs, ks = np.empty(chunk_size * keys, np.float32), np.empty(chunk_size * keys, np.float32)
         vs, numerators = np.empty(chunk_size * values, np.float32), np.empty(chunk_size * values, np.float32)
         # For whichever matrix is transposed next.
@@ -114,14 +116,14 @@ def gradients(sizes, chunks, mask, inputs, i_and_log_f, states_at, grad, ends, p
         decay, shares = np.empty(chunk_size, np.float32), np.empty(chunk_size, np.float32)
         columns, crossing = np.zeros(chunk_size, np.float32), np.zeros(chunk_size)
         enter, leave = np.empty(chunk_size, np.float32), np.empty(chunk_size, np.float32)
-        load(rows, K, keys, q, (head * K, q_apart), mask, (token, step), scale, qs)
-        load(rows, K, keys, k, (head * K, k_apart), mask, (token, step), ONE, ks)
-        load(rows, V, values, v, (head * V, v_apart), mask, (token, step), ONE, vs)
-        load(rows, V, values, grad, (head * V, heads * V), mask, (token, step), ONE, numerators)
+        load(rows, K, keys, q, (head * K, q_apart), mask, (token, turn), scale, qs)
+        load(rows, K, keys, k, (head * K, k_apart), mask, (token, turn), ONE, ks)
+        load(rows, V, values, v, (head * V, v_apart), mask, (token, turn), ONE, vs)
+        load(rows, V, values, grad, (head * V, heads * V), mask, (token, turn), ONE, numerators)
         for r in range(rows):
             for d in range(values):
-                numerators[r * values + d] *= inverses[(token + r * step) * heads + head]
-        gates(rows, i_and_log_f, token * heads + head, heads * step, m_at[at], g, top, total)
+                numerators[r * values + d] *= inverses[(token + turned(r, turn)) * heads + head]
+        gates(rows, i_and_log_f, token * heads + head, heads, turn, m_at[at], g, top, total)
 
         # Pairs of tokens of this chunk
         transpose(rows, keys, keys, ks, _U0, panels)
@@ -129,7 +131,7 @@ def gradients(sizes, chunks, mask, inputs, i_and_log_f, states_at, grad, ends, p
         transpose(rows, values, values, vs, _U0, panels)
         triangle(rows, values, side, numerators, panels, nothing, dw)
         for r in range(rows):
-            here = (token + r * step) * heads + head
+            here = (token + turned(r, turn)) * heads + head
             _pairs(r, (r // ROWS + _U1) * ROWS, d_normalizers[here], g, top, w, dw, r * side, decay, shares, columns)
             crossing[r] = sum_of(r + _U1, shares, _U0)
 
@@ -150,7 +152,7 @@ def gradients(sizes, chunks, mask, inputs, i_and_log_f, states_at, grad, ends, p
         )  # fmt: skip
         for r in range(rows):
             from_start, to_end = weight(m_at[at] - top[r]), weight(g[r] - top[rows - _U1])
-            d_normalizer = d_normalizers[(token + r * step) * heads + head]
+            d_normalizer = d_normalizers[(token + turned(r, turn)) * heads + head]
             for d in range(keys):
                 dqs[r * keys + d] = from_start * (dqs[r * keys + d] + d_normalizer * n_at[at * keys + d])
             for d in range(keys):
@@ -170,7 +172,7 @@ def gradients(sizes, chunks, mask, inputs, i_and_log_f, states_at, grad, ends, p
         inside = np.float64(0)
         for later in range(rows):
             r = rows - _U1 - later
-            here = (token + r * step) * heads + head
+            here = (token + turned(r, turn)) * heads + head
             inside += crossing[r] - columns[r]
             before += enter[r] - leave[r]
             di[here] += columns[r] + leave[r]
@@ -194,7 +196,7 @@ def gradients(sizes, chunks, mask, inputs, i_and_log_f, states_at, grad, ends, p
                 many, rows - b, values // _LANES,
             )  # fmt: skip
         for r in range(rows):
-            here = (token + r * step) * heads + head
+            here = (token + turned(r, turn)) * heads + head
             for d in range(K):
                 dq[here * K + d] = dqs[r * keys + d] * scale
             for d in range(K):

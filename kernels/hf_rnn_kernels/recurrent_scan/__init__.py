@@ -9,6 +9,7 @@ head, in torch's order. Weights and biases may be `Perturbed`; then there are no
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -42,8 +43,9 @@ def lstm_scan(
         weight: R, (H, 4 * P, P), floating. One head: torch's `weight_hh` as (1, 4 * D, D).
         bias: (H * 4 * P), added to R h; torch's `bias_hh`. None for zeros.
         h0, c0: initial states (N, D), any floating dtype; zeros by default.
-        layout: which tokens are real and which sequences they make; sequence n starts from h0[n], c0[n]. Rows by
-            default. A token that is not real leaves the state as it was, and its output is that state.
+        layout: which tokens are real, which sequences they make, and from which end these are read; sequence n starts
+            from h0[n], c0[n]. Rows from their first token on by default. A token that is not real leaves the state as
+            it was, and its output is that state.
         input_weight, input_bias: of the input projection, (H * 4 * P, I) and (H * 4 * P) or None; torch's `weight_ih`
             and `bias_ih`. None: x is projected already.
 
@@ -186,6 +188,8 @@ def _scan(
     def any_tokens(training):
         if weights is not None and (found := library.run(cell, x, weights, states, layout)) is not None:
             return found
+        if weights is not None and torch.compiler.is_exporting() and layout.offsets is None and not perturbation:
+            return op.layer(cell, x, *weights[:2], plain, plain_bias, states, layout.mask, training, layout.reverse)
         y = layout.flat(projected())
         h, _, last = op.scan(
             cell,

@@ -62,11 +62,13 @@ def run(
 def _lstm_backwards(x: Tensor, weights: Weights, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """oneDNN's, which `torch.lstm` calls once for each direction."""
     zeros = x.new_zeros(weights.input_weight.shape[0])
-    biases = [zeros if b is None else b for b in (weights.input_bias, weights.bias)]
-    # batch_sizes of a packed sequence, mode, hidden_size, num_layers, has_biases, bidirectional, batch_first, train
-    options = [], _LSTM, weights.weight.shape[2], 1, weights.bias is not None, False, False, torch.is_grad_enabled()
-    arguments = weights.input_weight, weights.weight[0], *biases, *(s[0] for s in states), True, *options
-    h, *last, _ = torch.mkldnn_rnn_layer(x.transpose(0, 1).contiguous(), *arguments)
+    input_bias, bias = (zeros if b is None else b for b in (weights.input_bias, weights.bias))
+    h, *last, _ = torch.mkldnn_rnn_layer(
+        x.transpose(0, 1).contiguous(), weights.input_weight, weights.weight[0], input_bias, bias,
+        hx_=states[0][0], cx_=states[1][0], reverse=True, batch_sizes=[], mode=_LSTM,
+        hidden_size=weights.weight.shape[2], num_layers=1, has_biases=weights.bias is not None, bidirectional=False,
+        batch_first=False, train=torch.is_grad_enabled(),
+    )  # fmt: skip
     return h.transpose(0, 1), last
 
 

@@ -148,3 +148,30 @@ def scan(
         _check(cell, x, weight, bias, states, mask, cu_seqlens, perturbation)
     chosen = backend(__package__, x)
     return chosen.scan(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation, reverse)
+
+
+torch.library.define(
+    "hf_rnn::recurrent_layer",
+    "(str cell, Tensor x, Tensor input_weight, Tensor? input_bias, Tensor weight, Tensor? bias, Tensor[] states, "
+    "Tensor? mask, bool training, bool reverse) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("hf_rnn::recurrent_layer", "CompositeImplicitAutograd")
+def layer(
+    cell: str,
+    x: Tensor,
+    input_weight: Tensor,
+    input_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: list[Tensor],
+    mask: Tensor | None,
+    training: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The input projection and `scan` of rows, x (B, T, I) to h and the last states. Only programs that torch.export
+    makes have it, since other formats know a layer with both as one operator; run, it is the two."""
+    y = torch.nn.functional.linear(x, input_weight, input_bias)
+    h, _, last = scan(cell, y, weight, bias, states, mask, None, training, [], reverse)
+    return h, last

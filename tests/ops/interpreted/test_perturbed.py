@@ -58,12 +58,12 @@ class TestScan:
         perturbation = make_perturbation(cell, members, 2, 19, rank)
         check_scan(scan_backend.scan, cell, *arguments, states, mask, None, perturbation)
 
-    @pytest.mark.parametrize("cell, members", [("gru", 2), ("lstm", 4)])
-    def test_packed(self, cell, members, path):
+    @pytest.mark.parametrize("cell, members, reverse", [("gru", 2, True), ("lstm", 4, False)])
+    def test_packed(self, cell, members, reverse, path):
         cu_seqlens = torch.tensor([0, 4, 4, 5, 11])
         x, weight, _ = recurrent.make(cell, 1, 11, 2, 3)
         perturbation = make_perturbation(cell, members, 2, 3)
-        check_scan(scan_backend.scan, cell, x, weight, None, [], None, cu_seqlens, perturbation)
+        check_scan(scan_backend.scan, cell, x, weight, None, [], None, cu_seqlens, perturbation, reverse=reverse)
 
     def test_many_members(self, path):
         """More sequences than a program has, so that the last one has some that are not there."""

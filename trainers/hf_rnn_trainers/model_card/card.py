@@ -30,11 +30,48 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))""",
 model = AutoModelForSequenceClassification.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 print(model(**tokenizer("The text", return_tensors="pt")).logits.softmax(-1))""",
+    "token-classification": """from transformers import pipeline
+
+print(pipeline("token-classification", "{name}", aggregation_strategy="simple")("The text"))""",
+    "fill-mask": """from transformers import pipeline
+
+fill = pipeline("fill-mask", "{name}")
+print(fill("The te" + fill.tokenizer.mask_token + "t"))""",
+    "question-answering": """from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+model = AutoModelForQuestionAnswering.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("The question?", "The text", return_tensors="pt")
+output = model(**inputs)
+start, end = output.start_logits.argmax(), output.end_logits.argmax()
+print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))""",
+    "automatic-speech-recognition": """from transformers import AutoModelForCTC, AutoTokenizer
+
+model = AutoModelForCTC.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+print(model(**tokenizer("The text", return_tensors="pt")).logits.argmax(-1))""",
     "feature-extraction": """from transformers import AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 print(model(**tokenizer("The text", return_tensors="pt")).last_hidden_state)""",
+}
+
+# What reads numbers instead of tokens
+_SNIPPET_OF_FEATURES = """import torch
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{name}")
+values = torch.randn(1, 64, {features})  # (B, T, features); observed_mask=, zeros where one is missing
+print(model(input_features=values)[0])"""
+
+# The Hub's names for what is asked of a model, by the end of its class's name
+_TASKS = {
+    "ForCTC": "automatic-speech-recognition",
+    "ForMaskedLM": "fill-mask",
+    "ForQuestionAnswering": "question-answering",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
 }
 
 _NOTE = (
@@ -88,7 +125,21 @@ def task(model: PreTrainedModel) -> str:
     """The Hub's name for what a model does."""
     if model.can_generate():
         return "text-generation"
-    return "text-classification" if "ForSequenceClassification" in type(model).__name__ else "feature-extraction"
+    return next((what for head, what in _TASKS.items() if head in type(model).__name__), "feature-extraction")
+
+
+def snippet_of(model: PreTrainedModel, name: str) -> str:
+    """How a model is used that is loaded by `name`."""
+    if (features := getattr(model.config, "num_input_features", None)) is None:
+        return _SNIPPETS[task(model)].format(name=name)
+    head = next((head for head in _TASKS if head in type(model).__name__), "")
+    return _SNIPPET_OF_FEATURES.format(auto=f"AutoModel{head}", name=name, features=features)
+
+
+def reads(model: PreTrainedModel) -> str:
+    if (features := getattr(model.config, "num_input_features", None)) is None:
+        return f"a vocabulary of {model.config.get_text_config().vocab_size:,} tokens"
+    return f"{features:,} values a step as input"
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
@@ -160,15 +211,14 @@ def make_card(
         datasets=None if training.dataset is None else [training.dataset],
         tags=list(dict.fromkeys([*["hf_rnn", "recurrent"] * ours, model.config.model_type, *tags])),
     )
-    snippet = _SNIPPETS[what].format(name=name)
+    snippet = snippet_of(model, name)
     bits = next((module.bits for module in model.modules() if isinstance(module, PackedLinear)), None)
     where = f"{processes} processes, each on " if processes > 1 else ""
     return render(
         data,
         name.rstrip("/").split("/")[-1],
         known,
-        f"{known.name} for {what.replace('-', ' ')}: {count_parameters(model):,} parameters, a vocabulary of "
-        f"{model.config.get_text_config().vocab_size:,} tokens.",
+        f"{known.name} for {what.replace('-', ' ')}: {count_parameters(model):,} parameters, {reads(model)}.",
         f"# pip install hf-rnn\nimport hf_rnn\n{snippet}" if ours or coded else snippet,
         _NOTE_PACKED.format(bits=bits) if bits else _NOTE_CODED if coded else _NOTE if ours else "",
         training,

@@ -1,0 +1,77 @@
+"""`hf-rnn predict CHECKPOINT ...`: a checkpoint's answers to texts, a JSON object a line."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import AutoConfig, pipeline
+
+from hf_rnn.cli.device import add_device, find_device
+from hf_rnn.cli.tasks import read_rows
+from hf_rnn.tokenization.reading import read_tokenizer
+
+# transformers' pipeline for each head, and what it is told
+_PIPELINES: dict[str, tuple[str, dict]] = {
+    "ForTokenClassification": ("token-classification", {"aggregation_strategy": "simple"}),
+    "ForSequenceClassification": ("text-classification", {"top_k": None}),
+    "ForMaskedLM": ("fill-mask", {}),
+}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="hf-rnn predict", description=__doc__)
+    parser.add_argument("checkpoint", help="a checkpoint's folder, or its name on the Hub")
+    parser.add_argument("texts", nargs="*", help="texts to answer to; or --data")
+    parser.add_argument(
+        "--data", help="a text file, a text a line; csv, json, jsonl, parquet; a folder or a Hub dataset"
+    )
+    parser.add_argument("--split", default="test", help="split of a dataset")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--output", metavar="FILE", help="write there instead of to the terminal")
+    parser.add_argument("--batch_size", type=int, default=16)
+    add_device(parser)
+    arguments = parser.parse_args(argv)
+    if bool(arguments.texts) == bool(arguments.data):
+        raise ValueError("texts, data: expected texts on the command line, or --data; one of the two")
+    if arguments.batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {arguments.batch_size}")
+    device = find_device(arguments.device)
+    task, options = find_task(arguments.checkpoint)
+    texts = arguments.texts or read_texts(arguments.data, arguments.split, arguments.text_column)
+    tokenizer = read_tokenizer(arguments.checkpoint)
+    answer = pipeline(task, arguments.checkpoint, tokenizer=tokenizer, device=device, **options)  # type: ignore[call-overload]
+    given = answer((text for text in texts), batch_size=arguments.batch_size)
+    out = open(arguments.output, "w") if arguments.output else sys.stdout  # noqa: SIM115
+    try:
+        for text, found in zip(texts, tqdm(given, total=len(texts), disable=not arguments.output), strict=True):
+            print(json.dumps({"text": text, "answer": found}, default=float, ensure_ascii=False), file=out)
+    finally:
+        if arguments.output:
+            out.close()
+
+
+def find_task(checkpoint: str) -> tuple[str, dict]:
+    """The pipeline for a checkpoint's head, and its options.
+
+    Raises:
+        ValueError: a head that answers to no texts.
+    """
+    names = AutoConfig.from_pretrained(checkpoint).architectures or ["a model without a head"]
+    for head, found in _PIPELINES.items():
+        if names[0].endswith(head):
+            return found
+    hint = "; hf-rnn generate continues a text" if names[0].endswith("ForCausalLM") else ""
+    raise ValueError(f"checkpoint: expected a model with one of the heads {sorted(_PIPELINES)}, got {names[0]}{hint}")
+
+
+def read_texts(data: str, split: str, column: str) -> list[str]:
+    """Lines of a text file that are not empty, or a column of a dataset; words become a text with spaces between."""
+    if Path(data).is_file() and Path(data).suffix in ("", ".txt"):
+        rows = [line for line in Path(data).read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        rows = [" ".join(x) if isinstance(x, list) else x for x in read_rows(data, split, (column,))[column]]
+    if not rows:
+        raise ValueError(f"data: {data} holds no text")
+    return rows
