@@ -5,7 +5,8 @@ mambapy's parallel scan where no CUDA kernel is there: its own loop over time ta
 What is searched for is the width.
 """
 
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -87,14 +88,15 @@ def width(name: str, parameters: int, vocab_size: int) -> int:
     return step * min((low, high), key=lambda n: abs(count(step * n) - parameters))
 
 
-def nearest_width(build: Callable[[int], PreTrainedModel], parameters: int, widths: Iterable[int]) -> int:
-    """The one whose model comes closest to so many parameters."""
+def nearest_width(build: Callable[[int], PreTrainedModel], parameters: int, widths: Sequence[int]) -> int:
+    """The one, of rising ones, whose model comes closest to so many parameters."""
 
-    def distance(width: int) -> int:
+    def count(width: int) -> int:
         with torch.device("meta"):
-            return abs(build(width).num_parameters() - parameters)
+            return build(width).num_parameters()
 
-    return min(widths, key=distance)
+    above = bisect_left(widths, parameters, 1, len(widths) - 1, key=count)
+    return min(widths[above - 1 : above + 1], key=lambda width: abs(count(width) - parameters))
 
 
 def make(name: str, parameters: int, vocab_size: int) -> PreTrainedModel:

@@ -361,13 +361,12 @@ def digits_ctc(results: Results) -> str:
                 f"{name}, {direction}",
                 str(runs[0]["width"]),
                 f"{runs[0]['parameters']:,}",
-                f"{runs[0]['learning_rate']:g}",
                 mean_and(max, runs, "error"),
             ]
             for name, directions in models.items()
             for direction, runs in directions.items()
         ]
-        parts.append(markdown([task, "width", "parameters", "learning rate", "errors"], rows))
+        parts.append(markdown([task, "width", "parameters", "errors"], rows))
     return "\n\n".join(parts)
 
 
