@@ -141,7 +141,7 @@ def test_answers_among_padding(ids):
         )
         both = model(ids[:2], attention_mask=mask[:2], start_positions=torch.tensor([3, 50]), end_positions=end[:2])
         assert torch.equal(found.loss, both.loss)
-    with pytest.raises(ValueError, match="cu_seq_lens_q: one sequence a row"):
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected one sequence a row"):
         offsets = torch.tensor([0, 5, 17])
         model(ids[:1], cu_seq_lens_q=offsets, start_positions=start[:1], end_positions=end[:1])
 
@@ -273,7 +273,7 @@ def test_unknown_arguments_and_packing_where_it_means_nothing(head, ids):
     with pytest.raises(TypeError, match="^atention_mask: no argument of forward"):
         model(ids, atention_mask=ids)
     if head == "ForSequenceClassification":
-        with pytest.raises(ValueError, match="position_ids: one sequence a row"):
+        with pytest.raises(ValueError, match="position_ids: expected one sequence a row"):
             model(ids, position_ids=torch.arange(17)[None])
     else:
         model(ids, token_type_ids=ids, output_attentions=False)
