@@ -40,6 +40,8 @@ def main(argv: list[str]) -> None:
     device = find_device(arguments.device)
     task, options = find_task(arguments.checkpoint)
     texts = arguments.texts or read_texts(arguments.data, arguments.split, arguments.text_column)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("texts, data: expected a text each, got one that is empty or none")
     tokenizer = read_tokenizer(arguments.checkpoint)
     answer = pipeline(task, arguments.checkpoint, tokenizer=tokenizer, device=device, **options)  # type: ignore[call-overload]
     given = answer((text for text in texts), batch_size=arguments.batch_size)

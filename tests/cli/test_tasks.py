@@ -127,3 +127,6 @@ def test_predict_says_what_it_takes(tmp_path, capsys):
     ):
         assert main(["predict", str(tmp_path), *arguments, "--device", "cpu"]) == 1
         assert message in capsys.readouterr().err
+    hf_rnn.GRUForTokenClassification(hf_rnn.GRUConfig(hidden_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
+    assert main(["predict", str(tmp_path), "a text", "", "--device", "cpu"]) == 1
+    assert "expected a text each, got one that is empty" in capsys.readouterr().err
