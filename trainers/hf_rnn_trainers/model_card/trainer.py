@@ -77,9 +77,7 @@ class ModelCardMixin(Trainer):
             self.hub_model_id or model_name or folder.name,
             model,
             self._training(dataset, hub_dataset),
-            [Evaluation("Evaluation", self._evaluated_on(task(model)), ["measured", "value"], metrics.items())]
-            if metrics
-            else [],
+            [measured] if metrics else [],
             license,
             language,
             [tags] if isinstance(tags, str) else tags or [],
