@@ -40,7 +40,11 @@ def main(argv: list[str]) -> None:
     device = find_device(arguments.device)
     task, options = find_task(arguments.checkpoint)
     texts = arguments.texts or read_texts(arguments.data, arguments.split, arguments.text_column)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("texts, data: expected a text each, got one that is empty or none")
     tokenizer = read_tokenizer(arguments.checkpoint)
+    if task == "fill-mask" and (unmasked := [text for text in texts if str(tokenizer.mask_token) not in text]):
+        raise ValueError(f"texts, data: expected {tokenizer.mask_token} in each, got {unmasked[0][:40]!r}")
     answer = pipeline(task, arguments.checkpoint, tokenizer=tokenizer, device=device, **options)  # type: ignore[call-overload]
     given = answer((text for text in texts), batch_size=arguments.batch_size)
     out = open(arguments.output, "w") if arguments.output else sys.stdout  # noqa: SIM115
@@ -56,9 +60,12 @@ def find_task(checkpoint: str) -> tuple[str, dict]:
     """The pipeline for a checkpoint's head, and its options.
 
     Raises:
-        ValueError: a head that answers to no texts.
+        ValueError: a head that answers to no texts, a model that reads none.
     """
-    names = AutoConfig.from_pretrained(checkpoint).architectures or ["a model without a head"]
+    config = AutoConfig.from_pretrained(checkpoint)
+    if getattr(config, "num_input_features", None) is not None:
+        raise ValueError("checkpoint: expected a model of texts, got one that reads input_features")
+    names = config.architectures or ["a model without a head"]
     for head, found in _PIPELINES.items():
         if names[0].endswith(head):
             return found

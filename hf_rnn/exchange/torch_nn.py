@@ -53,6 +53,8 @@ class TorchExchangeModel(RecurrentModel):
         if not isinstance(rnn, cls.torch_class):
             raise TypeError(f"rnn: expected a torch.nn.{cls.torch_class.__name__}, got {type(rnn).__name__}")
         if embedding is not None:
+            if config.get("num_input_features") is not None:
+                raise ValueError("embedding: expected none with num_input_features, which are read instead of tokens")
             if embedding.embedding_dim != rnn.input_size:
                 raise ValueError(f"embedding: expected {rnn.input_size} wide, got {embedding.embedding_dim}")
             tokens = dict(pad_token_id=embedding.padding_idx, bos_token_id=None, eos_token_id=None)

@@ -1,5 +1,6 @@
 """What a checkpoint's folder needs before it is shared, and its upload."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,8 @@ def check_card(path: Path) -> None:
 
 def _adopt_card(path: Path, name: str, repository: str, licence: str | None) -> None:
     """Have a card that a trainer wrote load the model by its name on the Hub, and state the licence if one is given."""
-    text = path.read_text().replace(f'from_pretrained("{name}"', f'from_pretrained("{repository}"')
+    loads = rf'((?:from_pretrained\(|pipeline\("[\w-]+", )"){re.escape(name)}"'
+    text = re.sub(loads, lambda found: f'{found[1]}{repository}"', path.read_text())
     text = text.replace(f"\n# {name}\n", f"\n# {repository.split('/')[-1]}\n")
     if licence is not None:
         text = text.replace(f"Weights: {NO_LICENCE}.", f"Weights: {licence}.")

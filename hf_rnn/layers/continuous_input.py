@@ -36,9 +36,8 @@ class ContinuousInput(nn.Module):
             raise TypeError(f"input_features: expected floating numbers, got {x.dtype}")
         there = torch.ones_like(x, dtype=torch.bool) if observed is None else _observed(observed, x)
         there = there if mask is None else there & mask[..., None]
-        x = torch.where(there, x, 0.0)
-        _check_finite(x)
-        x = x.to(self.proj.weight.dtype)
+        x = torch.where(there, x, 0.0).to(self.proj.weight.dtype)
+        _check_finite(x)  # of the dtype that is computed in, which may be narrower
         x, there = patches(x, mask, self.patch_size), patches(there, mask, self.patch_size)
         return self.proj(torch.cat([x, (~there).to(x.dtype)], -1).flatten(2))
 

@@ -132,6 +132,11 @@ class RecurrentBlockConfig(HybridConfig):
                 f"embedding_size: expected hidden_size, {self.hidden_size}, got {self.embedding_size}; only without "
                 "residuals can the first recurrence's input have another width"
             )
+        if self.input_size != self.hidden_size and self.tie_word_embeddings:
+            raise ValueError(
+                f"tie_word_embeddings: expected False where embeddings are {self.input_size} wide (embedding_size) and "
+                f"the head {self.hidden_size} (hidden_size)"
+            )
         self._check_width("embedding_size", self.input_size)
 
     def _check_bare(self) -> None:

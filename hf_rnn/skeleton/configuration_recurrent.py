@@ -179,6 +179,9 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
             )
         if self.classifier_pooling not in (None, "last", "mean", "ends"):
             raise ValueError(f"classifier_pooling: expected 'last', 'mean' or 'ends', got {self.classifier_pooling!r}")
+        problems = (None, "regression", "single_label_classification", "multi_label_classification")
+        if self.problem_type not in problems:
+            raise ValueError(f"problem_type: expected one of {problems[1:]}, or None, got {self.problem_type!r}")
         if self.ctc_loss_reduction not in ("sum", "mean"):
             raise ValueError(f"ctc_loss_reduction: expected 'sum' or 'mean', got {self.ctc_loss_reduction!r}")
         for name in ("vocab_size", "hidden_size"):

@@ -92,6 +92,8 @@ def test_masked_bytes(tmp_path, capsys):
     assert float(capsys.readouterr().out.split("held-out accuracy: ")[1].split()[0]) > 0.8
     (answer,) = predictions(capsys, tmp_path / "out", "the cat s<|mask|>t on the mat.", "--device", "cpu")
     assert answer["answer"][0]["token_str"] == "a"
+    assert main(["predict", str(tmp_path / "out"), "no mask", "--device", "cpu"]) == 1
+    assert "expected <|mask|> in each, got 'no mask'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -127,3 +129,10 @@ def test_predict_says_what_it_takes(tmp_path, capsys):
     ):
         assert main(["predict", str(tmp_path), *arguments, "--device", "cpu"]) == 1
         assert message in capsys.readouterr().err
+    hf_rnn.GRUForTokenClassification(hf_rnn.GRUConfig(hidden_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
+    assert main(["predict", str(tmp_path), "a text", "", "--device", "cpu"]) == 1
+    assert "expected a text each, got one that is empty" in capsys.readouterr().err
+    config = hf_rnn.GRUConfig(hidden_size=8, num_hidden_layers=1, num_input_features=3)
+    hf_rnn.GRUForTokenClassification(config).save_pretrained(tmp_path)
+    assert main(["predict", str(tmp_path), "a text", "--device", "cpu"]) == 1
+    assert "expected a model of texts, got one that reads input_features" in capsys.readouterr().err

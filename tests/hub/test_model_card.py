@@ -92,8 +92,8 @@ def test_of_other_models(tmp_path):
     classifier.save_pretrained(tmp_path)
     hf_rnn.byte_tokenizer().save_pretrained(tmp_path)
     card = make_card(str(tmp_path), classifier)
-    assert card.data.pipeline_tag == "text-classification"
-    assert "tensor([[" in run(card)
+    assert card.data.pipeline_tag == "text-classification" and "state has the same size" in card.text
+    assert run(card).count("'label': 'LABEL_") == 3
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,11 @@ def test_of_every_head(head, task, said, tmp_path):
         assert card.data.pipeline_tag == task
         assert ("5 values a step as input" if reads else "a vocabulary of 260 tokens") in card.text
         assert ("tensor(" if reads else said) in run(card)
+
+
+def test_of_both_directions():
+    text = make_card("me/tagger", make_head("gru", "ForTokenClassification", bidirectional=True)).text
+    assert "in both directions" in text and "state has the same size" not in text
 
 
 def run(card: ModelCard) -> str:
@@ -192,3 +197,15 @@ def test_a_run_s_card_is_pushed_under_its_name_on_the_hub(tmp_path):
     text = card.read_text()
     assert 'from_pretrained("me/mine"' in text and "\n# mine\n" in text and '"run"' not in text
     assert ModelCard.load(card).data.license == "mit" and "Weights: mit." in text
+    assert "nats per token" in text
+
+
+@pytest.mark.parametrize("head", ["ForTokenClassification", "ForSequenceClassification", "ForMaskedLM"])
+def test_a_pipeline_s_card_is_pushed_under_its_name_on_the_hub(head, tmp_path):
+    folder = tmp_path / "run"
+    model = make_head("gru", head)
+    model.save_pretrained(folder)
+    make_card("run", model).save(folder / "README.md")
+    prepare(folder, "me/mine")
+    text = (folder / "README.md").read_text()
+    assert '", "me/mine"' in text and '"run"' not in text

@@ -7,6 +7,7 @@ import torch
 from conftest import LAYOUTS, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 import hf_rnn
 from hf_rnn.layers import Bidirectional
@@ -138,9 +139,7 @@ def test_no_language_model(stem):
     with pytest.raises(ValueError, match="bidirectional: .*ForCausalLM predicts the next token"):
         getattr(hf_rnn, f"{stem}ForCausalLM")(config)
     with pytest.raises(ValueError, match="bidirectional: .*ForCausalLM"):
-        hf_rnn.AutoModelForCausalLM.from_config(config) if hasattr(hf_rnn, "AutoModelForCausalLM") else getattr(
-            hf_rnn, f"{stem}ForCausalLM"
-        )(config)
+        AutoModelForCausalLM.from_config(config)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,8 @@ def test_other_dtypes(features):
     model = make().bfloat16()
     assert output(model, features).dtype == torch.bfloat16  # features come as they come
     assert torch.equal(output(model, features.double()), output(model, features))
+    with pytest.raises(ValueError, match="input_features: expected finite values .* got -?inf"):
+        output(model.half(), features * 1e5)  # of what float16 can hold
 
 
 def test_torch_lstm_on_features(features):

@@ -127,6 +127,7 @@ def test_wrong_labels(ids, arguments, error, message):
         make_head("gru", "ForCTC")(ids, **arguments)
 
 
-def test_a_blank_is_needed():
+@pytest.mark.parametrize("blank", [None, 61, -1])
+def test_a_blank_is_needed(blank):
     with pytest.raises(ValueError, match="pad_token_id: expected the blank of CTC"):
-        make_head("gru", "ForCTC", pad_token_id=None)
+        make_head("gru", "ForCTC", pad_token_id=blank)

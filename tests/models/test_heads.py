@@ -121,6 +121,31 @@ def test_losses(ids):
         model(ids, start_positions=start)
 
 
+def test_answers_among_padding(ids):
+    """The loss is what the rows' real tokens alone give; positions of no real token are ignored, as -100 is."""
+    model, mask = make_head("gru", "ForQuestionAnswering", bidirectional=True), torch.ones_like(ids)
+    mask[0, -5:], mask[1, :4], mask[2] = 0, 0, 0
+    start, end = torch.tensor([3, 5, 0]), torch.tensor([4, 9, 0])
+    model.train()
+    loss = model(ids, attention_mask=mask, start_positions=start, end_positions=end).loss
+    alone = [
+        model(ids[:1, :-5], start_positions=start[:1], end_positions=end[:1]).loss,
+        model(ids[1:2, 4:], start_positions=start[1:2] - 4, end_positions=end[1:2] - 4).loss,
+    ]
+    torch.testing.assert_close(loss, sum(alone) / 2)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    for ignored in (-100, -1, 2, 17):  # 2 is padding in the second row
+        found = model(
+            ids[:2], attention_mask=mask[:2], start_positions=torch.tensor([3, ignored]), end_positions=end[:2]
+        )
+        both = model(ids[:2], attention_mask=mask[:2], start_positions=torch.tensor([3, 50]), end_positions=end[:2])
+        assert torch.equal(found.loss, both.loss)
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected one sequence a row"):
+        offsets = torch.tensor([0, 5, 17])
+        model(ids[:1], cu_seq_lens_q=offsets, start_positions=start[:1], end_positions=end[:1])
+
+
 @pytest.mark.parametrize("pooling", [None, "last", "mean", "ends"])
 def test_pooling(pooling, ids):
     """Against rows alone, without their padding: on either side, in between."""
@@ -136,6 +161,14 @@ def test_pooling(pooling, ids):
     assert torch.equal(model(padded).logits, model(padded, attention_mask=mask).logits), "pad_token_id is padding"
     with pytest.raises(ValueError, match="attention_mask: expected a real token in every row"):
         model(ids, attention_mask=mask * 0)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "ends"])
+def test_pooling_of_whole_sequences_takes_no_state(pooling, ids):
+    model = make_head("minlstm", "ForSequenceClassification", classifier_pooling=pooling)
+    state = model(ids[:, :9], use_cache=True).cache
+    with pytest.raises(ValueError, match=f"cache: classifier_pooling '{pooling}' is of a whole sequence"):
+        model(ids[:, 9:], cache=state)
 
 
 def test_mean_pooling():
@@ -190,6 +223,27 @@ def test_regression_and_several_labels(ids, dtype):
             TypeError,
             "labels: expected floating numbers, config.problem_type is 'multi_label_classification'",
         ),
+        (
+            "ForSequenceClassification",
+            {},
+            dict(labels=torch.zeros(3, 5).index_fill(0, torch.tensor(1), -100)),
+            ValueError,
+            "labels: expected zeros and ones, .*multi_label_classification'; got -100",
+        ),
+        (
+            "ForSequenceClassification",
+            dict(num_labels=1, problem_type="multi_label_classification"),
+            dict(labels=torch.zeros(3)),
+            ValueError,
+            r"labels: expected shape \(3, 1\)",
+        ),
+        (
+            "ForSequenceClassification",
+            dict(num_labels=1),
+            dict(labels=torch.tensor([0.5, float("nan"), 1])),
+            ValueError,
+            "labels: expected finite numbers, config.problem_type is 'regression'; got nan",
+        ),
         ("ForSequenceClassification", dict(num_labels=1), dict(labels=torch.zeros(3, 3)), ValueError, "labels: .*regr"),
         ("ForSequenceClassification", dict(num_labels=1), dict(labels=torch.zeros(1)), ValueError, "labels: .*regr"),
         (
@@ -219,7 +273,7 @@ def test_unknown_arguments_and_packing_where_it_means_nothing(head, ids):
     with pytest.raises(TypeError, match="^atention_mask: no argument of forward"):
         model(ids, atention_mask=ids)
     if head == "ForSequenceClassification":
-        with pytest.raises(ValueError, match="position_ids: a classifier takes one sequence a row"):
+        with pytest.raises(ValueError, match="position_ids: expected one sequence a row"):
             model(ids, position_ids=torch.arange(17)[None])
     else:
         model(ids, token_type_ids=ids, output_attentions=False)
@@ -232,6 +286,11 @@ def test_configs_that_cannot_be():
         (dict(patch_size=4), "patch_size: tokens make no patches"),
         (dict(num_input_features=4, patch_size=0), "patch_size: expected at least 1"),
         (dict(num_input_features=0), "num_input_features: expected 1 to"),
+        (dict(problem_type="multi_label"), "problem_type: expected one of .*, or None, got 'multi_label'"),
+        (
+            dict(residual=False, conv_kernel=0, embedding_size=7, tie_word_embeddings=True),
+            "tie_word_embeddings: expected False where embeddings are 7 wide",
+        ),
     ]:
         with pytest.raises(Exception, match=message):
             hf_rnn.GRUConfig(**settings)

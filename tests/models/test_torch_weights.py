@@ -258,6 +258,11 @@ def test_flashrnn_both_ways(network):
             ValueError,
             "embedding: expected 4 wide, got 8",
         ),
+        (
+            lambda: hf_rnn.LSTMModel.from_torch(nn.LSTM(4, 8), nn.Embedding(9, 4), num_input_features=3),
+            ValueError,
+            "embedding: expected none with num_input_features",
+        ),
         (lambda: hf_rnn.LSTMModel(hf_rnn.LSTMConfig(hidden_size=8)).to_torch(), ValueError, "residual=False"),
         (
             lambda: hf_rnn.LSTMConfig(hidden_size=8, num_heads=3, expansion_factor=1),

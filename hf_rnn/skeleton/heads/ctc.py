@@ -21,8 +21,11 @@ class RecurrentForCTC(RecurrentTokenHead):
     """
 
     def __init__(self, config: RecurrentConfig):
-        if config.pad_token_id is None:
-            raise ValueError("pad_token_id: expected the blank of CTC, a token id, got None")
+        if config.pad_token_id is None or not 0 <= config.pad_token_id < config.vocab_size:
+            raise ValueError(
+                f"pad_token_id: expected the blank of CTC, a token id in [0, {config.vocab_size}), got "
+                f"{config.pad_token_id}"
+            )
         super().__init__(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()

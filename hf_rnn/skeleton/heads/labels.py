@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_rnn.skeleton.inputs import check_ids
+from hf_rnn_kernels.checks import values_known
 
 
 def check_token_labels(labels: Tensor, logits: Tensor, setting: str) -> None:
@@ -33,11 +34,23 @@ def check_sequence_labels(labels: Tensor, logits: Tensor, config: Any) -> None:
         shapes = [(batch,), (batch, 1)]
     elif whole:
         raise TypeError(f"labels: expected floating numbers, config.problem_type is {kind!r}; got {labels.dtype}")
-    elif classes == 1:
+    elif kind == "regression" and classes == 1:
         shapes = [(batch,), (batch, 1)]
     if tuple(labels.shape) not in shapes:
         raise ValueError(
             f"labels: expected shape {shapes[0]}, config.problem_type is {kind!r}; got {tuple(labels.shape)}"
+        )
+    if labels.is_floating_point():
+        _check_numbers(labels, kind)
+
+
+def _check_numbers(labels: Tensor, kind: str) -> None:
+    """Raise ValueError for labels that are no numbers, or no shares; on a CPU, as ids are checked."""
+    right = labels.isfinite() if kind == "regression" else (labels >= 0) & (labels <= 1)
+    if labels.device.type == "cpu" and values_known(right) and not bool(right.all()):
+        expected = "finite numbers" if kind == "regression" else "zeros and ones, or numbers between"
+        raise ValueError(
+            f"labels: expected {expected}, config.problem_type is {kind!r}; got {labels[~right][0].item():g}"
         )
 
 

@@ -7,6 +7,7 @@ from transformers.utils import can_return_tuple
 
 from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
 from hf_rnn.skeleton.heads.labels import check_positions
+from hf_rnn.skeleton.heads.sequences import real_tokens, refuse_packing
 from hf_rnn.skeleton.modeling_recurrent import RecurrentModel
 from hf_rnn.skeleton.pretrained import RecurrentPreTrainedModel
 
@@ -43,7 +44,8 @@ class RecurrentForQuestionAnswering(RecurrentPreTrainedModel):
         """Logits of the first and of the last token of the answer, and the loss where it is known.
 
         Args:
-            start_positions, end_positions: (B,) or (B, 1), places in the T tokens; others are ignored in the loss.
+            start_positions, end_positions: (B,) or (B, 1), places of real tokens among the T; others, such as -100, are
+                ignored in the loss.
             kwargs: what `RecurrentModel.forward` takes.
             others: see `RecurrentModel.forward`.
 
@@ -51,7 +53,7 @@ class RecurrentForQuestionAnswering(RecurrentPreTrainedModel):
             `loss`, `start_logits` and `end_logits` (B, T), `hidden_states` if asked for.
 
         Raises:
-            ValueError: one of the positions without the other.
+            ValueError: one of the positions without the other, or with packed sequences, which have an answer each.
             TypeError, ValueError: positions of another type or shape; see `RecurrentModel.forward`.
         """
         outputs = self.model(
@@ -68,11 +70,22 @@ class RecurrentForQuestionAnswering(RecurrentPreTrainedModel):
         if (start_positions is None) != (end_positions is None):
             raise ValueError("start_positions, end_positions: expected both or none, got one")
         if start_positions is not None and end_positions is not None:
+            refuse_packing(kwargs | {"position_ids": position_ids})
             for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
                 check_positions(name, positions, start_logits.shape[0])
-            loss = self.loss_function(
-                start_logits.float(), end_logits.float(), start_positions.long(), end_positions.long()
-            )
+            real = real_tokens(outputs.last_hidden_state, attention_mask, input_features, self.config)
+            least = torch.finfo(torch.float32).min  # -inf would be NaN in a row of padding only
+            logits = [x.float().masked_fill(~real, least) for x in (start_logits, end_logits)]
+            loss = self.loss_function(*logits, *(_places(x, real) for x in (start_positions, end_positions)))
         return QuestionAnsweringModelOutput(
             loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=outputs.hidden_states
         )
+
+
+def _places(positions: Tensor, real: Tensor) -> Tensor:
+    """Positions (B,) or (B, 1) as (B,); those of no `real` token (B, T) as T, which transformers' loss ignores."""
+    time = real.shape[1]
+    places = positions.long().view(-1, 1)
+    known = (places >= 0) & (places < time)
+    known = known & real.gather(1, places.clamp(0, time - 1))
+    return torch.where(known, places, time).squeeze(1)

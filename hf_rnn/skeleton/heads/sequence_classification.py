@@ -54,10 +54,17 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
         "single_label_classification" classes (B,), "multi_label_classification" floating (B, num_labels).
 
         Raises:
-            ValueError: a row of padding only, or packed sequences (a classifier takes one sequence a row).
+            ValueError: a row of padding only, or packed sequences (a classifier takes one sequence a row); a state to
+                go on from where the pooling is of more than the last token.
             TypeError, ValueError, IndexError: labels of another type, shape or value; see `RecurrentModel.forward`.
         """
         refuse_packing(kwargs)
+        state = state_of(cache, past_key_values)
+        if state is not None and state.get_seq_length() and self.pooling != "last":
+            raise ValueError(
+                f"cache: classifier_pooling {self.pooling!r} is of a whole sequence, of which a state holds no tokens; "
+                "expected none, or 'last'"
+            )
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = input_ids != self.config.pad_token_id
         outputs = self.model(
@@ -65,7 +72,7 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            cache=state_of(cache, past_key_values),
+            cache=state,
             input_features=input_features,
             observed_mask=observed_mask,
             return_dict=True,

@@ -43,7 +43,7 @@ def refuse_packing(inputs: dict[str, Any]) -> None:
     """Raise ValueError for packed sequences, by name."""
     packing = [name for name in ("cu_seq_lens_q", "seq_idx", "position_ids") if inputs.get(name) is not None]
     if packing:
-        raise ValueError(f"{packing[0]}: a classifier takes one sequence a row; pad instead of packing")
+        raise ValueError(f"{packing[0]}: expected one sequence a row; pad instead of packing")
 
 
 def pool(x: Tensor, real: Tensor, pooling: str) -> Tensor:

@@ -25,11 +25,9 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 inputs = tokenizer("The ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))""",
-    "text-classification": """from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    "text-classification": """from transformers import pipeline
 
-model = AutoModelForSequenceClassification.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-print(model(**tokenizer("The text", return_tensors="pt")).logits.softmax(-1))""",
+print(pipeline("text-classification", "{name}", top_k=None)("The text"))""",
     "token-classification": """from transformers import pipeline
 
 print(pipeline("token-classification", "{name}", aggregation_strategy="simple")("The text"))""",
@@ -227,6 +225,7 @@ def make_card(
         installed_versions(),
         limits(training),
         f"{CODE_LICENCE} Weights: {licence or NO_LICENCE}.",
+        bool(getattr(model.config, "bidirectional", False)),
     )
 
 
@@ -243,6 +242,7 @@ def render(
     versions: dict[str, str],
     limits: str,
     licence: str,
+    bidirectional: bool = False,
 ) -> ModelCard:
     """Fill in the template: metadata, then the sections in the order of the arguments, then what is to be cited."""
     return ModelCard.from_template(
@@ -259,6 +259,7 @@ def render(
         versions=versions,
         limits=limits,
         licence=licence,
+        bidirectional=bidirectional,
         citations=citations([*architecture.papers, *training.papers]),
     )
 

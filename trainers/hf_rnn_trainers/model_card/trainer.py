@@ -71,12 +71,13 @@ class ModelCardMixin(Trainer):
             return
         folder = Path(str(self.args.output_dir))
         metrics = final_metrics(self.state.log_history)
+        measured = Evaluation("Evaluation", self._evaluated_on(task(model)), ["measured", "value"], metrics.items())
         hub_dataset = dataset_tags[0] if isinstance(dataset_tags, list) else dataset_tags
         card = make_card(
             self.hub_model_id or model_name or folder.name,
             model,
             self._training(dataset, hub_dataset),
-            [Evaluation("Evaluation", self._evaluated_on(), ["measured", "value"], metrics.items())] if metrics else [],
+            [measured] if metrics else [],
             license,
             language,
             [tags] if isinstance(tags, str) else tags or [],
@@ -102,8 +103,9 @@ class ModelCardMixin(Trainer):
         except TypeError:  # a stream, or none
             return "data that was not named"
 
-    def _evaluated_on(self) -> str:
-        return f"After {self.state.global_step:,} steps; `eval_` is on held-out data, losses are nats per token."
+    def _evaluated_on(self, what: str) -> str:
+        unit = ", losses are nats per token" if what in ("text-generation", "fill-mask") else ""
+        return f"After {self.state.global_step:,} steps; `eval_` is on held-out data{unit}."
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
