@@ -69,6 +69,12 @@ def test_packed_sequences(architecture, both_ways, head, ids):
         torch.testing.assert_close(scores(model(ids[:1], **packed)), alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForTokenClassification"])
+def test_labels_may_be_a_part_of_a_tensor(head, ids):
+    model, labels = make_head("gru", head), torch.stack([ids % 5, ids], 1)
+    assert torch.equal(model(ids, labels=labels[:, 0]).loss, model(ids, labels=labels[:, 0].contiguous()).loss)
+
+
 @pytest.mark.parametrize("head", PER_TOKEN)
 def test_state_carried_on(head, ids):
     """Labels of a stream, as it comes."""

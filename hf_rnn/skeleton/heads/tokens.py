@@ -95,7 +95,7 @@ class RecurrentForTokenClassification(RecurrentTokenHead):
 
     def loss_of(self, logits: Tensor, labels: Tensor, inputs: dict[str, Any], **kwargs: Any) -> Tensor:
         check_token_labels(labels, logits, "num_labels")
-        return self.loss_function(logits=logits, labels=labels.long(), config=self.config, **kwargs)
+        return self.loss_function(logits=logits, labels=labels.long().contiguous(), config=self.config, **kwargs)
 
 
 class RecurrentForMaskedLM(RecurrentTokenHead):
