@@ -126,4 +126,4 @@ class RecurrentForMaskedLM(RecurrentTokenHead):
     def loss_of(self, logits: Tensor, labels: Tensor, inputs: dict[str, Any], **kwargs: Any) -> Tensor:
         check_token_labels(labels, logits, "vocab_size")
         vocab_size = self.config.vocab_size
-        return self.loss_function(logits=logits, labels=labels.long(), vocab_size=vocab_size, **kwargs)
+        return self.loss_function(logits=logits, labels=labels.long().contiguous(), vocab_size=vocab_size, **kwargs)
