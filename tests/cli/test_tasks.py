@@ -83,6 +83,8 @@ def test_labels_of_words(tmp_path, capsys):
         ("ANIMAL", "cow"),
         ("THING", "rug"),
     ]
+    assert main(["predict", str(tmp_path / "out"), "  cow   rug  ", "--output", str(output)]) == 0
+    assert all(x["word"].strip() for x in json.loads(output.read_text())["answer"])
 
 
 def test_masked_bytes(tmp_path, capsys):

@@ -351,7 +351,7 @@ LORA = {
 @every_head
 def test_lora(head, ids, tmp_path):
     """Without target modules, a new head trained whole beside the adapter and saved with it."""
-    model = make_head("gru", head, num_hidden_layers=1)
+    model = make_head("gru", head, num_hidden_layers=1, bidirectional=True)
     base, before = copy.deepcopy(model), scores(model(ids))
     adapted = get_peft_model(model, LoraConfig(r=2, **LORA[head]))
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
@@ -368,10 +368,11 @@ def test_lora(head, ids, tmp_path):
     "head",
     [head if head == "ForTokenClassification" else pytest.param(head, marks=pytest.mark.slow) for head in OTHERS],
 )
-def test_compiled_and_exported(head, ids):
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_compiled_and_exported(both_ways, head, ids):
     """One graph, padding and loss included (but CTC's, which torch does not trace); a program for any length."""
     torch._dynamo.reset()
-    model = make_head("mingru", head, num_hidden_layers=1, use_cache=False)
+    model = make_head("mingru", head, num_hidden_layers=1, use_cache=False, bidirectional=both_ways)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
