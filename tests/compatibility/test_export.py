@@ -77,7 +77,7 @@ MORE = [
     ("gru", "ForQuestionAnswering", dict(num_heads=2, bidirectional=True)),
     ("mingru", "ForCausalLM", dict(num_hidden_layers=2)),
     ("mingru", "ForMaskedLM", dict(bidirectional=True)),
-    ("mingru", "ForCTC", dict(num_input_features=3)),
+    ("mingru", "ForCTC", dict(num_input_features=3, pad_token_id=0)),
     ("mingru", "ForTokenClassification", dict(num_input_features=3, patch_size=2, use_cache=False)),
     ("minlstm", "ForCausalLM", dict(normalize_gates=False, block_layout="paper")),
     ("xlstm", "ForCausalLM", dict(num_heads=2, num_hidden_layers=2, block_layout="neurips", slstm_at=[1])),
