@@ -67,7 +67,7 @@ def test_both_ends_are_seen(model, ids):
         assert ((model(other).last_hidden_state - y).abs().amax((0, 2)) > 0).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.sampled_from(NAMES),
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 7), st.integers(0, 3)), min_size=1, max_size=4),
@@ -123,6 +123,7 @@ def test_saved_copied_and_half(model, ids, tmp_path):
 
 
 def test_compiles_and_checkpoints(model, ids):
+    ids = ids[:, :4]  # the memory RNN's loop over time is unrolled
     expected = model(ids).last_hidden_state
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert relative_error(compiled(ids).last_hidden_state, expected) <= TOLERANCE

@@ -150,13 +150,6 @@ def scan(
     return chosen.scan(cell, x, weight, bias, states, mask, cu_seqlens, training, perturbation, reverse)
 
 
-torch.library.define(
-    "hf_rnn::recurrent_layer",
-    "(str cell, Tensor x, Tensor input_weight, Tensor? input_bias, Tensor weight, Tensor? bias, Tensor[] states, "
-    "Tensor? mask, bool training, bool reverse) -> (Tensor, Tensor)",
-)
-
-
 def layer(
     cell: str,
     x: Tensor,
@@ -176,4 +169,12 @@ def layer(
     return h, last
 
 
-torch.library.impl("hf_rnn::recurrent_layer", "CompositeImplicitAutograd", layer)
+try:
+    _ = torch.ops.hf_rnn.recurrent_layer  # of another copy of this package in the process
+except AttributeError:
+    torch.library.define(
+        "hf_rnn::recurrent_layer",
+        "(str cell, Tensor x, Tensor input_weight, Tensor? input_bias, Tensor weight, Tensor? bias, Tensor[] states, "
+        "Tensor? mask, bool training, bool reverse) -> (Tensor, Tensor)",
+    )
+    torch.library.impl("hf_rnn::recurrent_layer", "CompositeImplicitAutograd", layer)
