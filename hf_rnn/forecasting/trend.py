@@ -5,6 +5,7 @@ The numbers are TiRex-2's (arXiv 2607.01204; `tirex-2` 0.4.0).
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 TREND = 0.87  # of the variance, from where on a line through the series is a trend
 FEWEST = 4  # values that can have one
@@ -36,9 +37,10 @@ def has_trend(x: Tensor) -> Tensor:
     return (explained >= TREND) & varies & (there.sum(1) >= FEWEST)
 
 
-def differences(x: Tensor) -> Tensor:
-    """Each value less the one before it, the first one 0: (R, T) to (R, T), NaN where either is missing."""
-    return torch.cat([torch.zeros_like(x[:, :1]), x.diff(dim=1)], 1)
+def differences(x: Tensor, starts: Tensor) -> Tensor:
+    """Each value less the one before it, 0 at the step (R,) where a row starts: (R, T), NaN where either is missing."""
+    steps = torch.arange(x.shape[1], device=x.device)
+    return F.pad(x.diff(dim=1), (1, 0), value=torch.nan).masked_fill(steps == starts[:, None], 0.0)
 
 
 def last_values(x: Tensor) -> Tensor:

@@ -9,9 +9,11 @@ from transformers.activations import ACT2FN
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from hf_rnn.forecasting.output import ForecastOutput
+from hf_rnn.forecasting.prediction import PredictionMixin, check_horizon
 from hf_rnn.forecasting.quantiles import pinball_loss
 from hf_rnn.forecasting.scaling import Scaling, standardize
 from hf_rnn.layers import GatedFeedForward, RMSNorm
@@ -37,23 +39,6 @@ class TiRex2Output(BaseModelOutput):
     """
 
     scaling: Scaling | None = None
-
-
-@dataclass
-class TiRex2PredictionOutput(ModelOutput):
-    """A forecast, under the names of transformers' models of time series.
-
-    Attributes:
-        loss: where the values to come were given.
-        mean_predictions: (R, horizon), the median, or the quantile in the middle.
-        full_predictions: (R, horizon, Q), all quantiles.
-        hidden_states: as asked for.
-    """
-
-    loss: Tensor | None = None
-    mean_predictions: Tensor | None = None
-    full_predictions: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class ResidualMLP(nn.Module):
@@ -183,7 +168,7 @@ class TiRex2Model(TiRex2PreTrainedModel):
         return torch.cat([z.masked_fill(missing, 0.0).to(dtype), (~missing).to(dtype)], -1)
 
 
-class TiRex2ForPrediction(TiRex2PreTrainedModel):
+class TiRex2ForPrediction(PredictionMixin, TiRex2PreTrainedModel):
     """Quantiles of the values to come."""
 
     def __init__(self, config: TiRex2Config):
@@ -205,7 +190,7 @@ class TiRex2ForPrediction(TiRex2PreTrainedModel):
         horizon: int | None = None,
         pad_context: bool = True,
         **kwargs,
-    ) -> TiRex2PredictionOutput:
+    ) -> ForecastOutput:
         """The model's own forecast of each row, a series or a variate of one; `predict` makes it better.
 
         Args:
@@ -229,7 +214,10 @@ class TiRex2ForPrediction(TiRex2PreTrainedModel):
             TypeError, ValueError: an argument of another type, shape or value, named in the message.
         """
         rows = check_values("past_values", past_values)
-        horizon = self._horizon(horizon, future_values, future_covariates)
+        if horizon is None:
+            futures = (x.shape[-1] for x in (future_values, future_covariates) if x is not None)
+            horizon = next(futures, self.config.prediction_length)
+        check_horizon(horizon, self.config.prediction_length)
         for name, x in (("future_values", future_values), ("future_covariates", future_covariates)):
             if x is not None and (x.shape != (rows, horizon) or not x.is_floating_point()):
                 raise ValueError(
@@ -247,23 +235,12 @@ class TiRex2ForPrediction(TiRex2PreTrainedModel):
             there = target_mask[:, None] & ~future_values.isnan()
             loss = pinball_loss(z, outputs.scaling.apply(future_values), self.config.quantiles, there)
         predictions = outputs.scaling.undo(z)
-        return TiRex2PredictionOutput(
+        return ForecastOutput(
             loss=loss,
             mean_predictions=predictions[..., predictions.shape[2] // 2],
             full_predictions=predictions,
             hidden_states=outputs.hidden_states,
         )  # type: ignore[arg-type]
-
-    def _horizon(self, horizon: int | None, *futures: Tensor | None) -> int:
-        longest = self.config.prediction_length
-        if horizon is None:
-            horizon = next((x.shape[-1] for x in futures if x is not None), longest)
-        if not 1 <= horizon <= longest:
-            raise ValueError(
-                f"horizon: expected 1 to {longest} steps, which this model was made for (config.prediction_length), "
-                f"got {horizon}; forecast a coarser series, or train a model with a longer prediction_length"
-            )
-        return horizon
 
     def _window(
         self, past: Tensor, future: Tensor | None, targets: Tensor, horizon: int, pad_context: bool
