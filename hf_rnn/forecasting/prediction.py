@@ -58,8 +58,8 @@ class PredictionMixin:
             with V, or without B, as these have it.
 
         Raises:
-            TypeError, ValueError: an argument of another type, shape or value, named in the message: infinity, covariates
-                of other lengths, a horizon or quantiles that the model was not made for.
+            TypeError, ValueError: an argument of another type, shape or value, named in the message: infinity,
+                covariates of other lengths, a horizon or quantiles that the model was not made for.
         """
         config = self.config
         horizon = check_horizon(horizon, config.prediction_length)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -79,13 +79,13 @@ def read_series(series: Any, past: Any, future: Any, horizon: int) -> list[Serie
 
 
 def _dims(x: Any) -> int:
-    return x.ndim if isinstance(x, Tensor | np.ndarray) else 0
+    return x.ndim if isinstance(x, Tensor | ndarray) else 0
 
 
 def _split(name: str, x: Any, one: bool) -> list[Any]:
     if isinstance(x, list | tuple):
         return list(x)
-    if not isinstance(x, Tensor | np.ndarray):
+    if not isinstance(x, Tensor | ndarray):
         raise TypeError(f"{name}: expected a tensor, a numpy array or a list of these, got a {type(x).__name__}")
     if not 1 <= x.ndim <= 3:
         raise ValueError(f"{name}: expected (T,), (B, T) or (B, V, T), got {tuple(x.shape)}")
@@ -94,7 +94,7 @@ def _split(name: str, x: Any, one: bool) -> list[Any]:
 
 def _variates(name: str, x: Any) -> Tensor:
     """(T,) or (V, T) to floating (V, T)."""
-    if not isinstance(x, Tensor | np.ndarray):
+    if not isinstance(x, Tensor | ndarray):
         raise TypeError(f"{name}: expected a tensor or a numpy array, got a {type(x).__name__}")
     x = torch.as_tensor(x)
     if x.is_complex():
@@ -138,4 +138,4 @@ def like(series: Any, found: Sequence[Series], predictions: Tensor) -> Any:
 
 
 def _kind(x: Tensor, like: Any) -> Any:
-    return x.cpu().numpy() if isinstance(like, np.ndarray) else x.to(like.device)
+    return x.cpu().numpy() if isinstance(like, ndarray) else x.to(like.device)
