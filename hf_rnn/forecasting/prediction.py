@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_rnn.forecasting.frames import forecast_frame, is_frame
 from hf_rnn.forecasting.output import ForecastOutput
 from hf_rnn.forecasting.quantiles import at_quantiles, check_quantiles, is_symmetric
 from hf_rnn.forecasting.series import Rows, like, read_series, side_by_side
@@ -33,13 +34,14 @@ class PredictionMixin:
         sign_flip: bool | None = None,
         pad_context: bool = True,
         batch_size: int = 256,
-    ) -> ForecastOutput:
+    ) -> Any:
         """Forecast series, each by what is known of it alone.
 
         Args:
             series: tensor or numpy array: (T,) one series; (B, T) series of one variate each; (B, V, T) of V variates,
                 which are forecast together; or a list of (T,) and (V, T), of any lengths. NaN where a value is missing.
-                A series of no values at all is forecast, too: around 0.
+                A series of no values at all is forecast, too: around 0. Or a frame: see
+                `hf_rnn.forecasting.frames.forecast_frame`, also for covariates.
             horizon: steps to forecast, up to `config.prediction_length`.
             past_covariates: in the same way, (T,) or (C, T) for each series; what is known until now. None, also for
                 one of a list, where there are none.
@@ -55,13 +57,21 @@ class PredictionMixin:
         Returns:
             `mean_predictions`, the medians, (B, horizon) for series (B, T), and `full_predictions` (B, horizon, Q): as
             the series came, tensors on their device, numpy arrays or lists, in float64 for float64 and else float32;
-            with V, or without B, as these have it.
+            with V, or without B, as these have it. Of a frame, a frame.
 
         Raises:
             TypeError, ValueError: an argument of another type, shape or value, named in the message: infinity,
                 covariates of other lengths, a horizon or quantiles that the model was not made for.
         """
         config = self.config
+        if is_frame(series):
+            wanted = list(config.quantiles if quantiles is None else quantiles)
+            options: dict[str, Any] = dict(differencing=differencing, sign_flip=sign_flip, pad_context=pad_context)
+
+            def of_arrays(x, past, future):
+                return self.predict(x, horizon, past, future, quantiles, batch_size=batch_size, **options)
+
+            return forecast_frame(of_arrays, series, horizon, past_covariates, future_covariates, wanted)
         horizon = check_horizon(horizon, config.prediction_length)
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")

@@ -96,7 +96,7 @@ def _variates(name: str, x: Any) -> Tensor:
     """(T,) or (V, T) to floating (V, T)."""
     if not isinstance(x, Tensor | ndarray):
         raise TypeError(f"{name}: expected a tensor or a numpy array, got a {type(x).__name__}")
-    x = torch.as_tensor(x)
+    x = torch.as_tensor(x.copy() if isinstance(x, ndarray) else x)  # of those that are read backwards or only
     if x.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {x.dtype}")
     x = x if x.dtype == torch.float64 else x.float()
