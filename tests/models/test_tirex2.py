@@ -335,6 +335,19 @@ def test_bfloat16(model):
     assert relative_error(low.predict(x, 9).full_predictions, model.predict(x, 9).full_predictions) < 0.3
 
 
+def test_fewer_bits(tmp_path):
+    """Compressed, or with weights of 8 bits: nearly the same."""
+    model, x = make().float(), walk(2, 20).float()
+    expected = model.predict(x, 9, differencing=False).full_predictions
+    model.save_pretrained(tmp_path / "plain")
+    config = hf_rnn.WeightOnlyConfig(bits=8)
+    packed = hf_rnn.TiRex2ForPrediction.from_pretrained(tmp_path / "plain", quantization_config=config)
+    hf_rnn.save_compressed(model, tmp_path / "coded", step=2.0**-10)
+    coded = hf_rnn.TiRex2ForPrediction.from_pretrained(tmp_path / "coded")
+    for other in (packed, coded):
+        assert 0 < relative_error(other.predict(x, 9, differencing=False).full_predictions, expected) < 0.3
+
+
 def test_hidden_states(model):
     outputs = model.model(walk(2, 20), output_hidden_states=True)
     assert len(outputs.hidden_states) == 4 and outputs.hidden_states[0].shape == (2, 5, 16)

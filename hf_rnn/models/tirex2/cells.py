@@ -10,6 +10,7 @@ from hf_rnn.models.xlstm.mlstm import FORGET_BIASES, MLSTM
 from hf_rnn.models.xlstm.slstm import initial_gates
 from hf_rnn_kernels import slstm_scan
 from hf_rnn_kernels.layout import SequenceLayout
+from hf_rnn_kernels.packed_linear import plain
 
 
 class PatchMLSTM(MLSTM):
@@ -46,5 +47,6 @@ class PatchSLSTM(Mixer):
         self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         h, c, n, m = state or (None,) * 4
-        y, last = slstm_scan(self.ifzo_proj(x), self.recurrent_weight, self.recurrent_bias, h, c, n, m, layout)
+        gates = self.ifzo_proj(x)
+        y, last = slstm_scan(gates, plain(self.recurrent_weight), self.recurrent_bias, h, c, n, m, layout)
         return self.norm(y.unflatten(-1, (self.num_heads, -1))), last

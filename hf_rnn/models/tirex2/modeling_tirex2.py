@@ -155,7 +155,7 @@ class TiRex2Model(TiRex2PreTrainedModel):
         )
         x = self.patch_embedding(self._patches(scaling.apply(past_values)))
         groups = None if group_ids is None else Groups.of(group_ids, target_mask)
-        known = None if known_mask is None or not bool(known_mask.any()) else known_mask.nonzero()[:, 0]
+        known = None if known_mask is None else known_mask.nonzero()[:, 0]
         for layer in self.layers:
             x = layer(x, known, groups)
         return TiRex2Output(last_hidden_state=self.norm(x), scaling=scaling)  # type: ignore[arg-type]
@@ -244,23 +244,22 @@ class TiRex2ForPrediction(PredictionMixin, TiRex2PreTrainedModel):
 
     def _window(
         self, past: Tensor, future: Tensor | None, targets: Tensor, horizon: int, pad_context: bool
-    ) -> tuple[Tensor, Tensor, int]:
-        """What the model reads (R, T), which rows are known over the horizon (R,), and the patch whose output is the
-        horizon's first."""
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """What the model reads (R, T), which rows are known over the horizon (R,), or None where none is, and the patch
+        whose output is the horizon's first."""
         length, size = self.config.context_length, self.config.patch_size
         past = past[:, -length:]
         if pad_context:
             past = F.pad(past, (length - past.shape[1], 0), value=torch.nan)
-        if future is None:
-            future = past.new_full((past.shape[0], horizon), torch.nan)
-        future = future.to(past.dtype).masked_fill(targets[:, None], torch.nan)
-        known = ~future.isnan().all(1)
         first = -(-past.shape[1] // size) - 1
-        # Backwards all of the horizon that the model was made for is read. Forwards nothing depends on what follows,
-        # and a patch's output is of the next one.
-        steps = self.config.prediction_length if bool(known.any()) else -(-horizon // size) * size - size
-        future = F.pad(future, (0, max(0, steps - horizon)), value=torch.nan)[:, :steps]
-        return torch.cat([past, future], 1), known, first
+        if future is not None:
+            future = future.to(past.dtype).masked_fill(targets[:, None], torch.nan)
+            known = ~future.isnan().all(1)
+            if bool(known.any()):  # backwards all of the horizon is read that the model was made for
+                future = F.pad(future, (0, self.config.prediction_length - horizon), value=torch.nan)
+                return torch.cat([past, future], 1), known, first
+        # Forwards nothing depends on what follows, and a patch's output is of the next one
+        return F.pad(past, (0, -(-horizon // size) * size - size), value=torch.nan), None, first
 
 
 def check_values(name: str, x: Tensor) -> int:
