@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy
 
-ID, TIME, VALUE, FORECAST = "unique_id", "ds", "y", "prediction"
+ID = "unique_id"
+TIME = "ds"
+VALUE = "y"
+FORECAST = "prediction"
 
 
 class LongFrame(NamedTuple):

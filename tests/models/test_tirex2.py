@@ -4,6 +4,8 @@ That it is the `tirex-2` package's model is tested beside that, in tests/forecas
 """
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from hf_rnn.forecasting.quantiles import at_quantiles, pinball_loss
 from hf_rnn.forecasting.scaling import standardize
 from hf_rnn.forecasting.trend import differences, has_trend, last_values, levels
 from hf_rnn.models.tirex2.tirex_config import from_tirex_config, to_tirex_config
+from hf_rnn.remote_code.bundle import write_bundle
 
 NAN = float("nan")
 P, CONTEXT, LONGEST = 4, 24, 12
@@ -377,11 +380,12 @@ def test_files(tmp_path):
 
 
 def test_one_file(tmp_path):
-    """What trust_remote_code=True runs where the package is missing."""
-    from hf_rnn.remote_code.bundle import write_bundle
-
+    """What trust_remote_code=True runs where the package is missing; nothing in it is."""
     write_bundle(hf_rnn.TiRex2Config, tmp_path)
     assert "def predict" in (tmp_path / "modeling_hf_rnn.py").read_text()
+    command = ["ruff", "check", "--isolated", "--select", "F", "modeling_hf_rnn.py"]
+    result = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize(
