@@ -22,7 +22,7 @@ SMALL = dict(width=32, blocks=3, heads=2, patch=8, context=64, longest=24, hidde
 PUBLISHED = dict(width=512, blocks=12, heads=4, patch=32, context=2048, longest=320, hidden=2048)
 
 
-def settings(width, blocks, heads, patch, context, longest, hidden):
+def settings(width, blocks, heads, patch, context, longest, hidden, **others):
     """A config.json."""
 
     def template(kind):
@@ -30,7 +30,7 @@ def settings(width, blocks, heads, patch, context, longest, hidden):
         return dict(time_mixer=time, variate_mixer=dict(embedding_dim=width, num_heads=heads), dropout=0.0, eps=1e-6)
 
     sizes = dict(input_patch_size=patch, output_patch_size=patch)
-    return dict(
+    config = dict(
         stack_config=dict(
             templates=dict(m=template("bi-mlstm"), s=template("bi-slstm")),
             recipe=["ms"[number % 2] for number in range(blocks)],
@@ -49,13 +49,14 @@ def settings(width, blocks, heads, patch, context, longest, hidden):
         dropout=0.0,
         stack_out_norm_config=dict(eps=1e-6),
     )
+    return config | others
 
 
 def make(folder, sizes):
     """The package's model, and ours from its files."""
     torch.manual_seed(0)
     config = settings(**sizes)
-    peer = TiRex2(**config, device="cpu").eval()
+    peer = TiRex2(**config | {"device": "cpu"}).eval()
     with torch.no_grad():
         for name, parameter in peer.named_parameters():  # what starts as 0 or 1
             if "norm" in name or "gate_preact" in name:
@@ -124,6 +125,27 @@ def test_forward_and_gradients(size, request, tmp_path):
     for name, parameter in ours.named_parameters():
         assert relative_error(parameter.grad, wanted[name]) <= (1e-4 if size == "pair" else 1e-3), name
     peer.zero_grad(), ours.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        dict(stack_out_norm_config=None),
+        dict(stack_out_norm_config=dict(use_rmsnorm=True)),
+        dict(use_qk_norm=False, act_func="torch.nn.GELU"),
+        dict(scaler_cfg=dict(use_arcsinh=False, binaryaware=False, eps=1e-3)),
+        dict(h_expand=2.5, quantiles=[0.05, 0.5, 0.95], tta_sign_flip=True, tta_diff=False, device="cuda"),
+    ],
+)
+@torch.no_grad()
+def test_other_settings(others, tmp_path):
+    peer, ours = make(tmp_path, SMALL | others)
+    x, future, series, targets = rows(50, 24)
+    expected = raw(peer, x, future, series, targets)
+    found = ours(x, future_covariates=future, group_ids=series, target_mask=targets).full_predictions
+    assert relative_error(found[targets], expected[targets]) <= 1e-5
+    (wanted,), found = peer.predict([TimeseriesType(x[2:3], None, None)], 24), ours.predict(x[2:3], 24)
+    assert relative_error(found.full_predictions, wanted.transpose(1, 2)) <= 1e-5
 
 
 def series(time, horizon, targets=1, past=0, future=0, trend=0.0, seed=0):
