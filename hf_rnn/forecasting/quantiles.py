@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_SAME = 1e-6  # quantiles nearer than that are one, such as those that were float32 once
+
 
 def pinball_loss(predictions: Tensor, values: Tensor, quantiles: Sequence[float], mask: Tensor) -> Tensor:
     """Mean of max(q (y - p), (q - 1) (y - p)) over quantiles q and what is there: the least at the true quantiles
@@ -29,12 +31,12 @@ def at_quantiles(predictions: Tensor, quantiles: Sequence[float], wanted: Sequen
         ValueError: one below the lowest or above the highest, which the forecast says nothing of.
     """
     low, high = quantiles[0], quantiles[-1]
-    if outside := [w for w in wanted if not low <= w <= high]:
+    if outside := [w for w in wanted if not low - _SAME <= w <= high + _SAME]:
         raise ValueError(f"quantiles: expected what this model predicts, {low:g} to {high:g}, got {outside[0]:g}")
-    own, new = (torch.tensor(x, dtype=torch.float64, device=predictions.device) for x in (quantiles, wanted))
-    above = torch.searchsorted(own, new).clamp(1, max(len(quantiles) - 1, 1)) if len(quantiles) > 1 else None
-    if above is None:
+    if len(quantiles) == 1:
         return predictions.expand(*predictions.shape[:-1], len(wanted))
+    own, new = (torch.tensor(x, dtype=torch.float64, device=predictions.device) for x in (quantiles, wanted))
+    above = torch.searchsorted(own, new).clamp(1, len(quantiles) - 1)
     part = ((new - own[above - 1]) / (own[above] - own[above - 1])).to(predictions.dtype)
     return torch.lerp(predictions[..., above - 1], predictions[..., above], part)
 
@@ -48,4 +50,4 @@ def check_quantiles(quantiles: Sequence[float]) -> None:
 
 def is_symmetric(quantiles: Sequence[float]) -> bool:
     """Whether with each q there is 1 - q."""
-    return all(abs(a + b - 1) < 1e-6 for a, b in zip(quantiles, reversed(quantiles), strict=True))
+    return all(abs(a + b - 1) < _SAME for a, b in zip(quantiles, reversed(quantiles), strict=True))
