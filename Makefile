@@ -19,12 +19,15 @@ BENCH = $(VENV)-bench/bin/python
 BENCH_STAMP = $(VENV)-bench/.installed
 WHEELS ?= wheels
 
-.PHONY: demo test test-oldest test-newest test-next test-slow test-weights test-all lint bench bench-quality bench-check gpu \
-	gpu-wheels performance model-cards setup clean
+# And what forecasts
+PEERS = $(VENV)-forecasting-peers
+
+.PHONY: demo test test-oldest test-newest test-next test-slow test-weights test-all test-forecasting-peers lint \
+	bench bench-quality bench-check gpu gpu-wheels performance model-cards setup clean
 
 setup: $(STAMP)
 
-$(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-next:
+$(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-next $(PEERS):
 	$(PYTHON) -c 'import sys; sys.exit("hf-rnn needs Python >= 3.11; set PYTHON=") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $@
 
@@ -61,6 +64,14 @@ test-next: | $(VENV)-next
 	$(VENV)-next/bin/python $(PIP) $(TORCH) -e '.[test]'
 	$(VENV)-next/bin/python $(PIP) --upgrade $(TORCH) transformers accelerate peft huggingface_hub datasets
 	$(call pytest,$(VENV)-next) $(FAST) $(VERSIONED)
+
+$(PEERS)/.installed: pyproject.toml constraints.txt | $(PEERS)
+	$(PEERS)/bin/python $(PIP) -c constraints.txt -e '.[test,forecasting-peers]'
+	touch $@
+
+# Beside other people's forecasters, which `test` does not install
+test-forecasting-peers: $(PEERS)/.installed
+	$(call pytest,$(PEERS)) tests/forecasting_peers
 
 # What `test` has no time for
 test-slow: $(STAMP)

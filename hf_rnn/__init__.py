@@ -18,6 +18,8 @@ ARCHITECTURES = {
     "MinLSTM": "minlstm",
     "XLSTM": "xlstm",
 }
+# And those that forecast alone
+FORECASTERS = {"TiRex2": "tirex2"}
 
 _MODULES = {
     "RecurrentCache": "hf_rnn.skeleton.cache",
@@ -67,6 +69,10 @@ for _stem, _name in ARCHITECTURES.items():
     _MODULES[f"{_stem}Config"] = f"hf_rnn.models.{_name}.configuration_{_name}"
     for _suffix in ("Model", *HEADS):
         _MODULES[f"{_stem}{_suffix}"] = f"hf_rnn.models.{_name}.modeling_{_name}"
+for _stem, _name in FORECASTERS.items():
+    _MODULES[f"{_stem}Config"] = f"hf_rnn.models.{_name}.configuration_{_name}"
+    for _suffix in ("Model", "ForPrediction"):
+        _MODULES[f"{_stem}{_suffix}"] = f"hf_rnn.models.{_name}.modeling_{_name}"
 
 __all__ = ["__version__", *_MODULES]
 
@@ -91,7 +97,7 @@ def _register() -> None:
 
     import hf_rnn.compression.quantizer  # registers the reader of compressed checkpoints
 
-    for stem in ARCHITECTURES:
+    for stem in (*ARCHITECTURES, *FORECASTERS):
         config = __getattr__(f"{stem}Config")
         transformers.AutoConfig.register(config.model_type, config)
         for auto, name in config.auto_classes().items():
@@ -156,6 +162,8 @@ if TYPE_CHECKING:
         MinLSTMForTokenClassification,
         MinLSTMModel,
     )
+    from hf_rnn.models.tirex2.configuration_tirex2 import TiRex2Config
+    from hf_rnn.models.tirex2.modeling_tirex2 import TiRex2ForPrediction, TiRex2Model
     from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
     from hf_rnn.models.xlstm.modeling_xlstm import (
         XLSTMForCausalLM,

@@ -1,15 +1,19 @@
-"""`hf-rnn convert SOURCE TARGET`: a checkpoint of transformers' own `xlstm` (such as NX-AI/xLSTM-7b) or weights of the
-`xlstm` package to one of ours; one of ours to transformers' `xlstm`."""
+"""`hf-rnn convert SOURCE TARGET`: a checkpoint of transformers' own `xlstm` (such as NX-AI/xLSTM-7b), of the `tirex-2`
+package (NX-AI/TiRex-2) or weights of the `xlstm` package to one of ours; one of ours to transformers' `xlstm` or to
+`tirex-2`."""
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from hf_rnn import XLSTMConfig, XLSTMForCausalLM
+from hf_rnn import TiRex2Config, TiRex2ForPrediction, XLSTMConfig, XLSTMForCausalLM
+from hf_rnn.models.tirex2.conversion_tirex2 import tirex_weights
+from hf_rnn.models.tirex2.tirex_config import to_tirex_config
 from hf_rnn.models.xlstm.conversion_xlstm import check_complete, transformers_weights
 from hf_rnn.models.xlstm.transformers_config import to_transformers_config
 from hf_rnn.tokenization.reading import read_tokenizer
@@ -31,6 +35,9 @@ def convert(source: str, target: Path, **options) -> str:
     if Path(source).is_file():
         XLSTMForCausalLM.from_xlstm(read_weights(source)).save_pretrained(target, **options)
         return XLSTMConfig.model_type
+    settings, _ = PreTrainedConfig.get_config_dict(source)
+    if "stack_config" in settings or settings.get("model_type") == TiRex2Config.model_type:
+        return convert_tirex(source, target, "stack_config" in settings, **options)
     model_type = AutoConfig.from_pretrained(source).model_type
     if model_type not in ("xlstm", XLSTMConfig.model_type):
         raise ValueError(f"source: expected an xlstm or a {XLSTMConfig.model_type}, got a {model_type}")
@@ -45,6 +52,21 @@ def convert(source: str, target: Path, **options) -> str:
     if cached_file(source, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
         read_tokenizer(source).save_pretrained(target)
     return written
+
+
+def convert_tirex(source: str, target: Path, theirs: bool, **options) -> str:
+    """`convert` of a TiRex-2, `theirs` or one of ours."""
+    model, info = TiRex2ForPrediction.from_pretrained(source, output_loading_info=True)
+    check_complete(info, "source")
+    if theirs:
+        model.save_pretrained(target, **options)
+        return TiRex2Config.model_type
+    config = to_tirex_config(model.config)
+    model._weight_conversions = tirex_weights()
+    model.save_pretrained(target, save_original_format=True, **options)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (target / "modeling_hf_rnn.py").unlink()
+    return "tirex-2"
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:

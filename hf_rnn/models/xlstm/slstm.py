@@ -49,10 +49,8 @@ class SLSTMCell(Mixer):
         """No recurrence at first; forget gates from open (bias 5) to closed (-7) over a head's units, more of them open
         in the blocks nearer the output (the paper's code)."""
         init.zeros_(self.recurrent_weight)
-        size = self.recurrent_weight.shape[2]
-        bias = torch.zeros(self.num_heads, 4, size)
-        bias[:, 1] = 5.0 - 12.0 * (torch.arange(size) / max(size - 1, 1)) ** (0.3 + 1.3 * self.depth)
-        init.copy_(self.recurrent_bias, bias.flatten().to(self.recurrent_bias))
+        bias = initial_gates(self.num_heads, self.recurrent_weight.shape[2], self.depth)
+        init.copy_(self.recurrent_bias, bias.to(self.recurrent_bias))
 
     def read(self, state: tuple[Tensor, ...], x: Tensor) -> Tensor:
         return self.output(self._normalized(state[0].to(self.norm.weight.dtype)), x)
@@ -81,6 +79,14 @@ class SLSTMCell(Mixer):
 
     def _normalized(self, h: Tensor) -> Tensor:
         return self.norm(h.unflatten(-1, (self.num_heads, -1)))
+
+
+def initial_gates(heads: int, size: int, depth: float) -> Tensor:
+    """Biases of i, f, z, o of each head, (heads * 4 * size,), in a block at `depth`, 0 for the first and 1 for the
+    last."""
+    bias = torch.zeros(heads, 4, size)
+    bias[:, 1] = 5.0 - 12.0 * (torch.arange(size) / max(size - 1, 1)) ** (0.3 + 1.3 * depth)
+    return bias.flatten()
 
 
 class SLSTM(SLSTMCell):

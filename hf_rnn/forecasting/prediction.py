@@ -1,0 +1,136 @@
+"""`predict`: from what users have to forecasts of it, by a model that takes rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_rnn.forecasting.frames import forecast_frame, is_frame
+from hf_rnn.forecasting.output import ForecastOutput
+from hf_rnn.forecasting.quantiles import at_quantiles, check_quantiles, is_symmetric
+from hf_rnn.forecasting.series import Rows, like, read_series, side_by_side
+from hf_rnn.forecasting.trend import calibrated, differences, has_trend, last_values, levels
+
+
+class PredictionMixin:
+    """For a model whose `forward` takes `past_values`, `future_covariates`, `group_ids`, `target_mask`, `horizon` and
+    `pad_context`, and whose config has `quantiles`, `context_length`, `prediction_length`, `differencing`,
+    `sign_flip`."""
+
+    config: Any
+    device: Any
+
+    @torch.no_grad()
+    def predict(
+        self,
+        series: Any,
+        horizon: int,
+        past_covariates: Any = None,
+        future_covariates: Any = None,
+        quantiles: Sequence[float] | None = None,
+        *,
+        differencing: bool | None = None,
+        sign_flip: bool | None = None,
+        pad_context: bool = True,
+        batch_size: int = 256,
+    ) -> Any:
+        """Forecast series, each by what is known of it alone.
+
+        Args:
+            series: tensor or numpy array: (T,) one series; (B, T) series of one variate each; (B, V, T) of V variates,
+                which are forecast together; or a list of (T,) and (V, T), of any lengths. NaN where a value is missing.
+                A series of no values at all is forecast, too: around 0. Or a frame: see
+                `hf_rnn.forecasting.frames.forecast_frame`, also for covariates.
+            horizon: steps to forecast, up to `config.prediction_length`.
+            past_covariates: in the same way, (T,) or (C, T) for each series; what is known until now. None, also for
+                one of a list, where there are none.
+            future_covariates: (T + horizon,) or (K, T + horizon) for each, what is known beforehand.
+            quantiles: which to give, within those of the config, between which they are linear; None: these.
+            differencing: series with a trend (a line explains 0.87 of their variance) are forecast by their
+                differences; None: as the config says.
+            sign_flip: the mean with the negated forecast of the negated series, twice the work; None: as the config
+                says.
+            pad_context: see `forward`; where False, a series' forecast depends on the longest one of its batch.
+            batch_size: so many series at once.
+
+        Returns:
+            `mean_predictions`, the medians, (B, horizon) for series (B, T), and `full_predictions` (B, horizon, Q): as
+            the series came, tensors on their device, numpy arrays or lists, in float64 for float64 and else float32;
+            with V, or without B, as these have it. Of a frame, a frame.
+
+        Raises:
+            TypeError, ValueError: an argument of another type, shape or value, named in the message: infinity,
+                covariates of other lengths, a horizon or quantiles that the model was not made for.
+        """
+        config = self.config
+        if is_frame(series):
+            wanted = list(config.quantiles if quantiles is None else quantiles)
+            options: dict[str, Any] = dict(differencing=differencing, sign_flip=sign_flip, pad_context=pad_context)
+
+            def of_arrays(x, past, future):
+                return self.predict(x, horizon, past, future, quantiles, batch_size=batch_size, **options)
+
+            return forecast_frame(of_arrays, series, horizon, past_covariates, future_covariates, wanted)
+        horizon = check_horizon(horizon, config.prediction_length)
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        if quantiles is not None:
+            check_quantiles(quantiles)
+        flip = config.sign_flip if sign_flip is None else sign_flip
+        if flip and not is_symmetric(config.quantiles):
+            raise ValueError(f"sign_flip: expected with each quantile q also 1 - q, got {config.quantiles}")
+        difference = config.differencing if differencing is None else differencing
+        found = read_series(series, past_covariates, future_covariates, horizon)
+        parts = []
+        for first in range(0, len(found), batch_size):
+            rows = side_by_side(found[first : first + batch_size], horizon)
+            parts.append(self._forecast(Rows(*(x.to(self.device) for x in rows)), difference, flip, pad_context))
+        predictions = torch.cat(parts)
+        medians = predictions[..., predictions.shape[2] // 2]
+        if quantiles is not None:
+            predictions = at_quantiles(predictions, config.quantiles, quantiles)
+        return ForecastOutput(
+            mean_predictions=like(series, found, medians), full_predictions=like(series, found, predictions)
+        )
+
+    def _forecast(self, rows: Rows, difference: bool, flip: bool, pad_context: bool) -> Tensor:
+        """(R, horizon, Q) of the targets among the rows."""
+        values, futures, series, targets, starts = rows
+        trend = targets & has_trend(values) & difference
+        last = last_values(values)
+        values = torch.where(trend[:, None], differences(values, starts), values)[:, -self.config.context_length :]
+        if flip:
+            values, futures = torch.cat([values, -values]), torch.cat([futures, -futures])
+            series, targets = torch.cat([series, series + series.max() + 1]), targets.repeat(2)
+            trend, last = trend.repeat(2), torch.cat([last, -last])
+        steps = self(  # type: ignore[operator]
+            past_values=values,
+            future_covariates=None if bool(futures.isnan().all()) else futures,
+            group_ids=series,
+            target_mask=targets,
+            horizon=futures.shape[1],
+            pad_context=pad_context,
+        ).full_predictions[targets]
+        trend, last = trend[targets], last[targets]
+        y = torch.where(trend[:, None, None], levels(steps, last), calibrated(steps))
+        if not flip:
+            return y
+        y, negated = y.chunk(2)
+        return (y - negated.flip(2)) / 2
+
+
+def check_horizon(horizon: int, longest: int) -> int:
+    """The horizon.
+
+    Raises:
+        TypeError, ValueError: none that the model was made for.
+    """
+    if not isinstance(horizon, int) or isinstance(horizon, bool):
+        raise TypeError(f"horizon: expected a whole number of steps, got {horizon!r}")
+    if not 1 <= horizon <= longest:
+        raise ValueError(
+            f"horizon: expected 1 to {longest} steps, which this model was made for (config.prediction_length), got "
+            f"{horizon}; forecast a coarser series, or train a model with a longer prediction_length"
+        )
+    return horizon
