@@ -50,7 +50,7 @@ def _of_places(
     x: Tensor, weights: list[Tensor], first: list[Tensor], layout: SequenceLayout
 ) -> tuple[Tensor, list[Tensor]]:
     """Tokens of any layout, gathered into a packed sequence of torch's."""
-    token, sequence, place, lengths = _places(layout, x.shape[0], x.shape[1], x.device)
+    token, sequence, place, lengths = _places_as_read(layout, x.shape[0], x.shape[1], x.device)
     some = lengths.nonzero().squeeze(1)  # torch's takes no empty sequences
     y = x.new_zeros(*x.shape[:2], weights[-1].shape[0])
     if not len(some):
@@ -70,7 +70,7 @@ def _of_places(
     return y, [s.index_put((some,), new[0][back]) for s, new in zip(first, (h, c), strict=True)]
 
 
-def _places(
+def _places_as_read(
     layout: SequenceLayout, batch: int, time: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each real token its index among all B * T, its sequence, and its place there as it is read; and the number of

@@ -76,13 +76,13 @@ class RecurrentForQuestionAnswering(RecurrentPreTrainedModel):
             real = real_tokens(outputs.last_hidden_state, attention_mask, input_features, self.config)
             least = torch.finfo(torch.float32).min  # -inf would be NaN in a row of padding only
             logits = [x.float().masked_fill(~real, least) for x in (start_logits, end_logits)]
-            loss = self.loss_function(*logits, *(_places(x, real) for x in (start_positions, end_positions)))
+            loss = self.loss_function(*logits, *(_places_among_real(x, real) for x in (start_positions, end_positions)))
         return QuestionAnsweringModelOutput(
             loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=outputs.hidden_states
         )
 
 
-def _places(positions: Tensor, real: Tensor) -> Tensor:
+def _places_among_real(positions: Tensor, real: Tensor) -> Tensor:
     """Positions (B,) or (B, 1) as (B,); those of no `real` token (B, T) as T, which transformers' loss ignores."""
     time = real.shape[1]
     places = positions.long().view(-1, 1)
