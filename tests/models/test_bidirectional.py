@@ -122,7 +122,11 @@ def test_saved_copied_and_half(model, ids, tmp_path):
     assert relative_error(half(ids).last_hidden_state, y) <= 0.2
 
 
-def test_compiles_and_checkpoints(model, ids):
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("gru", "mingru"))) for n in NAMES]
+)
+def test_compiles_and_checkpoints(name, ids):
+    model = make(name)
     ids = ids[:, :4]  # the memory RNN's loop over time is unrolled
     expected = model(ids).last_hidden_state
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
