@@ -109,10 +109,11 @@ def _plain(weights: Weights, layout: SequenceLayout) -> bool:
 
 def _one_dnn(x: Tensor, weights: Weights) -> bool:
     """On a CPU torch's LSTM is oneDNN's in float32, and a loop over time otherwise. Ours is faster where several long
-    sequences of moderate width go through it (docs/log.md, 2026-11-26)."""
+    sequences go through a narrow one (docs/log.md, 2026-11-30)."""
     in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    long = x.shape[0] >= 8 and x.shape[1] >= 256 and weights.weight.shape[2] <= 384
-    ours = long and (torch.is_grad_enabled() or x.shape[0] < 64) and threads.available()
+    narrow = weights.weight.shape[2] <= (128 if torch.is_grad_enabled() else 64)
+    long = x.shape[0] >= 8 and x.shape[1] >= 256
+    ours = narrow and long and (torch.is_grad_enabled() or x.shape[0] < 64) and threads.available()
     return x.device.type == "cpu" and in_float32 and torch.backends.mkldnn.is_available() and not ours
 
 
