@@ -4,6 +4,8 @@ There both directions of a block are one module with two names, and so are an sL
 each tensor once, under any of its names.
 """
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
@@ -14,8 +16,9 @@ from hf_rnn.models.xlstm.conversion_xlstm import ConcatenateQKVO
 class _OneTensor(ConversionOps):
     """A tensor as another one."""
 
+    @abstractmethod
     def turn(self, x: Tensor, config) -> Tensor:
-        raise NotImplementedError
+        """The tensor as the other side has it."""
 
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, config, **kwargs):

@@ -1,5 +1,6 @@
 """What is asked of every token."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -28,13 +29,13 @@ class RecurrentTokenHead(RecurrentPreTrainedModel):
         super().__init__(config)
         self.model = self.model_class(config)
 
+    @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """(B, T, hidden_size) to (B, T, C)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss_of(self, logits: Tensor, labels: Tensor, inputs: dict[str, Any], **kwargs: Any) -> Tensor:
         """Of the logits; `inputs` are forward's other arguments, `kwargs` the loss function's."""
-        raise NotImplementedError
 
     @can_return_tuple
     def forward(
@@ -64,7 +65,7 @@ class RecurrentTokenHead(RecurrentPreTrainedModel):
         Raises:
             TypeError, ValueError, IndexError: labels of another type, shape or value; see `RecurrentModel.forward`.
         """
-        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         inputs = dict(kwargs, attention_mask=attention_mask, position_ids=position_ids, input_features=input_features)
         outputs = self.model(
             input_ids,
@@ -77,7 +78,7 @@ class RecurrentTokenHead(RecurrentPreTrainedModel):
         logits = self.logits(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = self.loss_of(logits, labels, inputs, **loss_kwargs)
+            loss = self.loss_of(logits, labels, inputs, num_items_in_batch=num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{STATE: outputs.cache})
 
 
