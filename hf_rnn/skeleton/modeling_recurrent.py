@@ -79,7 +79,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         dropped = config.residual or layer_idx < config.num_hidden_layers - 1
         return RecurrentBlock(
             layer_idx,
-            self.directions(lambda: self.make_mixer(config, layer_idx)),
+            self.directions(lambda: self.make_mixer(config, layer_idx), config.directions_side_by_side),
             self.make_norm(config),
             conv,
             self.make_norm(config) if inner else None,
@@ -93,12 +93,12 @@ class RecurrentModel(RecurrentPreTrainedModel):
             return SlidingAttention(config)
         return self.mixer_class(config, config.hidden_size if layer_idx else config.input_size)
 
-    def directions(self, make: Callable[[], nn.Module]) -> Any:
-        """What `make` gives, or, in a bidirectional model, a layer of both directions."""
+    def directions(self, make: Callable[[], nn.Module], side_by_side: bool = False) -> Any:
+        """What `make` gives, or, in a bidirectional model, a `Bidirectional` of two."""
         if not self.config.bidirectional:
             return make()
         both = [make() for _ in range(1 if self.config.share_directions else 2)]
-        return Bidirectional(both[0], both[-1] if len(both) > 1 else None, self.config.directions_side_by_side)
+        return Bidirectional(both[0], both[-1] if len(both) > 1 else None, side_by_side)
 
     def get_input_embeddings(self) -> nn.Module:
         """What embeds: an `nn.Embedding`, or a `ContinuousInput`."""

@@ -162,6 +162,24 @@ def test_what_makes_no_sense_is_refused(settings, message):
         hf_rnn.MinGRUConfig(**settings)
 
 
+def test_convolutions_add_up_where_recurrences_stand_side_by_side(ids):
+    model = make("gru-paper", output_projection=False)
+    block = model.layers[0]
+    assert block.mixer.side_by_side and not block.conv.side_by_side
+    x = torch.randn(2, 7, 16)
+    expected = x + block.conv.forwards(x, None, SequenceLayout())[0]
+    expected = expected + block.conv.backwards(x.flip(1), None, SequenceLayout())[0].flip(1)
+    u = block.mixer_norm(expected)
+    halves = (
+        block.mixer.forwards(u, None, SequenceLayout())[0],
+        block.mixer.backwards(u.flip(1), None, SequenceLayout())[0],
+    )
+    expected = expected + torch.cat([halves[0], halves[1].flip(1)], -1)
+    expected = expected + block.ff(block.ff_norm(expected))
+    assert relative_error(block(x), expected) <= TOLERANCE
+    assert model(ids).last_hidden_state.shape == (3, 17, 16)
+
+
 def test_no_state(ids):
     model = make("mingru")
     assert model(ids).past_key_values is None and not model.config.use_cache
