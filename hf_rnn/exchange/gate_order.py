@@ -10,8 +10,8 @@ from hf_rnn.layers import MultiHeadMixer
 
 # FlashRNN's gates of R, and of b where it has one more: n of R h, r, z, n of the input
 _FLASH_RNN_GRU = [1, 2, 0]
-# By their number: torch's gates i, f, g, o among ONNX's i, o, f, c; torch's r, z, n among ONNX's z, r, h
-_ONNX = {4: [0, 2, 3, 1], 3: [1, 0, 2]}
+# By their number: ONNX's gates i, o, f, c among torch's i, f, g, o; ONNX's z, r, h among torch's r, z, n
+ONNX_GATES = {4: [0, 3, 1, 2], 3: [1, 0, 2]}
 
 
 def to_head_major(x: Tensor, num_gates: int, num_heads: int) -> Tensor:
@@ -108,11 +108,12 @@ def from_onnx_node(
             "0 (Keras: reset_after=False) the gate r stands before R, n = tanh(W x + R (r h) + b + b'), another cell"
         )
     gates = rows // size
+    order = torch.tensor(ONNX_GATES[gates]).argsort()
     parts = {"weight_ih": W, "weight_hh": R}
     if B is not None:
         parts |= {"bias_ih": B[:, :rows], "bias_hh": B[:, rows:]}
     return {
-        f"{name}_l{layer}{suffix}": of_direction.unflatten(0, (gates, size))[_ONNX[gates]].flatten(0, 1)
+        f"{name}_l{layer}{suffix}": of_direction.unflatten(0, (gates, size))[order].flatten(0, 1)
         for name, part in parts.items()
         for suffix, of_direction in zip(("", "_reverse"), part, strict=False)
     }
@@ -133,7 +134,7 @@ def to_onnx_node(rnn: nn.RNNBase, layer: int = 0) -> tuple[Tensor, Tensor, Tenso
     def stacked(name: str) -> Tensor:
         both = torch.stack([getattr(rnn, name + suffix).detach() for suffix in suffixes])
         by_gate = both.unflatten(1, (-1, rnn.hidden_size))
-        return by_gate[:, torch.tensor(_ONNX[by_gate.shape[1]]).argsort()].flatten(1, 2)
+        return by_gate[:, ONNX_GATES[by_gate.shape[1]]].flatten(1, 2)
 
     B = torch.cat([stacked("bias_ih"), stacked("bias_hh")], 1) if rnn.bias else None
     return stacked("weight_ih"), stacked("weight_hh"), B

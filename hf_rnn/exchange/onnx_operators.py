@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_rnn.exchange.gate_order import ONNX_GATES
 from hf_rnn.layers.sliding_attention import rows
 from hf_rnn_kernels.gated_scan.reference import coefficients
 from hf_rnn_kernels.mlstm_scan.reference import initial_states
 from hf_rnn_kernels.recurrent_scan.reference import slstm_step
 
-GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}  # ONNX's i, o, f, g and z, r, n of our i, f, g, o and r, z, n
 CHUNK = 64  # tokens of an mLSTM that are multiplied at once: longer ones cost more than they save
 
 
@@ -139,7 +139,9 @@ def _onnx_layer(
     """ONNX's LSTM or GRU of one head: x (T, B, I), weights (G * P, I) and (G * P, P), states (B, P) to h (T, B, P) and
     the last states."""
     time, batch, size = *x.shape[:2], weights[1].shape[1]
-    order = torch.cat([torch.arange(gate * size, (gate + 1) * size) for gate in GATES[cell]])
+    order = torch.cat(
+        [torch.arange(gate * size, (gate + 1) * size) for gate in ONNX_GATES[weights[1].shape[0] // size]]
+    )
     inputs = [x, *(w[order][None] for w in weights), torch.cat([b[order] for b in biases])[None]]
     inputs += [lengths, *(s[None] for s in states)]  # type: ignore[list-item]
     attributes: dict[str, Any] = dict(hidden_size=size, direction="reverse" if reverse else "forward")

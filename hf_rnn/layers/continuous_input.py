@@ -60,6 +60,14 @@ def real_patches(mask: Tensor, size: int) -> Tensor:
     return patches(mask, mask, size).any(2)
 
 
+def ends_inside_patch(steps: int, mask: Tensor | None, size: int) -> bool:
+    """Whether the last patch of a row has fewer steps, (B, steps) bool False at padding; of a mask whose values are not
+    known: no."""
+    if mask is None or not values_known(mask):
+        return mask is None and steps % size > 0
+    return bool(((steps - mask.int().argmax(1)) % size).any())
+
+
 def _observed(observed: Tensor, x: Tensor) -> Tensor:
     if observed.shape != x.shape:
         raise ValueError(

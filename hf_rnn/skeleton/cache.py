@@ -20,6 +20,7 @@ class RecurrentCache(Cache):
         states: per layer, the tuple of (B, ...) tensors, or None before the first token.
         seen_tokens: positions consumed so far, padding included.
         model_type: of the model whose state it is, or None before the first token.
+        ends_inside_patch: the last steps filled no patch (`config.patch_size`), so that none can follow.
     """
 
     is_compileable = False  # generate() would build attention masks for it
@@ -30,6 +31,7 @@ class RecurrentCache(Cache):
         self.states: list[tuple[Tensor, ...] | None] = [None] * num_layers
         self.seen_tokens = 0
         self.model_type: str | None = None
+        self.ends_inside_patch = False
 
     def __len__(self) -> int:
         return len(self.states)
@@ -91,12 +93,14 @@ class RecurrentCache(Cache):
         self.states = [None] * len(self.states)
         self.seen_tokens = 0
         self.model_type = None
+        self.ends_inside_patch = False
 
     def __deepcopy__(self, memo: dict) -> "RecurrentCache":
         """To go on from one state in several ways. Gradients flow through the copy as through this one."""
         memo[id(self)] = other = RecurrentCache(len(self))
         other.states = [None if state is None else tuple(x.clone() for x in state) for state in self.states]
         other.seen_tokens, other.model_type = self.seen_tokens, self.model_type
+        other.ends_inside_patch = self.ends_inside_patch
         return other
 
     def detach(self) -> "RecurrentCache":

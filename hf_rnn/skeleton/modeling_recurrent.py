@@ -22,7 +22,7 @@ from hf_rnn.layers import (
     RMSNorm,
     SlidingAttention,
 )
-from hf_rnn.layers.continuous_input import real_patches
+from hf_rnn.layers.continuous_input import ends_inside_patch, real_patches
 from hf_rnn.skeleton.block import RecurrentBlock
 from hf_rnn.skeleton.cache import RecurrentCache
 from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
@@ -159,9 +159,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
         cache = state_of(cache, past_key_values)
         inputs = dict(input_ids=input_ids, input_features=input_features, inputs_embeds=inputs_embeds)
         check_inputs(self.config.num_input_features, **inputs, observed_mask=observed_mask)
-        past = 0 if cache is None else cache.get_seq_length()
+        past, inside = 0 if cache is None else cache.get_seq_length(), False
         if input_features is not None:
-            inputs_embeds, attention_mask = self._embed(input_features, observed_mask, attention_mask, past)
+            inputs_embeds, attention_mask, inside = self._embed(input_features, observed_mask, attention_mask, past)
         if input_ids is not None:
             if input_ids.dim() != 2:
                 raise ValueError(f"input_ids: expected shape (B, T), got {tuple(input_ids.shape)}")
@@ -188,19 +188,25 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if cache is not None:
             cache.seen_tokens += time
             cache.model_type = self.config.model_type
+            cache.ends_inside_patch = inside
         return BaseModelOutput(last_hidden_state=self.norm(x), **{STATE: cache})  # type: ignore[arg-type]
 
     def _embed(
         self, x: Tensor, observed: Tensor | None, attention_mask: Tensor | None, past: int
-    ) -> tuple[Any, Tensor | None]:
-        """Features (B, T, F) and the mask of their steps as tokens (B, ceil(T / patch_size), D) and theirs."""
+    ) -> tuple[Any, Tensor | None, bool]:
+        """Features (B, T, F) and the mask of their steps as tokens (B, ceil(T / patch_size), D) and theirs, and whether
+        they end inside a patch."""
         size = self.config.patch_size
         if x.dim() != 3 or x.shape[2] != self.config.num_input_features:
             raise ValueError(
                 f"input_features: expected shape (B, T, {self.config.num_input_features}), got {tuple(x.shape)}"
             )
         mask = padding_mask(attention_mask, x.shape[0], x.shape[1], past * size)
-        return self.embed_features(x, observed, mask), None if mask is None else real_patches(mask, size)
+        tokens = self.embed_features(x, observed, mask)
+        if size == 1:
+            return tokens, mask, False
+        inside = ends_inside_patch(x.shape[1], mask, size)
+        return tokens, None if mask is None else real_patches(mask, size), inside
 
     def _state(
         self, cache: RecurrentCache | None, use_cache: bool | None, batch: int, packed: bool
@@ -225,6 +231,11 @@ class RecurrentModel(RecurrentPreTrainedModel):
             raise TypeError(f"cache: expected a RecurrentCache, got {type(cache).__name__}")
         if checkpointed:
             raise ValueError("cache: gradient checkpointing drops the state; switch one of them off")
+        if cache.ends_inside_patch:
+            raise ValueError(
+                f"cache: the steps before it end inside a patch; expected pieces of a multiple of "
+                f"{self.config.patch_size} steps (config.patch_size), from each row's first real one on"
+            )
         if cache.model_type not in (None, self.config.model_type):
             raise ValueError(f"cache: expected the state of a {self.config.model_type}, got {cache.model_type}'s")
         if len(cache) != len(self.layers):

@@ -111,6 +111,23 @@ def test_pieces(architecture, size, features):
     torch.testing.assert_close(torch.cat(parts, 1)[1], whole[1], rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_follows_a_part_of_a_patch(features):
+    """Neither steps that would belong to it, nor those behind padding that moved it."""
+    model = make("mingru", patch_size=4)
+    padded = torch.ones(2, 8).long()
+    padded[1, :3] = 0
+    for piece, mask in ((features[:, :6], None), (features[:, :8], padded)):
+        state = model(input_features=piece, attention_mask=mask, use_cache=True).cache
+        for cache in (state, copy.deepcopy(state)):
+            with pytest.raises(ValueError, match="cache: the steps before it end inside a patch"):
+                model(input_features=features[:, 8:12], cache=cache)
+        state.reset()
+        assert model(input_features=features[:, :4], cache=state).cache.get_seq_length() == 1
+    padded[1, 3] = 0
+    state = model(input_features=features[:, :8], attention_mask=padded, use_cache=True).cache
+    assert model(input_features=features[:, 8:12], cache=state).cache.get_seq_length() == 3
+
+
 def test_packed(features):
     model = make("lstm")
     alone = torch.cat([output(model, x[None]) for x in features[0].split([5, 12])], 1)
