@@ -71,7 +71,7 @@ for _stem, _name in ARCHITECTURES.items():
         _MODULES[f"{_stem}{_suffix}"] = f"hf_rnn.models.{_name}.modeling_{_name}"
 for _stem, _name in FORECASTERS.items():
     _MODULES[f"{_stem}Config"] = f"hf_rnn.models.{_name}.configuration_{_name}"
-    for _suffix in ("Model", "ForPrediction"):
+    for _suffix in ("Model", "ForPrediction", "ForSequenceClassification"):
         _MODULES[f"{_stem}{_suffix}"] = f"hf_rnn.models.{_name}.modeling_{_name}"
 
 __all__ = ["__version__", *_MODULES]
@@ -168,7 +168,11 @@ if TYPE_CHECKING:
         MinLSTMModel,
     )
     from hf_rnn.models.tirex2.configuration_tirex2 import TiRex2Config
-    from hf_rnn.models.tirex2.modeling_tirex2 import TiRex2ForPrediction, TiRex2Model
+    from hf_rnn.models.tirex2.modeling_tirex2 import (
+        TiRex2ForPrediction,
+        TiRex2ForSequenceClassification,
+        TiRex2Model,
+    )
     from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
     from hf_rnn.models.xlstm.modeling_xlstm import (
         XLSTMForCausalLM,

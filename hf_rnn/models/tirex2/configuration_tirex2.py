@@ -66,7 +66,11 @@ class TiRex2Config(RecurrentConfig):
 
     @classmethod
     def auto_classes(cls) -> dict[str, str]:
-        return {"AutoModel": "TiRex2Model", "AutoModelForTimeSeriesPrediction": "TiRex2ForPrediction"}
+        return {
+            "AutoModel": "TiRex2Model",
+            "AutoModelForSequenceClassification": "TiRex2ForSequenceClassification",
+            "AutoModelForTimeSeriesPrediction": "TiRex2ForPrediction",
+        }
 
     @property
     def slstm_blocks(self) -> list[int]:

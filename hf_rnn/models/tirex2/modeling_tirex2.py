@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from hf_rnn.forecasting.embedding import mean_of_patches
 from hf_rnn.forecasting.forecaster import ForecasterMixin
 from hf_rnn.forecasting.output import ForecastOutput, find_horizon, forecast_output
 from hf_rnn.forecasting.scaling import Scaling, standardize
@@ -23,6 +24,7 @@ from hf_rnn.models.tirex2.configuration_tirex2 import TiRex2Config
 from hf_rnn.models.tirex2.conversion_tirex2 import other_names, tirex_weights
 from hf_rnn.models.tirex2.variates import Groups, VariateMixer
 from hf_rnn.skeleton.cache import RecurrentCache
+from hf_rnn.skeleton.heads.labels import check_sequence_labels
 from hf_rnn.skeleton.inputs import check_known
 from hf_rnn.skeleton.pretrained import RecurrentPreTrainedModel
 from hf_rnn_kernels.layout import ROWS
@@ -270,6 +272,58 @@ class TiRex2ForPrediction(ForecasterMixin, TiRex2PreTrainedModel):
                 return torch.cat([past, future], 1), known, first
         # Forwards nothing depends on what follows, and a patch's output is of the next one
         return F.pad(past, (0, -(-horizon // size) * size - size), value=torch.nan), None, first
+
+
+class TiRex2ForSequenceClassification(TiRex2PreTrainedModel):
+    """A class, several, or numbers for each series: a linear layer on the mean over its patches and variates.
+
+    Begins with a forecaster's weights: `from_pretrained(forecaster, num_labels=...)`.
+    """
+
+    accepts_loss_kwargs = False  # its loss is a mean, which Trainer divides by the accumulated batches
+
+    def __init__(self, config: TiRex2Config):
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 0)
+        self.model = TiRex2Model(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, past_values: Tensor, labels: Tensor | None = None, group_ids: Tensor | None = None, **kwargs
+    ) -> SequenceClassifierOutput:
+        """Logits of each series.
+
+        Args:
+            past_values: (R, T) floating values, NaN where one is missing. The last `config.context_length` are read,
+                fewer with missing ones in front. A series' own level and deviation are not seen.
+            labels: (G,) classes, (G, num_labels) of several or of numbers: as `config.problem_type` says.
+            group_ids: (R,) whole numbers, the same for the variates of one series, which are G in the order of their
+                ids; None: each row is one.
+            kwargs: `output_hidden_states`, `return_dict`.
+
+        Returns:
+            `logits` (G, num_labels), `loss`, `hidden_states` if asked for.
+
+        Raises:
+            TypeError, ValueError: an argument of another type, shape or value, named in the message.
+        """
+        check_values("past_values", past_values)
+        length = self.config.context_length
+        values = F.pad(past_values, (max(length - past_values.shape[1], 0), 0), value=torch.nan)[:, -length:]
+        outputs = self.model(values, group_ids, **kwargs | {"return_dict": True})
+        x = mean_of_patches(outputs.last_hidden_state, values, self.config.patch_size)
+        if group_ids is not None:
+            ids, series = group_ids.unique(return_inverse=True)
+            x = x.new_zeros(len(ids), x.shape[1]).index_add(0, series, x) / series.bincount()[:, None]
+        logits = self.score(self.dropout(x))
+        loss = None
+        if labels is not None:
+            check_sequence_labels(labels, logits, self.config)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, logits=logits, config=self.config)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
 def of_rows(
