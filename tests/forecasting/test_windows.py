@@ -95,7 +95,8 @@ def test_trains_and_is_measured(tmp_path):
         model=hf_rnn.TiRex2ForPrediction(config),
         args=RecurrentTrainingArguments(
             output_dir=str(tmp_path), max_steps=40, per_device_train_batch_size=8, learning_rate=1e-2,
-            save_strategy="no", label_names=["future_values"], remove_unused_columns=False, report_to="none", disable_tqdm=True,
+            save_strategy="no", label_names=["future_values"], remove_unused_columns=False,
+            report_to="none", disable_tqdm=True,
         ),
         train_dataset=ForecastWindows(train, 24, 8, size=640),
         eval_dataset=validation,
