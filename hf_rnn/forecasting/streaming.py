@@ -1,6 +1,5 @@
 """Series that go on: a state that new values cost their patches and nothing else."""
 
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ class ForecastState:
     Attributes:
         scaling: by which values are read, frozen.
         cells: the recurrences' states behind the last whole patch, a `RecurrentCache`.
-        last: (R, D), the model's output there, which says what comes next.
+        outputs: (R, 1 + A, D), what the model says there of the next patch, and of A more that it has looked ahead.
         pending: (R, r), the values since, r < patch_size.
         series: (R,), which series a row is of.
         seen_steps: steps so far.
@@ -34,7 +33,7 @@ class ForecastState:
 
     scaling: Scaling
     cells: Any
-    last: Tensor
+    outputs: Tensor
     pending: Tensor
     series: Tensor
     seen_steps: int
@@ -61,8 +60,9 @@ class StreamMixin:
         """The state before the first patch, a `RecurrentCache`."""
         raise NotImplementedError
 
-    def encode(self, z: Tensor, cells: Any, series: Tensor) -> Tensor:
-        """Scaled values (R, L * patch_size), NaN where missing, to (R, L, D); `cells` move on."""
+    def encode(self, z: Tensor, cells: Any, series: Tensor, ahead: int = 0) -> Tensor:
+        """Scaled values (R, L * patch_size), NaN where missing, to (R, L, D); `cells` move on, which the last `ahead`
+        patches leave as they are."""
         raise NotImplementedError
 
     def quantiles_of(self, x: Tensor) -> Tensor:
@@ -74,7 +74,13 @@ class StreamMixin:
         return quantiles
 
     @torch.no_grad()
-    def observe(self, values: Any, state: ForecastState | None = None, scaling: Scaling | None = None) -> ForecastState:
+    def observe(
+        self,
+        values: Any,
+        state: ForecastState | None = None,
+        scaling: Scaling | None = None,
+        horizon: int | None = None,
+    ) -> ForecastState:
         """Read the next values of series. Only whole patches are read; what is left waits for the next call.
 
         Args:
@@ -83,6 +89,8 @@ class StreamMixin:
             state: what was seen before, updated and returned; None: nothing.
             scaling: by which to read values, without a state; None: that of these values. It stays: where a series
                 leaves the range of its first values for good, begin a new state with its latest ones.
+            horizon: steps that `predict` will be asked for next: they are looked at in the same pass, and the weights
+                read once for both. None: `predict` does it.
 
         Returns:
             The state, from which `predict(state, horizon)` forecasts as from all values since the first one.
@@ -91,11 +99,13 @@ class StreamMixin:
             TypeError, ValueError: values of another type or shape, or of other series than the state's.
         """
         rows = self._rows_of(values, state)
+        if horizon is not None:
+            check_horizon(horizon, self.config.prediction_length)
         if state is None:
-            return self._begin(values, rows, scaling)[0]
+            return self._begin(values, rows, scaling, horizon)[0]
         if scaling is not None:
             raise ValueError("scaling: a state has its own, which stays; expected None")
-        self._go_on(rows, state)
+        self._go_on(rows, state, horizon)
         return state
 
     @torch.no_grad()
@@ -114,15 +124,14 @@ class StreamMixin:
         rows = self._rows_of(values, state)
         if state is None:
             state, outputs = self._begin(values, rows, None)
-            known, size = outputs.shape[1] - 1, self.config.patch_size
-            forecast = self.quantiles_of(outputs[:, :-1]).to(rows.dtype)
-            ahead = rows.shape[1] - known * size
-            scores = _outside(state.scaling.undo(forecast), rows[:, ahead:])
-            scores = F.pad(scores, (ahead, 0), value=torch.nan)
+            outputs = outputs[:, :-1]
+            ahead = rows.shape[1] - outputs.shape[1] * self.config.patch_size  # of the first patch
+            forecast = state.scaling.undo(self.quantiles_of(outputs).to(rows.dtype))
+            scores = F.pad(_outside(forecast, rows[:, ahead:]), (ahead, 0), value=torch.nan)
         else:
             first = state.pending.shape[1]
-            forecast = self.quantiles_of(self._go_on(rows, state)).to(rows.dtype)
-            scores = _outside(state.scaling.undo(forecast)[:, first : first + rows.shape[1]], rows)
+            forecast = state.scaling.undo(self.quantiles_of(self._go_on(rows, state)).to(rows.dtype))
+            scores = _outside(forecast[:, first : first + rows.shape[1]], rows)
         return state.kind(scores), state
 
     def _predict_from(self, state: ForecastState, horizon: int, wanted: Any) -> ForecastOutput:
@@ -131,12 +140,11 @@ class StreamMixin:
         check_horizon(horizon, config.prediction_length)
         if wanted is not None:
             check_quantiles(wanted)
-        outputs = state.last[:, None]
-        patches = -(-(known + horizon) // config.patch_size)
-        if patches > 1:
-            ahead = F.pad(state.pending, (0, (patches - 1) * config.patch_size - known), value=torch.nan)
-            x = self.encode(state.scaling.apply(ahead), deepcopy(state.cells), state.series)
-            outputs = torch.cat([outputs, x], 1)
+        outputs, ahead = state.outputs, self._ahead(known, horizon)
+        if ahead >= outputs.shape[1]:
+            z = state.scaling.apply(self._filled(state.pending, ahead))
+            outputs = torch.cat([outputs[:, :1], self.encode(z, state.cells, state.series, ahead)], 1)
+        outputs = outputs[:, : 1 + ahead]
         z = self.quantiles_of(outputs)[:, known : known + horizon].to(state.pending.dtype)
         predictions = self.calibrate(state.scaling.undo(z))
         medians = predictions[..., predictions.shape[2] // 2]
@@ -156,7 +164,9 @@ class StreamMixin:
             )
         return rows.to(state.pending.dtype)
 
-    def _begin(self, values: Any, rows: Tensor, scaling: Scaling | None) -> tuple[ForecastState, Tensor]:
+    def _begin(
+        self, values: Any, rows: Tensor, scaling: Scaling | None, horizon: int | None = None
+    ) -> tuple[ForecastState, Tensor]:
         """The state behind the first values and each patch's output (R, L, D); patches are counted from the end, the
         first is filled up by missing values."""
         config, shape = self.config, tuple(values.shape[:-1])
@@ -166,24 +176,45 @@ class StreamMixin:
             raise ValueError(f"scaling: expected that of {len(rows)} rows, got {tuple(scaling.loc.shape)}")
         variates = shape[1] if len(shape) == 2 else 1
         series = torch.arange(len(rows), device=rows.device) // variates
-        cells = self.new_cells()
-        z = F.pad(scaling.apply(rows), (-rows.shape[1] % config.patch_size, 0), value=torch.nan)
-        outputs = self.encode(z, cells, series)
-        as_numpy = isinstance(values, ndarray)
-        state = ForecastState(scaling, cells, outputs[:, -1], rows[:, :0], series, rows.shape[1], shape, as_numpy)
-        return state, outputs
+        size, cells, ahead = config.patch_size, self.new_cells(), self._ahead(0, horizon)
+        z = F.pad(scaling.apply(rows), (-rows.shape[1] % size, ahead * size), value=torch.nan)
+        outputs = self.encode(z, cells, series, ahead)
+        now = outputs.shape[1] - ahead
+        state = ForecastState(
+            scaling,
+            cells,
+            outputs[:, now - 1 :],
+            rows[:, :0],
+            series,
+            rows.shape[1],
+            shape,
+            isinstance(values, ndarray),
+        )
+        return state, outputs[:, :now]
 
-    def _go_on(self, rows: Tensor, state: ForecastState) -> Tensor:
+    def _go_on(self, rows: Tensor, state: ForecastState, horizon: int | None = None) -> Tensor:
         """Move the state on; the outputs (R, 1 + L, D) of the last patch before and of the L that became whole."""
         values = torch.cat([state.pending, rows], 1)
-        whole = values.shape[1] - values.shape[1] % self.config.patch_size
-        outputs = state.last[:, None]
-        if whole:
-            x = self.encode(state.scaling.apply(values[:, :whole]), state.cells, state.series)
+        left = values.shape[1] % self.config.patch_size
+        whole, ahead = values.shape[1] - left, self._ahead(left, horizon)
+        outputs = state.outputs[:, :1]
+        if whole or ahead:
+            z = torch.cat([values[:, :whole], self._filled(values[:, whole:], ahead)], 1)
+            x = self.encode(state.scaling.apply(z), state.cells, state.series, ahead)
             outputs = torch.cat([outputs, x], 1)
-        state.last, state.pending = outputs[:, -1], values[:, whole:]
+        now = outputs.shape[1] - ahead
+        state.outputs, state.pending = outputs[:, now - 1 :].clone(), values[:, whole:].clone()
         state.seen_steps += rows.shape[1]
-        return outputs
+        return outputs[:, :now]
+
+    def _ahead(self, pending: int, horizon: int | None) -> int:
+        """Patches behind the last whole one that are read for a forecast: the first has what is pending."""
+        return 0 if horizon is None else -(-(pending + horizon) // self.config.patch_size) - 1
+
+    def _filled(self, pending: Tensor, patches: int) -> Tensor:
+        """(R, r) as so many patches, what is to come missing; as none, nothing."""
+        length = patches * self.config.patch_size
+        return F.pad(pending, (0, max(length - pending.shape[1], 0)), value=torch.nan)[:, :length]
 
 
 def _outside(quantiles: Tensor, values: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,21 @@ class Mixer(nn.Module, ABC):
             "trains in parallel over time as it is. Those that gain: MemoryRNN, LSTM, GRU, and xLSTM of sLSTM blocks "
             "alone"
         )
+
+
+def scan_ahead(
+    scan: Callable, inputs: Sequence[Tensor], state: Sequence[Tensor | None], layout: SequenceLayout, ahead: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """scan(*inputs, *state, layout) over inputs (B, T, ...), of which the last `ahead` tokens leave the state as it is:
+    what comes after a sequence is looked at while the weights around the scan are read once."""
+    if not ahead:
+        return scan(*inputs, *state, layout)
+    now, parts, last = inputs[0].shape[1] - ahead, [], tuple(state)
+    if now:
+        h, last = scan(*(x[:, :now] for x in inputs), *state, layout)
+        parts.append(h)
+    h, _ = scan(*(x[:, now:] for x in inputs), *last, layout._replace(in_place=False))
+    return torch.cat([*parts, h], 1), last  # type: ignore[return-value]
 
 
 class RecurrentMixer(Mixer):

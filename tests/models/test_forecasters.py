@@ -111,6 +111,21 @@ def test_a_state_forecasts_as_the_series(model, shape):
             assert relative_error(torch.tensor(found[name]), torch.tensor(expected[name])) <= 1e-10
 
 
+@pytest.mark.parametrize("pieces", [(P, 2 * P), (3, 1, 2, 5)])
+def test_looking_ahead_changes_nothing(model, pieces):
+    """A forecast from the pass in which values were read, also a shorter or a longer one."""
+    values = walk(2, 9 + sum(pieces), seed=4)
+    ahead, plain = None, None
+    for piece in np.split(values, np.cumsum((9, *pieces))[:-1], -1):
+        ahead, plain = model.observe(piece, ahead, horizon=6), model.observe(piece, plain)
+        assert ahead.outputs.shape[1] == 2 + (ahead.pending.shape[1] > 2) and plain.outputs.shape[1] == 1
+        for horizon in (1, 6, LONGEST):
+            found, expected = (model.predict(state, horizon).full_predictions for state in (ahead, plain))
+            assert relative_error(torch.tensor(found), torch.tensor(expected)) <= 1e-12
+    with pytest.raises(ValueError, match="horizon: expected 1 to 12"):
+        model.observe(values, horizon=13)
+
+
 def test_values_within_a_patch_are_read_with_the_next(model):
     """As a patch whose other values are missing; forecasting leaves the state as it is."""
     values = torch.tensor(walk(2, 2 * P + 3))

@@ -69,17 +69,18 @@ class TiRex2Block(GradientCheckpointingLayer):
         known: Tensor | None = None,
         groups: Groups | None = None,
         cache: RecurrentCache | None = None,
+        ahead: int = 0,
     ) -> Tensor:
         """x (R, L, D), the rows `known` over the horizon (K,) and the series of several rows to (R, L, D); reads and
-        writes its layer's state in `cache` where there is one."""
-        x = x + self._recurrence(self.mixer_norm(x), known, cache)
+        writes its layer's state in `cache` where there is one, which the last `ahead` patches leave as it is."""
+        x = x + self._recurrence(self.mixer_norm(x), known, cache, ahead)
         x = x + self.ff(self.ff_norm(x))
         return x if groups is None else self.variates(x, groups)
 
-    def _recurrence(self, x: Tensor, known: Tensor | None, cache: RecurrentCache | None) -> Tensor:
+    def _recurrence(self, x: Tensor, known: Tensor | None, cache: RecurrentCache | None, ahead: int) -> Tensor:
         cell = self.mlstm or self.slstm
         assert cell is not None
-        y, state = cell(x, None if cache is None else cache[self.layer_idx], ROWS)
+        y, state = cell(x, None if cache is None else cache[self.layer_idx], ROWS, ahead)
         if cache is not None:
             cache.update(state, self.layer_idx)
         if known is None:
@@ -162,13 +163,18 @@ class TiRex2Model(TiRex2PreTrainedModel):
         return TiRex2Output(last_hidden_state=x, scaling=scaling)  # type: ignore[arg-type]
 
     def encode(
-        self, z: Tensor, known: Tensor | None, groups: Groups | None, cache: RecurrentCache | None = None
+        self,
+        z: Tensor,
+        known: Tensor | None,
+        groups: Groups | None,
+        cache: RecurrentCache | None = None,
+        ahead: int = 0,
     ) -> Tensor:
         """Scaled values (R, T), the rows known over the horizon (K,) and the series of several rows to (R, L, D); the
-        state `cache` moves on."""
+        state `cache` moves on, which the last `ahead` patches leave as it is."""
         x = self.patch_embedding(self._patches(z))
         for layer in self.layers:
-            x = layer(x, known, groups, cache=cache)
+            x = layer(x, known, groups, cache=cache, ahead=ahead)
         return self.norm(x)
 
     def _patches(self, z: Tensor) -> Tensor:
@@ -243,9 +249,9 @@ class TiRex2ForPrediction(ForecasterMixin, TiRex2PreTrainedModel):
     def new_cells(self) -> RecurrentCache:
         return RecurrentCache(self.config.num_hidden_layers)
 
-    def encode(self, z: Tensor, cells: RecurrentCache, series: Tensor) -> Tensor:
+    def encode(self, z: Tensor, cells: RecurrentCache, series: Tensor, ahead: int = 0) -> Tensor:
         groups = Groups.of(series, torch.ones_like(series, dtype=torch.bool))
-        return self.model.encode(z, None, groups, cells)
+        return self.model.encode(z, None, groups, cells, ahead)
 
     def quantiles_of(self, x: Tensor) -> Tensor:
         z = self.quantile_head(x).unflatten(-1, (len(self.config.quantiles), -1))

@@ -1,5 +1,7 @@
 """Forecasts of series by any recurrence, in the manner of TiRex (arXiv 2505.23719)."""
 
+import copy
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -91,8 +93,13 @@ class RecurrentForPrediction(ForecasterMixin, RecurrentPreTrainedModel):
     def new_cells(self) -> RecurrentCache:
         return RecurrentCache(len(self.model.layers))
 
-    def encode(self, z: Tensor, cells: RecurrentCache, series: Tensor) -> Tensor:
-        return self._read(z, cells, 0).last_hidden_state
+    def encode(self, z: Tensor, cells: RecurrentCache, series: Tensor, ahead: int = 0) -> Tensor:
+        now, outputs = z.shape[1] - ahead * self.config.patch_size, []
+        if now:
+            outputs.append(self._read(z[:, :now], cells, 0).last_hidden_state)
+        if ahead:
+            outputs.append(self._read(z[:, now:], copy.deepcopy(cells), 0).last_hidden_state)
+        return torch.cat(outputs, 1)
 
     def quantiles_of(self, x: Tensor) -> Tensor:
         z = self.quantile_head(x).unflatten(-1, (len(self.config.quantiles), -1))
