@@ -171,5 +171,5 @@ def decode_fused(model: Any, input_ids: Tensor, cache: RecurrentCache) -> Tensor
     if not torch.is_inference_mode_enabled():
         for state in states:  # autograd is told, as of any write
             increment_version(state)
-    cache.seen_tokens += 1
+    cache.advance_by(1, model.model)
     return logits

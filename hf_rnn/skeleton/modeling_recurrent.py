@@ -188,7 +188,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         for layer in self.layers:
             x = layer(x, layout=layout, cache=cache)
         if cache is not None:
-            cache.seen_tokens += time
+            cache.advance_by(time, self)
             cache.model_type = self.config.model_type
             cache.ends_inside_patch = inside
         return BaseModelOutput(last_hidden_state=self.norm(x), **{STATE: cache})  # type: ignore[arg-type]
@@ -242,12 +242,17 @@ class RecurrentModel(RecurrentPreTrainedModel):
             raise ValueError(f"cache: expected the state of a {self.config.model_type}, got {cache.model_type}'s")
         if len(cache) != len(self.layers):
             raise ValueError(f"cache: expected the state of {len(self.layers)} layers, got one of {len(cache)}")
+        if cache.batch_size not in (None, batch):
+            raise ValueError(
+                f"cache: expected the state of a batch of {batch}, as the input is, got one of {cache.batch_size}; "
+                "select() and stack() give others"
+            )
         for layer, state in zip(self.layers, cache.states, strict=True):
             expected = [(batch, *shape) for shape in layer.state_shapes]  # type: ignore[union-attr]
             if state is not None and [tuple(x.shape) for x in state] != expected:
                 raise ValueError(
                     f"cache: expected states of shapes {expected}, got {[tuple(x.shape) for x in state]}; "
-                    "a cache fits the model and the batch size that made it"
+                    "a cache fits the model that made it"
                 )
         return cache
 
