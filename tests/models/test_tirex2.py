@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -311,13 +312,20 @@ def test_trainer(tmp_path):
         "torch"
     )
     arguments = hf_rnn.RecurrentTrainingArguments(
-        tmp_path, max_steps=20, learning_rate=1e-3, report_to=[], use_cpu=True, label_names=["future_values"],
-        disable_tqdm=True,
-    )  # fmt: skip
+        tmp_path, max_steps=20, learning_rate=1e-3, report_to=[], use_cpu=True, disable_tqdm=True
+    )
     trainer = hf_rnn.RecurrentTrainer(model, arguments, train_dataset=data, eval_dataset=data)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.8 * before
+    found = trainer.predict(data)
+    assert (found.label_ids == x[:, 20:].numpy()).all()
+    expected = model.eval()(x[:, :20], horizon=10)
+    for got, wanted in zip(found.predictions, (expected.mean_predictions, expected.full_predictions), strict=True):
+        torch.testing.assert_close(torch.tensor(got), wanted, rtol=1e-4, atol=1e-5)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    trainer = hf_rnn.RecurrentTrainer(adapted, arguments, train_dataset=data, eval_dataset=data)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(found.metrics["test_loss"], rel=1e-5)
 
 
 def test_gradient_checkpointing():

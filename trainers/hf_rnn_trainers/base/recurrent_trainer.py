@@ -1,5 +1,6 @@
 """The trainer that all of the package's are."""
 
+import inspect
 from typing import Any
 
 from transformers import TrainingArguments
@@ -22,7 +23,8 @@ class RecurrentTrainer(
     the run that was interrupted (`RepeatableEpochs`), `SaveOnSignal` saves when told to end, and the card beside the
     weights (`ModelCardMixin`) tells of the run. A run that nothing happens to is the stock Trainer's, bit for bit.
     Long sequences are trained on piece by piece (`BackpropOverPieces`), and as streams whose state goes on from batch
-    to batch (`StreamingTrainer`), where the arguments say so.
+    to batch (`StreamingTrainer`), where the arguments say so. A model that forecasts is evaluated by its
+    `future_values`, which transformers' models of time series have for labels and Trainer does not know.
 
     Base of `ZOTrainer`, `SMTTrainer`, `DMTTrainer` and `RateConstrainedTrainer`; by itself the one for backpropagation.
 
@@ -50,6 +52,10 @@ class RecurrentTrainer(
         if not isinstance(args, needed):
             raise TypeError(f"args: expected a {needed.__name__}, got {type(args).__name__}")
         super().__init__(model, args, *others, **options)
+        whole: Any = self.accelerator.unwrap_model(self.model)
+        base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole  # without adapters
+        if args.label_names is None and "future_values" in inspect.signature(base.forward).parameters:
+            self.label_names = ["future_values"]
         self.check_sharding()
         if self.in_pieces or self.streams:
             if self.no_pieces is not None:
