@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor, nn
 
-from hf_rnn.layers.mixer import Mixer
+from hf_rnn.layers.mixer import Mixer, RecurrentMixer
 from hf_rnn_kernels.layout import SequenceLayout
 
 
@@ -28,6 +28,8 @@ class Bidirectional(Mixer):
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if self.backwards is None and isinstance(self.forwards, RecurrentMixer) and not self.side_by_side:
+            return self.forwards(x, None, layout, both_ways=True)
         y, _ = self.forwards(x, None, layout)
         backwards = self.forwards if self.backwards is None else self.backwards
         z, _ = backwards(x, None, layout._replace(reverse=True))

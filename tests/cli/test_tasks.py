@@ -5,6 +5,7 @@ import random
 import re
 
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 
 import hf_rnn
@@ -79,12 +80,42 @@ def test_labels_of_words(tmp_path, capsys):
     output = tmp_path / "answers.jsonl"
     assert main(["predict", str(tmp_path / "out"), "the cow saw the rug !", "--output", str(output)]) == 0
     found = json.loads(output.read_text())["answer"]
-    assert [(x["entity_group"], x["word"].strip()) for x in found if x["entity_group"] != "O"] == [
-        ("ANIMAL", "cow"),
-        ("THING", "rug"),
+    assert [(x["entity"], x["word"], x["start"], x["end"]) for x in found] == [
+        ("O", "the", 0, 3),
+        ("ANIMAL", "cow", 4, 7),
+        ("O", "saw", 8, 11),
+        ("O", "the", 12, 15),
+        ("THING", "rug", 16, 19),
+        ("O", "!", 20, 21),
     ]
-    assert main(["predict", str(tmp_path / "out"), "  cow   rug  ", "--output", str(output)]) == 0
-    assert all(x["word"].strip() for x in json.loads(output.read_text())["answer"])
+    assert all(0 < x["score"] <= 1 for x in found)
+    # Neighbours of one class stay two words; spaces have no answer
+    assert main(["predict", str(tmp_path / "out"), "  cow dog   rug  ", "--output", str(output)]) == 0
+    assert [x["word"] for x in json.loads(output.read_text())["answer"]] == ["cow", "dog", "rug"]
+
+
+def test_names_of_several_words(tmp_path, capsys):
+    """A model that says "B-X" in upper case, "I-X" of digits, "O" of others, known by the byte: no training."""
+    config = hf_rnn.MinGRUConfig(hidden_size=259, num_hidden_layers=1, id2label={0: "O", 1: "B-X", 2: "I-X"})
+    model = hf_rnn.MinGRUForTokenClassification(config)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(259))
+        model.model.norm.weight.fill_(1.0)
+        model.score.bias[0] = 1.0
+        model.score.weight[1, ord("A") : ord("Z") + 1] = 5.0
+        model.score.weight[2, ord("0") : ord("9") + 1] = 5.0
+    model.save_pretrained(tmp_path)
+    hf_rnn.byte_tokenizer().save_pretrained(tmp_path)
+    text = "a éA x1  y2 zB C é7 b"  # a word is what its last byte is; names of three words, of one, and of two
+    (found,) = predictions(capsys, tmp_path, text, "--device", "cpu")
+    assert [(x["entity_group"], x["word"]) for x in found["answer"]] == [
+        ("X", "éA x1  y2"),
+        ("X", "zB"),
+        ("X", "C é7"),
+    ]
+    assert all(text[x["start"] : x["end"]] == x["word"] for x in found["answer"])
 
 
 def test_masked_bytes(tmp_path, capsys):

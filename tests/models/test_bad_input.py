@@ -8,9 +8,11 @@ import torch
 from conftest import ARCHITECTURES, LAYOUTS, for_those_that_have
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
+import hf_rnn
 from hf_rnn import MinGRUConfig, MinLSTMConfig, MinLSTMForCausalLM, RecurrentCache
 from hf_rnn.skeleton.inputs import padding_mask
 from hf_rnn_kernels import SequenceLayout, gru_scan, lstm_scan, min_gru_scan
@@ -146,6 +148,27 @@ def test_weights_of_another_shape(model, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="size|mismatch|shape"):
         AutoModelForCausalLM.from_pretrained(tmp_path, hidden_size=24)
+
+
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        (dict(bidirectional=True), "weights are missing, .* told otherwise .*: bidirectional=True, there False"),
+        (dict(num_hidden_layers=3), "num_hidden_layers=3, there 2"),
+        ({}, "the checkpoint is damaged"),
+    ],
+)
+def test_weights_that_another_config_would_need(told, message, tmp_path):
+    """As settings, and as a config; without either it is the file that is wrong."""
+    model = hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(hidden_size=16, num_hidden_layers=2))
+    model.save_pretrained(tmp_path)
+    if not told:
+        weights = {name: x for name, x in model.state_dict().items() if "layers.1" not in name}
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    for options in (told, {"config": hf_rnn.GRUConfig(**dict(hidden_size=16, num_hidden_layers=2) | told)}):
+        for head in (hf_rnn.GRUForTokenClassification, hf_rnn.GRUModel):
+            with pytest.raises(ValueError, match=message):
+                head.from_pretrained(tmp_path, **options)
 
 
 def test_unknown_architecture():

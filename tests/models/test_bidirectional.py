@@ -59,6 +59,17 @@ def test_a_run_each_way(name, shared):
             assert (a is None and b is None) or relative_error(a, b) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["mingru", "gru-paper", "lstm"])
+def test_shared_weights_project_once(name):
+    """Gate and output projection are linear in h: they take both directions' sum."""
+    mixer, calls = make(name, share_directions=True).layers[0].mixer, []
+    for part in ("gate_proj", "out_proj"):
+        if (linear := getattr(mixer.forwards, part)) is not None:
+            linear.register_forward_hook(lambda *_, part=part: calls.append(part))
+    mixer(torch.randn(3, 9, 16), None, SequenceLayout())
+    assert "out_proj" in calls and len(calls) == len(set(calls))
+
+
 def test_both_ends_are_seen(model, ids):
     y = model(ids).last_hidden_state
     for at in (0, ids.shape[1] - 1):
