@@ -3,14 +3,19 @@
 An architecture gives what mixes tokens (a `Mixer`) and its config.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from hf_rnn.generation.batching import ContinuousBatch, requests_of
 from hf_rnn.generation.fused_step import decode_fused, reason_not_fused
 from hf_rnn.layers import (
     Bidirectional,
@@ -313,6 +318,58 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
         """How tokens after the prompt are computed: "fused", one compiled call each, or "ordinary: " and the reason."""
         reason = reason_not_fused(self)
         return f"ordinary: {reason}" if reason else "fused"
+
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: GenerationConfig | None = None,
+        *,
+        max_rows: int = 64,
+        seed: int | None = None,
+        progress_bar: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, GenerationOutput]:
+        """Continue many prompts of any lengths, as many at once as there are rows; who is done makes room for the next.
+
+        Named and answered as transformers' continuous batching, which holds keys and values and cannot run this model.
+        Each text is what it would be alone: greedy ones are those of `generate()`.
+
+        Args:
+            inputs: prompts, lists of tokens.
+            generation_config, kwargs: as `generate()`'s, of which `max_new_tokens`, `max_length`, `do_sample`,
+                `temperature`, `top_k`, `top_p`, `min_p`, `eos_token_id` and `num_return_sequences` are known.
+            max_rows: texts at once.
+            seed: text number n is drawn with seed + n; None: another one each time.
+            progress_bar: show one, of texts.
+
+        Returns:
+            In the order of the prompts, `request_id` to transformers' `GenerationOutput` with `prompt_ids`,
+            `generated_tokens`, the end token included, and their `logprobs`.
+
+        Raises:
+            ValueError, IndexError: a setting that is not known, an empty prompt, tokens outside the vocabulary.
+        """
+        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        if unknown := config.update(**kwargs):
+            raise TypeError(f"generate_batch: unknown arguments {sorted(unknown)}")
+        requests = requests_of(config, inputs, seed)
+        training = self.training
+        batch = ContinuousBatch(self.eval(), min(max_rows, max(len(requests), 1)))
+        try:
+            outputs = [
+                GenerationOutput(f"req_{n}", prompt_ids=list(r.unread)) for n, r in enumerate(map(batch.add, requests))
+            ]
+            with tqdm(total=len(requests), disable=not progress_bar, unit="text") as bar:
+                while batch.busy:
+                    bar.update(sum(r.finish_reason is not None for r in batch.step()))
+        finally:
+            self.train(training)
+        for output, request in zip(outputs, requests, strict=True):
+            output.generated_tokens, output.logprobs = request.tokens, request.token_logprobs
+            output.status = RequestStatus.FINISHED
+            if request.finish_reason not in ("stop", "length"):
+                output.status, output.error = RequestStatus.FAILED, request.finish_reason
+        return {output.request_id: output for output in outputs}
 
     @can_return_tuple
     def forward(
