@@ -67,11 +67,11 @@ _MODULES = {
 }
 for _stem, _name in ARCHITECTURES.items():
     _MODULES[f"{_stem}Config"] = f"hf_rnn.models.{_name}.configuration_{_name}"
-    for _suffix in ("Model", *HEADS):
+    for _suffix in ("Model", "ForPrediction", *HEADS):
         _MODULES[f"{_stem}{_suffix}"] = f"hf_rnn.models.{_name}.modeling_{_name}"
 for _stem, _name in FORECASTERS.items():
     _MODULES[f"{_stem}Config"] = f"hf_rnn.models.{_name}.configuration_{_name}"
-    for _suffix in ("Model", "ForPrediction"):
+    for _suffix in ("Model", "ForPrediction", "ForSequenceClassification"):
         _MODULES[f"{_stem}{_suffix}"] = f"hf_rnn.models.{_name}.modeling_{_name}"
 
 __all__ = ["__version__", *_MODULES]
@@ -117,6 +117,7 @@ if TYPE_CHECKING:
         GRUForCausalLM,
         GRUForCTC,
         GRUForMaskedLM,
+        GRUForPrediction,
         GRUForQuestionAnswering,
         GRUForSequenceClassification,
         GRUForTokenClassification,
@@ -127,6 +128,7 @@ if TYPE_CHECKING:
         LSTMForCausalLM,
         LSTMForCTC,
         LSTMForMaskedLM,
+        LSTMForPrediction,
         LSTMForQuestionAnswering,
         LSTMForSequenceClassification,
         LSTMForTokenClassification,
@@ -137,6 +139,7 @@ if TYPE_CHECKING:
         MemoryRNNForCausalLM,
         MemoryRNNForCTC,
         MemoryRNNForMaskedLM,
+        MemoryRNNForPrediction,
         MemoryRNNForQuestionAnswering,
         MemoryRNNForSequenceClassification,
         MemoryRNNForTokenClassification,
@@ -147,6 +150,7 @@ if TYPE_CHECKING:
         MinGRUForCausalLM,
         MinGRUForCTC,
         MinGRUForMaskedLM,
+        MinGRUForPrediction,
         MinGRUForQuestionAnswering,
         MinGRUForSequenceClassification,
         MinGRUForTokenClassification,
@@ -157,18 +161,24 @@ if TYPE_CHECKING:
         MinLSTMForCausalLM,
         MinLSTMForCTC,
         MinLSTMForMaskedLM,
+        MinLSTMForPrediction,
         MinLSTMForQuestionAnswering,
         MinLSTMForSequenceClassification,
         MinLSTMForTokenClassification,
         MinLSTMModel,
     )
     from hf_rnn.models.tirex2.configuration_tirex2 import TiRex2Config
-    from hf_rnn.models.tirex2.modeling_tirex2 import TiRex2ForPrediction, TiRex2Model
+    from hf_rnn.models.tirex2.modeling_tirex2 import (
+        TiRex2ForPrediction,
+        TiRex2ForSequenceClassification,
+        TiRex2Model,
+    )
     from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
     from hf_rnn.models.xlstm.modeling_xlstm import (
         XLSTMForCausalLM,
         XLSTMForCTC,
         XLSTMForMaskedLM,
+        XLSTMForPrediction,
         XLSTMForQuestionAnswering,
         XLSTMForSequenceClassification,
         XLSTMForTokenClassification,

@@ -8,6 +8,7 @@ from hf_rnn.layers.feed_forward import FeedForward, GatedFeedForward
 from hf_rnn.layers.mixer import Mixer, RecurrentMixer
 from hf_rnn.layers.multi_head import MultiHeadMixer
 from hf_rnn.layers.norm import MultiHeadNorm, RMSNorm
+from hf_rnn.layers.residual_mlp import ResidualMLP
 from hf_rnn.layers.sliding_attention import SlidingAttention
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "MultiHeadNorm",
     "RMSNorm",
     "RecurrentMixer",
+    "ResidualMLP",
     "SlidingAttention",
 ]

@@ -58,7 +58,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if config.num_input_features is None:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.input_size)
         else:
-            self.embed_features = ContinuousInput(config.num_input_features, config.input_size, config.patch_size)
+            self.embed_features = ContinuousInput(
+                config.num_input_features, config.input_size, config.patch_size, config.patch_intermediate_size
+            )
         norm = self.make_norm(config)
         self.dropout = nn.Dropout(0.0 if norm is None else config.hidden_dropout)
         self.layers = nn.ModuleList(self.make_block(config, index) for index in range(config.num_hidden_layers))

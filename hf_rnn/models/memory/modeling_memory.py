@@ -14,6 +14,7 @@ from hf_rnn.skeleton.block import RecurrentBlock
 from hf_rnn.skeleton.heads import (
     RecurrentForCTC,
     RecurrentForMaskedLM,
+    RecurrentForPrediction,
     RecurrentForQuestionAnswering,
     RecurrentForSequenceClassification,
     RecurrentForTokenClassification,
@@ -175,6 +176,13 @@ class MemoryRNNForQuestionAnswering(RecurrentForQuestionAnswering):
 
 class MemoryRNNForCTC(RecurrentForCTC):
     """Memory RNN that transcribes."""
+
+    config_class = MemoryRNNConfig
+    model_class = MemoryRNNModel
+
+
+class MemoryRNNForPrediction(RecurrentForPrediction):
+    """Memory RNN that forecasts series."""
 
     config_class = MemoryRNNConfig
     model_class = MemoryRNNModel
