@@ -1,4 +1,4 @@
-"""Series that were measured, from packages that bring them along: statsmodels' and aeon's data sets, nothing downloaded.
+"""Measured series out of packages that bring them along: data sets of statsmodels and aeon, nothing downloaded.
 
 What stands in one package's set is in no other's here: AirPassengers once, CO2 by months alone.
 """
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 
-class RealSeries(NamedTuple):
+class NamedSeries(NamedTuple):
     """A series.
 
     Attributes:
         name: of the set, and of the series in it.
-        kind: "yearly", "quarterly", "monthly" or "half-hourly".
+        kind: "yearly", "quarterly", "monthly", "half-hourly" or "synthetic".
         values: (T,), NaN where missing.
         known: whether it is trained on but for its end; others are never seen in training.
     """
@@ -29,12 +29,13 @@ class RealSeries(NamedTuple):
 
     @property
     def season(self) -> int:
-        return {"yearly": 1, "quarterly": 4, "monthly": 12, "half-hourly": 48}[self.kind]
+        """Steps of one; where none is known, 1."""
+        return {"quarterly": 4, "monthly": 12, "half-hourly": 48}.get(self.kind, 1)
 
     @property
     def horizon(self) -> int:
         """Steps to forecast, those of the M4 competition."""
-        return {"yearly": 6, "quarterly": 8, "monthly": 18, "half-hourly": 48}[self.kind]
+        return {"yearly": 6, "quarterly": 8, "monthly": 18}.get(self.kind, 48)
 
 
 SHORTEST = 36  # steps of a series, of which a third is held out where it is yearly
@@ -46,7 +47,7 @@ def _statsmodels(name: str):
 
 
 @cache
-def real_series() -> list[RealSeries]:
+def real_series() -> list[NamedSeries]:
     """All of them.
 
     Raises:
@@ -80,7 +81,7 @@ def real_series() -> list[RealSeries]:
         add("monthly", "co2", _statsmodels("co2").co2.resample("MS").mean())
     add("half-hourly", "solar", aeon.load_solar())
     return [
-        RealSeries(name, kind, values, not name.startswith(UNKNOWN))
+        NamedSeries(name, kind, values, not name.startswith(UNKNOWN))
         for name, kind, values in found
         if len(values) >= SHORTEST
     ]
