@@ -2,7 +2,7 @@
 
     python benchmarks/forecasting.py        # make bench-forecasting
 
-Networks of about a million parameters, four blocks, patches of 8 values, 256 values of the past and 48 to come at most,
+Networks of about a million parameters, four blocks, patches of 16 values, 256 values of the past and 48 to come at most,
 are trained on windows of synthetic series (`hf_rnn.tasks.SyntheticSeries`) and of the beginnings of measured ones
 (real_series.py), half of each; measured ones of a kind, yearly or monthly, as often as those of the others. Tested are
 the last `horizon` values of every series, of those that training knows but for their ends ("ends"), of other measured
@@ -36,8 +36,8 @@ from hf_rnn.forecasting.metrics import forecast_metrics
 from hf_rnn.forecasting.windows import ForecastWindows, pad_past, split_series
 from hf_rnn.tasks import SyntheticSeries
 
-PARAMETERS, STEPS, BATCH, SEEDS, RATES = 1_000_000, 1500, 32, (0, 1, 2), (1e-3, 3e-3)
-SIZES = dict(num_hidden_layers=4, patch_size=8, context_length=256, prediction_length=48)
+PARAMETERS, STEPS, BATCH, SEEDS, RATES = 1_000_000, 1200, 32, (0, 1, 2), (1e-3, 3e-3)
+SIZES = dict(num_hidden_layers=4, patch_size=16, context_length=256, prediction_length=48)
 SYNTHETIC, TESTED = 2000, 30
 QUANTILES = [n / 10 for n in range(1, 10)]
 PEERS = {"seasonal naive": "SeasonalNaive", "AutoETS": "AutoETS", "AutoARIMA": "AutoARIMA"}
