@@ -2,12 +2,12 @@
 
     python benchmarks/forecast_tuning.py        # make bench-forecasting, behind forecasting.py, whose checkpoint it is
 
-The TiRex-2 that forecasting.py trained, seed 0, which never saw this series: a blood pressure of 7,501 values (135 of the
-UCR anomaly archive, which aeon brings along). Tuned on its first 6,061 values, the learning rate by the next 10 windows
-of 48 values, tested on the last 20, each forecast from what lies before it: all weights and LoRA of rank 8 (PEFT) with
-`RecurrentTrainer`, and all weights with `ZOTrainer`, which sees no gradient; what only series of several variates use is
-frozen there. AdamW and plain SGD, constant rate; 3 seeds of windows and directions. One thread a run; an interrupted
-measurement goes on.
+The TiRex-2 that forecasting.py trained, seed 0, which never saw this series: a blood pressure of 7,501 values (number
+135 of the UCR anomaly archive, which aeon brings along). Tuned on its first 6,061 values, the learning rate by the next
+10 windows of 48 values, tested on the last 20, each forecast from what lies before it: all weights and LoRA of rank 8
+(PEFT) with `RecurrentTrainer`, and all weights with `ZOTrainer`, which sees no gradient; what only series of several
+variates use is frozen there. AdamW and plain SGD, constant rate; 3 seeds of windows and directions. One thread a run;
+an interrupted measurement goes on.
 """
 
 import argparse

@@ -2,14 +2,15 @@
 
     python benchmarks/forecasting.py        # make bench-forecasting
 
-Networks of about a million parameters, four blocks, patches of 16 values, 256 values of the past and 48 to come at most,
-are trained on windows of synthetic series (`hf_rnn.tasks.SyntheticSeries`) and of the beginnings of measured ones
-(real_series.py), half of each; measured ones of a kind, yearly or monthly, as often as those of the others. Tested are
-the last `horizon` values of every series, of those that training knows but for their ends ("ends"), of other measured
-ones ("unseen"), and of new synthetic ones; horizons are the M4 competition's. The learning rate is the better of two on
-the values before those, after a fifth of the steps. AdamW, cosine schedule, the same windows and number of steps for
-all, 3 seeds. Beside them seasonal naive, AutoETS and AutoARIMA by statsforecast, with their defaults, fitted to all of
-a series before its end and told its season; where values are missing they get a straight line.
+Networks of about a million parameters (of TiRex-2's, 0.5 million mix variates and rest here), four blocks, patches of
+16 values, 256 values of the past and 48 to come at most, are trained on windows of synthetic series
+(`hf_rnn.tasks.SyntheticSeries`) and of the beginnings of measured ones (real_series.py), half of each; measured ones of
+a kind, yearly or monthly, as often as those of the others. Tested are the last `horizon` values of every series, of
+those that training knows but for their ends ("ends"), of other measured ones ("unseen"), and of new synthetic ones;
+horizons are the M4 competition's. The learning rate is the better of two on the values before those, after a fifth of
+the steps. AdamW, cosine schedule, the same windows and number of steps for all, 3 seeds. Beside them seasonal naive,
+AutoETS and AutoARIMA by statsforecast, with their defaults, fitted to all of a series before its end and told its
+season; where values are missing they get a straight line.
 
 MASE and WQL of each series, `hf_rnn.forecasting.metrics`. One thread a run, as many at once as there are cores; an
 interrupted measurement goes on. Weights stay in runs/forecasting.
