@@ -73,10 +73,11 @@ $(PEERS)/.installed: pyproject.toml constraints-forecasting-peers.txt | $(PEERS)
 test-forecasting-peers: $(PEERS)/.installed
 	$(call pytest,$(PEERS)) tests/forecasting_peers
 
-# Forecasts beside statsforecast's, fine-tuning: half an hour on 2 cores. Goes on where it was interrupted.
+# Forecasts beside statsforecast's, fine-tuning, classes: three quarters of an hour on 2 cores. Goes on where it was interrupted.
 bench-forecasting: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/forecasting.py
 	$(PEERS)/bin/python benchmarks/forecast_tuning.py
+	$(PEERS)/bin/python benchmarks/series_classification.py
 	$(PEERS)/bin/python benchmarks/page.py
 
 # What `test` has no time for

@@ -41,6 +41,7 @@ TITLES = {
     "digits_ctc": "Both directions: digits, transcribed and classified",
     "forecasting": "Forecasts beside statsforecast's",
     "forecast_tuning": "A forecaster tuned on a series",
+    "series_classification": "Series, classified",
 }
 
 
@@ -480,9 +481,25 @@ def forecast_tuning(results: Results) -> str:
     return "\n\n".join([text, markdown(header, lines)])
 
 
+def series_classification(results: Results) -> str:
+    parts = [
+        "Accuracy on the test rows, mean (worst) of 3 seeds; seconds of fitting and of predicting all test rows, behind "
+        "a first call."
+    ]
+    for name, methods in results.items():
+        lines = [
+            [method, mean_and(min, rows, "accuracy"),
+             *(number(statistics.mean(row[key] for row in rows), 2) for key in ("fit_seconds", "predict_seconds"))]
+            for method, rows in methods.items()
+        ]  # fmt: skip
+        parts.append(markdown([name, "accuracy", "seconds of fitting", "of predicting"], lines))
+    return "\n\n".join(parts)
+
+
 WRITERS = {
     "forecasting": forecasting,
     "forecast_tuning": forecast_tuning,
+    "series_classification": series_classification,
     "long_sequences": long_sequences,
     "streams": streams,
     "classification": classification,
