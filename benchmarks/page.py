@@ -483,7 +483,7 @@ def forecast_tuning(results: Results) -> str:
 
 def series_classification(results: Results) -> str:
     parts = [
-        "Accuracy on the test rows, mean (worst) of 3 seeds; seconds of fitting and of predicting all test rows, behind "
+        "Accuracy on the test rows, mean (worst) of 3 seeds; seconds of fitting and of predicting test rows, behind "
         "a first call."
     ]
     for name, methods in results.items():
