@@ -166,6 +166,7 @@ def decode_fused(model: Any, input_ids: Tensor, cache: RecurrentCache) -> Tensor
     numbers, states = ids.tolist(), step.states_of(cache, len(ids))
     if states is None or not numbers or min(numbers) < 0 or max(numbers) >= step.program.num_embeddings:
         return None
+    cache.record(1)
     logits = torch.empty(len(numbers), 1, step.program.logits.width, dtype=torch.float32, device="cpu")
     run(step.program, ids, states, logits)
     if not torch.is_inference_mode_enabled():

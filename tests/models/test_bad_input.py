@@ -80,7 +80,7 @@ def test_a_cache_of_another_model_or_batch(make_model, model, ids):
     other = make_model(hidden_size=24)
     with pytest.raises(ValueError, match=r"cache: expected states of shapes \[\(3, .*got \[\(3, "):
         model(ids, past_key_values=other(ids).past_key_values)
-    with pytest.raises(ValueError, match="cache: expected states"):
+    with pytest.raises(ValueError, match="cache: expected the state of a batch of 2"):
         model(ids[:2], past_key_values=model(ids).past_key_values)
     with pytest.raises(ValueError, match="cache: seq_idx and cu_seq_lens_q do not say whether the first"):
         state = model(ids[:1]).past_key_values
