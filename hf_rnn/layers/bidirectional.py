@@ -37,7 +37,7 @@ class Bidirectional(Mixer):
 
 
 def _beside(y: Tensor, z: Tensor) -> Tensor:
-    """(B, T, D) twice to (B, T, 2 D), in memory as they are: torch's LSTM gives them time by time, and reads them so."""
+    """(B, T, D) twice to (B, T, 2 D), in memory as both are: torch's LSTM gives and reads them time by time."""
     if all(x.transpose(0, 1).is_contiguous() for x in (y, z)):
         return torch.cat([y.transpose(0, 1), z.transpose(0, 1)], -1).transpose(0, 1)
     return torch.cat([y, z], -1)
