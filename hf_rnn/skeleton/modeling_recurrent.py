@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_rnn.generation.batching import ContinuousBatch, requests_of
-from hf_rnn.generation.fused_step import decode_fused, reason_not_fused
+from hf_rnn.generation.fused_step import FUSED_TOKENS, decode_fused, reason_not_fused
 from hf_rnn.layers import (
     Bidirectional,
     CausalConv,
@@ -410,19 +410,20 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
             TypeError, ValueError, IndexError: see `RecurrentModel.forward`.
         """
         state = state_of(cache, past_key_values)
-        one_token = (
-            input_ids is not None and input_ids.dim() == 2 and input_ids.shape[1] == 1
+        short = (
+            input_ids is not None and input_ids.dim() == 2
             and isinstance(logits_to_keep, int) and logits_to_keep >= 0
             and isinstance(state, RecurrentCache) and state.is_initialized
             and position_ids is None and inputs_embeds is None and labels is None and not kwargs
             and not self.config.output_hidden_states
+            and input_ids.shape[1] <= (FUSED_TOKENS if state.is_croppable and input_ids.shape[0] == 1 else 1)
         )  # fmt: skip
         if (
-            one_token
-            and padding_mask(attention_mask, input_ids.shape[0], 1, state.seen_tokens) is None  # type: ignore
+            short
+            and padding_mask(attention_mask, *input_ids.shape, state.seen_tokens) is None  # type: ignore
             and (logits := decode_fused(self, input_ids, state)) is not None  # type: ignore[arg-type]
         ):
-            return CausalLMOutput(logits=logits, **{STATE: state})  # type: ignore[arg-type]
+            return CausalLMOutput(logits=logits[:, -logits_to_keep:], **{STATE: state})  # type: ignore
         if isinstance(state, RecurrentCache) and state.is_croppable and isinstance(logits_to_keep, int):
             kwargs["num_recorded"] = logits_to_keep
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}

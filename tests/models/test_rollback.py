@@ -57,13 +57,16 @@ def test_as_many_states_as_logits(model, ids):
     """A long prompt is not kept token by token: of `logits_to_keep` tokens the state before each."""
     state = model.new_cache()
     state.activate_past_recording()
-    read(model, ids, state, logits_to_keep=3)
-    assert [seen for seen, _ in state.past] == [14, 15, 16]
+    read(model, ids[:, :1], state)
+    read(model, ids[:, 1:], state, logits_to_keep=3)
+    _, (seen, states) = state.past
+    assert seen == 14 and all(x.shape[:2] == (3, 4) for layer in states for x in layer)
     other = state.clone()
     other.crop(3)
     assert_close(other, read(model, ids[:, :14]))
-    with pytest.raises(ValueError, match="the state before the last 4 tokens is not recorded"):
-        state.crop(4)
+    for count in (4, 16):
+        with pytest.raises(ValueError, match=f"the state before the last {count} tokens is not recorded"):
+            state.crop(count)
     assert state.seen_tokens == 17
     state.stop_past_recording()
     with pytest.raises(ValueError, match="activate_past_recording"):
