@@ -7,10 +7,11 @@ Networks of about a million parameters (of TiRex-2's, 0.5 million mix variates a
 (`hf_rnn.tasks.SyntheticSeries`) and of the beginnings of measured ones (real_series.py), half of each; measured ones of
 a kind, yearly or monthly, as often as those of the others. Tested are the last `horizon` values of every series, of
 those that training knows but for their ends ("ends"), of other measured ones ("unseen"), and of new synthetic ones;
-horizons are the M4 competition's. The learning rate is the better of two on the values before those, after 240
-steps. AdamW, cosine schedule, the same windows and number of steps for all, 3 seeds. Beside them seasonal naive,
-AutoETS and AutoARIMA by statsforecast, with their defaults, fitted to all of a series before its end and told its
-season; where values are missing they get a straight line.
+horizons are the M4 competition's. The learning rate is the better of two on the values before those, after 240 steps,
+and so is, of each run, whether series with a trend are forecast by their differences. AdamW, cosine schedule, the same
+windows and number of steps for all, 3 seeds. Beside them seasonal naive, AutoETS and AutoARIMA by statsforecast, with
+their defaults, fitted to all of a series before its end and told its season; where values are missing they get a
+straight line.
 
 MASE and WQL of each series, `hf_rnn.forecasting.metrics`. One thread a run, as many at once as there are cores; an
 interrupted measurement goes on. Weights stay in runs/forecasting.
@@ -125,18 +126,40 @@ def run(name: str, seed: int, learning_rate: float, trial: bool) -> dict:
     seconds = fit(model, batches(seed), TRIAL if trial else STEPS, learning_rate)
     model.eval()
     if not trial:
+        choose_differencing(model)
         model.save_pretrained(CHECKPOINTS / f"{name}, seed {seed}")
-    start = time.perf_counter()
-    forecasts = forecasts_of(model, trial)
     return {
         "seed": seed,
         "learning_rate": learning_rate,
         "parameters": model.num_parameters(),
         "width": model.config.hidden_size,
         "seconds": seconds,
-        "forecast_seconds": time.perf_counter() - start,
-        "scores": score(forecasts, trial),
+        **tested(model, trial),
     }
+
+
+def choose_differencing(model: PreTrainedModel) -> None:
+    """Whether `predict` forecasts series with a trend by their differences: what is better on the validation's ends."""
+
+    def error(differencing: bool) -> float:
+        model.config.differencing = differencing
+        return mean_mase(score(forecasts_of(model, validation=True), validation=True))
+
+    model.config.differencing = min((True, False), key=error)
+
+
+def tested(model: PreTrainedModel, validation: bool) -> dict:
+    start = time.perf_counter()
+    forecasts = forecasts_of(model, validation)
+    return {
+        "differencing": model.config.differencing,
+        "forecast_seconds": time.perf_counter() - start,
+        "scores": score(forecasts, validation),
+    }
+
+
+def mean_mase(scores: dict) -> float:
+    return float(np.nanmean([row["mase"] for row in scores.values()]))
 
 
 def run_peer(name: str) -> dict:
@@ -183,7 +206,7 @@ def main() -> None:
     )
 
     def error(name: str, lr: float) -> float:
-        return float(np.nanmean([row["mase"] for row in trials[f"{name}, learning rate {lr:g}"]["scores"].values()]))
+        return mean_mase(trials[f"{name}, learning rate {lr:g}"]["scores"])
 
     best = {name: min(RATES, key=lambda lr, name=name: error(name, lr)) for name in NETWORKS}
     jobs = {f"{name}, seed {seed}": (name, seed, best[name], False) for seed in SEEDS for name in NETWORKS}

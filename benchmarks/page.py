@@ -442,11 +442,17 @@ def forecasting(results: Results) -> str:
     for name, rows in models.items():
         first = rows[0]
         covered = statistics.mean(score["coverage_80"] for row in rows for score in row["scores"].values())
-        sizes = [f"{first['parameters']:,}", f"{first['learning_rate']:g}"] if "parameters" in first else ["", ""]
+        sizes = [""] * 3
+        if "parameters" in first:
+            by_differences = f"{sum(row['differencing'] for row in rows)} of {len(rows)}"
+            sizes = [f"{first['parameters']:,}", f"{first['learning_rate']:g}", by_differences]
         training = f"{statistics.mean(row['seconds'] for row in rows):.0f}" if "seconds" in first else ""
         forecast = number(statistics.mean(row["forecast_seconds"] for row in rows), 2)
         lines.append([name, *sizes, training, forecast, f"{100 * covered:.0f}%"])
-    header = ["", "parameters", "learning rate", "seconds of training", "of forecasting all", "in the 80% interval"]
+    header = [
+        "", "parameters", "learning rate", "trends by differences", "seconds of training", "of forecasting all",
+        "in the 80% interval",
+    ]  # fmt: skip
     parts.append(markdown(header, lines))
     reasons: dict[str, list[str]] = {}
     for what, reason in results["accepted"].items():
