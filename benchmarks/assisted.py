@@ -2,7 +2,7 @@
 
     python benchmarks/assisted.py
 
-`generate()`, greedy, one sequence on a CPU: 64 tokens after 16, of random weights, so that which candidates are right
+`generate()`, greedy, one sequence on one thread of a CPU: 48 tokens after 16, of random weights, so that which candidates are right
 can be chosen: 8 at a time, each right with a probability, for nothing (as prompt lookup has them, nearly) or after a
 draft of 1 million parameters has read and said them. All give the tokens of plain decoding; whoever does not is not
 timed. And what a pass costs in which candidates are read, over their number: as one compiled call, and as prompts are
@@ -21,11 +21,10 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from hf_rnn import RecurrentCache
 
 LARGE = [("minGRU", 1_000_000), ("minGRU", 20_000_000), ("LSTM", 20_000_000), ("xLSTM", 20_000_000)]
-LARGE.append(("minGRU", 100_000_000))
 MODELS = sized(LARGE, LARGE, [("minGRU", 40_000)])
-NEW, CANDIDATES, DRAFT = sized(64, 64, 4), 8, sized(1_000_000, 1_000_000, 20_000)
-RIGHT = (0.0, 0.5, 0.8, 0.9, 1.0)
-LENGTHS = sized([1, 2, 3, 5, 9, 17, 32], [1, 2, 3, 5, 9, 17, 32], [1, 2])
+NEW, CANDIDATES, DRAFT = sized(48, 48, 4), 8, sized(1_000_000, 1_000_000, 20_000)
+RIGHT = (0.0, 0.5, 0.8, 1.0)
+LENGTHS = sized([1, 2, 5, 9, 17, 32], [1, 2, 5, 9, 17, 32], [1, 2])
 
 
 class Known(CandidateGenerator):
@@ -81,10 +80,10 @@ def decoding(name: str, parameters: int) -> Rows:
     for right in RIGHT:
         contestants[f"hf_rnn, candidates, {right:.0%} right"] = partial(tokens, model, ids, right, text)
     if parameters > DRAFT:
-        for right in (0.5, 0.8, 1.0):
+        for right in (0.8, 1.0):
             by_draft = partial(tokens, model, ids, right, text, draft_of(DRAFT))
             contestants[f"hf_rnn, a draft's candidates, {right:.0%} right"] = by_draft
-    rows = compare(contestants, [text.double()], tolerance=0.0, repeats=7, seconds=6)
+    rows = compare(contestants, [text.double()], tolerance=0.0, repeats=7, seconds=4)
     for row in rows.values():
         if "ms" in row:
             row["tokens_per_second"] = 1e3 * NEW / row["ms"]
@@ -110,12 +109,13 @@ def passes(name: str, parameters: int) -> Rows:
         contestants[f"hf_rnn, {length} tokens as one call"] = partial(read, ids, recording)
         if length > 1:
             contestants[f"hf_rnn, {length} tokens as prompts are read"] = partial(read, ids, state)
-    rows = compare(contestants, repeats=15, seconds=4)
+    rows = compare(contestants, repeats=15, seconds=2)
     table(f"{name}, {parameters:,} parameters, one pass", rows)
     return rows
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # threads that wait for one another are slow where others use the machine
     results: dict[str, Rows] = {}
     for name, parameters in MODELS:
         results[f"{name}, {parameters:,} parameters, {NEW} tokens"] = decoding(name, parameters)
