@@ -35,6 +35,7 @@ from hf_rnn.cli.data import blocks, cut_documents, read_documents, tokenize
 from hf_rnn.cli.plot import plot_losses
 from hf_rnn.cli.settings import read_settings
 from hf_rnn.cli.tasks import MODELS, answers, prepare
+from hf_rnn.cli.train_forecaster import train_forecaster
 from hf_rnn.skeleton.configuration_hybrid import HybridConfig
 from hf_rnn.tasks.evaluation import bits_per_byte
 from hf_rnn.tokenization.reading import read_tokenizer
@@ -46,7 +47,7 @@ class ModelArguments:
         default="causal-lm",
         metadata={
             "help": f"causal-lm, or one of {', '.join(MODELS)}, by backpropagation; new models of these read both "
-            "ways, unless --config says bidirectional=False"
+            "ways, unless --config says bidirectional=False; or forecasting, by backpropagation, zo or rate"
         },
     )
     trainer: str = field(
@@ -79,9 +80,11 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        if self.task != "causal-lm" and self.task not in MODELS:
-            raise ValueError(f"task: expected one of {['causal-lm', *MODELS]}, got {self.task!r}")
-        if self.task != "causal-lm" and self.trainer != "backpropagation":
+        if self.task not in (tasks := ["causal-lm", "forecasting", *MODELS]):
+            raise ValueError(f"task: expected one of {tasks}, got {self.task!r}")
+        if self.task == "forecasting" and self.trainer not in ("backpropagation", "zo", "rate"):
+            raise ValueError(f"trainer: forecasting trains by backpropagation, zo or rate, got {self.trainer!r}")
+        if self.task in MODELS and self.trainer != "backpropagation":
             raise ValueError(f"trainer: {self.task} trains by backpropagation, got {self.trainer!r}")
         if self.teacher is not None and self.trainer not in ("smt", "dmt"):
             raise ValueError(f"teacher: only smt and dmt have one, got --trainer {self.trainer}")
@@ -102,7 +105,7 @@ class DataArguments:
     data: str = field(
         metadata={
             "help": "a text file, a folder saved by `datasets`, or a dataset's name on the Hub; with labels also a "
-            "csv, json, jsonl or parquet file"
+            "csv, json, jsonl or parquet file; to forecast a csv or parquet file with columns unique_id, ds and y"
         }
     )
     split: str = field(default="train", metadata={"help": "split of a dataset"})
@@ -121,8 +124,13 @@ class DataArguments:
         },
     )
     held_out: float = field(
-        default=0.05, metadata={"help": "share of the text, at its end, or of rows by chance, to evaluate on"}
+        default=0.05,
+        metadata={
+            "help": "share of the text, at its end, or of rows by chance, to evaluate on; of series the last "
+            "prediction_length steps, unless it is 0"
+        },
     )
+    season: int = field(default=1, metadata={"help": "steps of a season of the series, by which MASE is scaled"})
 
     def __post_init__(self):
         if self.block_size < 2:
@@ -359,6 +367,14 @@ def main(argv: list[str]) -> None:
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
     check_output(Path(str(arguments.output_dir)))
     set_seed(arguments.seed)
+    if model_arguments.task == "forecasting":
+        metrics = train_forecaster(model_arguments, data, arguments, TRAINERS[trainer][0])
+        for name in ("loss", "mase", "wql", "smape", "coverage_80"):
+            if f"eval_{name}" in metrics:
+                print(f"held-out {name}: {metrics[f'eval_{name}']:.4f}")
+        again = f"hf-rnn forecast {data.data} --model {arguments.output_dir} --horizon 12"
+        print(f"saved {arguments.output_dir}; try: {again}")
+        return
     if model_arguments.task != "causal-lm":
         for name, value in train_task(model_arguments, data, arguments).items():
             if name.removeprefix("eval_") in ("loss", "accuracy", "rmse", "r2"):
