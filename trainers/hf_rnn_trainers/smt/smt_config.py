@@ -11,6 +11,24 @@ class SMTConfig(MemoryTrainingConfig):
     coef_decoder: float = field(default=1.0, metadata={"help": "of the future's cross-entropy"})
     coef_dynamics: float = field(default=0.1, metadata={"help": "of the one-step error of the memory"})
     coef_uniformity: float = field(default=0.001, metadata={"help": "of what spreads memories over the sphere"})
+    student_steps: int = field(
+        default=1,
+        metadata={
+            "help": "steps that the student makes from each of the teacher's memories, with a gradient through them; "
+            "1: the paper's"
+        },
+    )
+    coef_student: float = field(
+        default=0.0,
+        metadata={"help": "of the readout's cross-entropy on the student's own memories after these steps; 0: paper's"},
+    )
+    coef_first: float = field(
+        default=0.0,
+        metadata={
+            "help": "of the gradient that the readout of the teacher's memories gives the encoder, times coef_readout; "
+            "0, the paper's: it stops at the memory it reads"
+        },
+    )
     detach_labels: bool = field(
         default=False, metadata={"help": "the student's error does not reach the teacher, whose memories then need not "
                                  "be such as a recurrent network can follow"},
@@ -35,7 +53,7 @@ class SMTConfig(MemoryTrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("future_size", "positions_per_sequence"):
+        for name in ("future_size", "positions_per_sequence", "student_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if min(self.first_share, self.labelled_share) < 0 or self.first_share + self.labelled_share > 1:
