@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from hf_rnn_trainers.memory.memory_config import MemoryTrainingConfig
 
@@ -7,10 +8,23 @@ from hf_rnn_trainers.memory.memory_config import MemoryTrainingConfig
 class DMTConfig(MemoryTrainingConfig):
     """TrainingArguments of `DMTTrainer`: the paper's coefficients and learning rate as defaults."""
 
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "dense": dict(readout_steps=8, learning_rate=1e-3, warmup_steps=0, label_every=4),
+        "rare": dict(learning_rate=1e-3, label_every=1),
+        "paper": dict(per_device_train_batch_size=32, max_steps=1500),
+    }
+
     coef_dynamics: float = field(default=10.0, metadata={"help": "of the error of the memories rolled out"})
     detach_rollout: bool = field(
         default=True,
         metadata={"help": "each memory of a rollout is given to the next step; False: backpropagation through all"},
+    )
+    optimizer_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "a checkpoint of the smt run (checkpoint-N): what its optimizer knew of the student goes on, at "
+            "this run's rate and schedule"
+        },
     )
     readout_steps: int = field(
         default=0,

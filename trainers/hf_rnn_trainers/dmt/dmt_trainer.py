@@ -1,9 +1,11 @@
 """Training a recurrent network on the memories that it comes to by itself."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer import OPTIMIZER_NAME
 
 from hf_rnn_trainers.dmt.dmt_config import DMTConfig
 from hf_rnn_trainers.memory.losses import dynamics_loss, known, prediction_loss
@@ -11,6 +13,27 @@ from hf_rnn_trainers.memory.memory_trainer import Losses, MemoryTrainer
 from hf_rnn_trainers.memory.rollouts import labels, rollout, run_chunks
 from hf_rnn_trainers.memory.teacher import SMTTeacher
 from hf_rnn_trainers.memory.windows import chunks
+
+
+def take_over(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """The state that the optimizer of an SMT run had of the student's parameters; rates and schedule stay.
+
+    Raises:
+        ValueError: no such file, or of another network or another optimizer.
+    """
+    path = checkpoint / OPTIMIZER_NAME
+    if not path.is_file():
+        raise ValueError(f"optimizer_from: expected a checkpoint folder with {OPTIMIZER_NAME}, got {checkpoint}")
+    theirs, mine = torch.load(path, map_location="cpu", weights_only=True), optimizer.state_dict()
+    state = {}
+    groups = zip(theirs["param_groups"], mine["param_groups"], optimizer.param_groups, strict=False)
+    for before, now, group in groups:  # the student's parameters come first in each, then the teacher's
+        for old, new, p in zip(before["params"], now["params"], group["params"], strict=False):
+            values = theirs["state"].get(old, {})
+            if any(torch.is_tensor(v) and v.dim() and v.shape != p.shape for v in values.values()):
+                raise ValueError(f"optimizer_from: {path} is of another network than this student")
+            state[new] = values
+    optimizer.load_state_dict({"state": state, "param_groups": mine["param_groups"]})
 
 
 class DMTLosses(Losses):
@@ -83,6 +106,13 @@ class DMTTrainer(MemoryTrainer):
     """
 
     config_class = DMTConfig
+
+    def create_optimizer(self, model=None):
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made and self.args.optimizer_from is not None:
+            take_over(optimizer, Path(self.args.optimizer_from))
+        return optimizer
 
     def card_method(self) -> str:
         if self.teacher is None:

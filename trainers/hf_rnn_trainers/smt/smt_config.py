@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from hf_rnn_trainers.memory.memory_config import MemoryTrainingConfig
 
@@ -6,6 +7,39 @@ from hf_rnn_trainers.memory.memory_config import MemoryTrainingConfig
 @dataclass
 class SMTConfig(MemoryTrainingConfig):
     """TrainingArguments of `SMTTrainer`: the paper's coefficients, learning rate and windows as defaults."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "dense": dict(
+            all_positions=True,
+            student_steps=8,
+            coef_student=1.0,
+            coef_first=1.0,
+            coef_decoder=0.0,
+            teacher_decoder_layers=0,
+            teacher_conv_kernel=4,
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs=dict(min_lr_rate=0.25),
+            warmup_steps=0.1,
+        ),
+        "rare": dict(
+            all_positions=True,
+            labelled_share=0.5,
+            positions_per_sequence=2,
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs=dict(min_lr_rate=0.1),
+            warmup_steps=0.1,
+        ),
+        "paper": dict(
+            teacher_hidden_size=256,
+            teacher_encoder_layers=8,
+            teacher_decoder_layers=4,
+            teacher_heads=8,
+            per_device_train_batch_size=128,
+            max_steps=150_000,
+        ),
+    }
 
     future_size: int = field(default=64, metadata={"help": "targets that a memory has to predict, the next one first"})
     coef_decoder: float = field(default=1.0, metadata={"help": "of the future's cross-entropy"})

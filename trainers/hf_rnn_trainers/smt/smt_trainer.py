@@ -42,13 +42,13 @@ class SMTLosses(Losses):
                 )
             memories = self.student.to_memory(self.teacher.encode_all(x).flatten(0, 1)).unflatten(0, x.shape)
             row, start, end = chunks(lengths, args.student_steps, generator)
-            decoded, before = memories[rows, t], memories[row, start - 1]
+            decoded, before = memories[rows, t], memories[row, start - 1]  # one that predicts for each (rows, t)
         else:
             row, start, end = rows, t, (t + args.student_steps).minimum(lengths[rows]).maximum(t + 1)
             at = (t + torch.arange(-1, args.student_steps, device=x.device)[:, None]).clamp(max=x.shape[1] - 1)
             ids, mask = contexts(x, rows.repeat(len(at)), at.flatten(), args.context_size)
             memories = self.student.to_memory(self.teacher.encode(ids, mask)).unflatten(0, at.shape)
-            before, decoded = memories[:2]
+            before = memories[0]
         before = torch.where((start == 0)[:, None, None], self.student.initial_memory(len(start)), before)
         if args.detach_labels:
             before = before.detach()
@@ -56,23 +56,22 @@ class SMTLosses(Losses):
         row, at = row[chunk], start[chunk] + step
         after = memories[row, at] if self.teacher.config.all_positions else memories[step + 1, chunk]
         token, target = x[row, at], y[row, at]
-        future, targets = futures(batch, rows, t, args.future_size)
 
         dynamics = dynamics_loss(own, after.detach() if args.detach_labels else after)
-        logits = self.teacher.decode(decoded, future)
+        if not self.teacher.config.all_positions:
+            decoded = after[step == 0]
+        future, targets = futures(batch, rows, t, args.future_size)
+        logits = self.teacher.decode(decoded, future) if self.teacher.config.decoder_layers else None
         uniformity = uniformity_loss(after, generator=generator)
         seen = torch.lerp(after.detach(), after, args.coef_first) if args.coef_first else after.detach()
         readout = prediction_loss(self.student.read_memory(seen, token), target)
-        decoder = prediction_loss(logits, targets)
-        first = prediction_loss(logits[:, 0], targets[:, 0])
-        terms = dict(
-            decoder=known(decoder, targets),
-            decoder_first=known(first, targets[:, 0]),
-            dynamics=dynamics,
-            uniformity=uniformity,
-            readout=known(readout, target),
-        )
-        loss = args.coef_decoder * decoder + args.coef_dynamics * dynamics + args.coef_uniformity * uniformity
+        terms = dict(dynamics=dynamics, uniformity=uniformity, readout=known(readout, target))
+        loss = args.coef_dynamics * dynamics + args.coef_uniformity * uniformity
+        if logits is not None:
+            decoder = prediction_loss(logits, targets)
+            first = prediction_loss(logits[:, 0], targets[:, 0])
+            loss = args.coef_decoder * decoder + args.coef_dynamics * dynamics + args.coef_uniformity * uniformity
+            terms = dict(decoder=known(decoder, targets), decoder_first=known(first, targets[:, 0])) | terms
         loss = loss + args.coef_readout * readout
         if args.coef_student:
             student = prediction_loss(self.student.read_memory(own, token), target)
@@ -104,20 +103,25 @@ class SMTTrainer(MemoryTrainer):
         return "Supervised Memory Training (one step at a time, from the memories of a transformer, in `teacher`)"
 
     def new_teacher(self) -> SMTTeacher:
-        args, settings = self.args, {}
-        if args.teacher_hidden_size is not None:
-            settings["hidden_size"] = args.teacher_hidden_size
+        args = self.args
+        chosen = dict(hidden_size=args.teacher_hidden_size, queries=args.teacher_queries)
         return SMTTeacher.for_student(
             self.model,
             encoder_layers=args.teacher_encoder_layers,
             decoder_layers=args.teacher_decoder_layers,
             num_heads=args.teacher_heads,
             all_positions=args.all_positions,
-            **settings,
+            conv_kernel=args.teacher_conv_kernel,
+            timestamps=args.context_size if args.teacher_timestamps else 0,
+            **{name: value for name, value in chosen.items() if value is not None},
         )
 
     def make_losses(self) -> SMTLosses:
         if self.teacher is None:
             raise ValueError("teacher: memories are what this trainer teaches; expected one, got False")
+        if self.args.coef_decoder and not self.teacher.config.decoder_layers:
+            raise ValueError(
+                f"coef_decoder: expected 0, since the teacher has no decoder, got {self.args.coef_decoder}"
+            )
         self.teacher.requires_grad_(True)  # DMT may have frozen it
         return SMTLosses(self.model, self.teacher, self.args)
