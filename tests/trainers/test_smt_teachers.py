@@ -135,6 +135,25 @@ def test_presets_train(name, tmp_path):
     assert args.label_every == (1 if name == "rare" else 4) and args.max_steps == 4
 
 
+PAPER = dict(hidden_size=256, num_memory_tokens=16, updater="transformer", updater_layers=8, num_heads=8)
+
+
+def test_the_papers_setting(tmp_path):
+    """Networks of its sizes, three steps of SMT and one of DMT on short rows."""
+    model = make_student(vocab_size=2, **PAPER)
+    settings = COMMON | dict(per_device_train_batch_size=2, save_strategy="no", logging_steps=1)
+    smt = SMTConfig.preset("paper", str(tmp_path / "smt"), **settings | dict(max_steps=3, warmup_steps=0))
+    trainer = SMTTrainer(model, smt, train_dataset=TASK)
+    teacher = trainer.teacher.config
+    assert (teacher.hidden_size, teacher.encoder_layers, teacher.decoder_layers, teacher.num_heads) == (256, 8, 4, 8)
+    assert (teacher.num_memory_tokens, teacher.memory_size, teacher.all_positions) == (16, 256, False)
+    trainer.train()
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(found) == 3 and np.isfinite(found).all()
+    dmt = DMTConfig.preset("paper", str(tmp_path / "dmt"), **settings | dict(max_steps=1))
+    DMTTrainer(model, dmt, teacher=trainer.teacher, train_dataset=TASK).train()
+
+
 def test_settings_win_over_a_preset():
     args = SMTConfig.preset("dense", "unused", student_steps=2, **COMMON)
     assert args.student_steps == 2 and args.coef_first == 1.0

@@ -11,7 +11,9 @@ class DMTConfig(MemoryTrainingConfig):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "dense": dict(readout_steps=8, learning_rate=1e-3, warmup_steps=0, label_every=4),
         "rare": dict(learning_rate=1e-3, label_every=1),
-        "paper": dict(per_device_train_batch_size=32, max_steps=1500),
+        "paper": dict(
+            learning_rate=3e-5, context_size=256, label_every=16, per_device_train_batch_size=32, max_steps=1500
+        ),
     }
 
     coef_dynamics: float = field(default=10.0, metadata={"help": "of the error of the memories rolled out"})

@@ -32,6 +32,9 @@ class SMTConfig(MemoryTrainingConfig):
             warmup_steps=0.1,
         ),
         "paper": dict(
+            learning_rate=3e-4,
+            context_size=256,
+            future_size=64,
             teacher_hidden_size=256,
             teacher_encoder_layers=8,
             teacher_decoder_layers=4,

@@ -1,0 +1,80 @@
+"""Text by the dense presets of SMT and DMT beside backpropagation through time and truncated gradients without a
+teacher, equal steps, one network: nats per token of held-out rows from the empty memory, CPU seconds of the process.
+
+python benchmarks/memory_presets.py [--data my.txt] [--runs bptt dense:8 ...]   # default: the documentation in CPython
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+from driver import RESULTS, save
+from memory_language import mean_loss
+from memory_training import COMMON, Clock, bptt, fit, student
+
+import hf_rnn
+from hf_rnn import DMTConfig, DMTTrainer, SMTConfig, SMTTrainer
+from hf_rnn.cli.data import blocks, read_documents, tokenize
+
+RUNS = ["bptt", "dense:0", "dense:1", "dense:8", "alone:1", "alone:8"]
+ROWS = dict(per_device_train_batch_size=16)
+
+
+def dense(model: Any, data: Any, k: int, steps: tuple[int, int], seed: int) -> None:
+    """SMT and DMT by the presets, with k steps of the student (0: no gradient from a label into the updater)."""
+    with tempfile.TemporaryDirectory() as folder:
+        common = {name: COMMON[name] for name in ("report_to", "use_cpu", "disable_tqdm", "dataloader_pin_memory")}
+        settings = common | ROWS | dict(seed=seed, logging_strategy="no")
+        own = dict(student_steps=max(k, 1), coef_student=float(k > 0), save_strategy="steps", save_steps=steps[0])
+        args = SMTConfig.preset("dense", folder, max_steps=steps[0], **own | settings)
+        smt = SMTTrainer(model, args, train_dataset=data)
+        smt.train()
+        own = dict(readout_steps=k, save_strategy="no", optimizer_from=f"{folder}/checkpoint-{steps[0]}")
+        args = DMTConfig.preset("dense", str(Path(folder) / "dmt"), max_steps=steps[1], **own | settings)
+        DMTTrainer(model, args, teacher=smt.teacher, train_dataset=data).train()
+
+
+def run(name: str, data: Any, held_out: Any, steps: tuple[int, int], seed: int, rate: float) -> dict:
+    model, (method, _, k) = student(259, seed, tokens=4, size=64), name.partition(":")
+    start = time.process_time()
+    if method == "dense":
+        dense(model, data, int(k), steps, seed)
+    elif method == "alone":
+        settings = dict(max_steps=sum(steps), learning_rate=rate, seed=seed, readout_steps=int(k)) | ROWS
+        fit(DMTTrainer, DMTConfig, model, data, settings | dict(warmup_steps=25), Clock(), teacher=False)
+    else:
+        bptt(model, data, sum(steps), Clock(), learning_rate=rate, seed=seed, warmup_steps=25, **ROWS)
+    seconds = time.process_time() - start
+    found = dict(run=name, seed=seed, steps=steps, loss=mean_loss(model.eval(), held_out), cpu_seconds=seconds)
+    print({key: round(value, 3) if isinstance(value, float) else value for key, value in found.items()}, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", help="a text file or data set")
+    parser.add_argument("--runs", nargs="*", default=RUNS)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--steps", type=int, nargs=2, default=(200, 50), help="of SMT and of DMT")
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=2e-3, help="of BPTT and without a teacher")
+    options, path = parser.parse_args(), RESULTS / "memory_presets_cpu.json"
+    documents = read_documents(options.data, "train", "text") if options.data else ["\n".join(topics.values())]
+    stream, _ = tokenize(documents, hf_rnn.byte_tokenizer())
+    cut = int(0.95 * len(stream))
+    data, held_out = (blocks(part, options.length + 1) for part in (stream[:cut], stream[cut:]))
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    rows = results.setdefault("rows", [])
+    for seed in options.seeds:
+        for name in options.runs:
+            rows.append(run(name, data, list(held_out)[:128], tuple(options.steps), seed, options.rate))
+            rows[-1]["text"] = Path(options.data).name if options.data else "pydoc topics"
+            save("memory_presets", results)
+
+
+if __name__ == "__main__":
+    main()
