@@ -131,8 +131,13 @@ def test_presets_train(name, tmp_path):
     assert {"eval_drift", "eval_loss"} <= set(smt.evaluate())
     checkpoint = str(tmp_path / "smt" / "checkpoint-4")
     args = DMTConfig.preset(name, str(tmp_path / "dmt"), optimizer_from=checkpoint, **SHORT | COMMON)
-    DMTTrainer(model, args, teacher=smt.teacher, train_dataset=TASK).train()
-    assert args.label_every == (1 if name == "rare" else 4) and args.max_steps == 4
+    dmt = DMTTrainer(
+        model, args, teacher=smt.teacher, train_dataset=TASK, eval_dataset=Parity(length=8, size=8, seed=1)
+    )
+    dmt.train()
+    names = {name for entry in dmt.state.log_history for name in entry}
+    assert ("dynamics" in names) == (name == "rare")  # else no labels are made, but to be measured
+    assert {"eval_drift", "eval_dynamics"} <= set(dmt.evaluate())
 
 
 PAPER = dict(hidden_size=256, num_memory_tokens=16, updater="transformer", updater_layers=8, num_heads=8)

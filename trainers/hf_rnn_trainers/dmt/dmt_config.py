@@ -9,7 +9,7 @@ class DMTConfig(MemoryTrainingConfig):
     """TrainingArguments of `DMTTrainer`: the paper's coefficients and learning rate as defaults."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "dense": dict(readout_steps=8, learning_rate=1e-3, warmup_steps=0, label_every=4),
+        "dense": dict(readout_steps=8, coef_dynamics=0.0, learning_rate=1e-3, warmup_steps=0),
         "rare": dict(learning_rate=1e-3, label_every=1),
         "paper": dict(
             learning_rate=3e-5, context_size=256, label_every=16, per_device_train_batch_size=32, max_steps=1500

@@ -41,7 +41,8 @@ class DMTLosses(Losses):
 
     The rollout is made without a graph; then the steps that have labels are made again, all at once, with one. The
     readout's error stops at the memory it reads, or with `readout_steps` = k > 0 at the beginning of a chunk of k steps
-    that are made again with a graph, all chunks side by side: truncated backpropagation. Without a teacher that is all.
+    that are made again with a graph, all chunks side by side: truncated backpropagation. That is all without a
+    teacher, and with a = 0, where no labels are made.
     """
 
     def __init__(self, student: Any, teacher: SMTTeacher | None, args: DMTConfig):
@@ -61,7 +62,7 @@ class DMTLosses(Losses):
             memories = rollout(self.student, x)
         before = torch.cat([self.student.initial_memory(rows)[:, None], memories[:, :-1]], 1)
         terms = {}
-        if self.taught:
+        if self.taught and (args.coef_dynamics or not args.readout_steps or not self.training):
             row, t = (real & (position % args.label_every == first.long()[:, None])).nonzero().unbind(1)
             taught = self.label(x, row, t)
             if args.detach_rollout:

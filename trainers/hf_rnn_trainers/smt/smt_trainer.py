@@ -100,7 +100,8 @@ class SMTTrainer(MemoryTrainer):
     config_class = SMTConfig
 
     def card_method(self) -> str:
-        return "Supervised Memory Training (one step at a time, from the memories of a transformer, in `teacher`)"
+        steps = "one step at a time" if self.args.student_steps == 1 else f"{self.args.student_steps} steps in a row"
+        return f"Supervised Memory Training ({steps}, from the memories of a transformer, in `teacher`)"
 
     def new_teacher(self) -> SMTTeacher:
         args = self.args
