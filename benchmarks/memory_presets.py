@@ -25,15 +25,18 @@ ROWS = dict(per_device_train_batch_size=16)
 
 
 def dense(model: Any, data: Any, k: int, steps: tuple[int, int], seed: int) -> None:
-    """SMT and DMT by the presets, with k steps of the student (0: no gradient from a label into the updater)."""
+    """SMT and DMT by the presets, with k steps of the student; 0: no label's gradient comes into the updater, which learns
+    from the teacher's memories alone, by the paper's coefficients."""
     with tempfile.TemporaryDirectory() as folder:
         common = {name: COMMON[name] for name in ("report_to", "use_cpu", "disable_tqdm", "dataloader_pin_memory")}
         settings = common | ROWS | dict(seed=seed, logging_strategy="no")
-        own = dict(student_steps=max(k, 1), coef_student=float(k > 0), save_strategy="steps", save_steps=steps[0])
+        own: dict[str, Any] = dict(student_steps=k) if k else dict(student_steps=1, coef_student=0.0, coef_dynamics=0.1)
+        own |= dict(save_strategy="steps", save_steps=steps[0])
         args = SMTConfig.preset("dense", folder, max_steps=steps[0], **own | settings)
         smt = SMTTrainer(model, args, train_dataset=data)
         smt.train()
         own = dict(readout_steps=k, save_strategy="no", optimizer_from=f"{folder}/checkpoint-{steps[0]}")
+        own |= {} if k else dict(coef_dynamics=10.0, label_every=4)
         args = DMTConfig.preset("dense", str(Path(folder) / "dmt"), max_steps=steps[1], **own | settings)
         DMTTrainer(model, args, teacher=smt.teacher, train_dataset=data).train()
 

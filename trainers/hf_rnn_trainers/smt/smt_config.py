@@ -15,11 +15,12 @@ class SMTConfig(MemoryTrainingConfig):
             coef_student=1.0,
             coef_first=1.0,
             coef_decoder=0.0,
+            coef_dynamics=0.02,
             teacher_decoder_layers=0,
             teacher_conv_kernel=4,
             learning_rate=2e-3,
             lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs=dict(min_lr_rate=0.25),
+            lr_scheduler_kwargs=dict(min_lr_rate=0.5),
             warmup_steps=0.1,
         ),
         "rare": dict(
