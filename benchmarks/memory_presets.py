@@ -25,8 +25,8 @@ ROWS = dict(per_device_train_batch_size=16)
 
 
 def dense(model: Any, data: Any, k: int, steps: tuple[int, int], seed: int) -> None:
-    """SMT and DMT by the presets, with k steps of the student; 0: no label's gradient comes into the updater, which learns
-    from the teacher's memories alone, by the paper's coefficients."""
+    """SMT and DMT by the presets, with k steps of the student; 0: no label's gradient comes into the updater, which
+    learns from the teacher's memories alone, by the paper's coefficients."""
     with tempfile.TemporaryDirectory() as folder:
         common = {name: COMMON[name] for name in ("report_to", "use_cpu", "disable_tqdm", "dataloader_pin_memory")}
         settings = common | ROWS | dict(seed=seed, logging_strategy="no")
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rate", type=float, default=2e-3, help="of BPTT and without a teacher")
     options, path = parser.parse_args(), RESULTS / "memory_presets_cpu.json"
-    documents = read_documents(options.data, "train", "text") if options.data else ["\n".join(topics.values())]
+    documents = read_documents(options.data, "train", "text") if options.data else ["\n\n".join(topics.values())]
     stream, _ = tokenize(documents, hf_rnn.byte_tokenizer())
     cut = int(0.95 * len(stream))
     data, held_out = (blocks(part, options.length + 1) for part in (stream[:cut], stream[cut:]))

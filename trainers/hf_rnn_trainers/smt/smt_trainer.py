@@ -66,12 +66,12 @@ class SMTLosses(Losses):
         seen = torch.lerp(after.detach(), after, args.coef_first) if args.coef_first else after.detach()
         readout = prediction_loss(self.student.read_memory(seen, token), target)
         terms = dict(dynamics=dynamics, uniformity=uniformity, readout=known(readout, target))
-        loss = args.coef_dynamics * dynamics + args.coef_uniformity * uniformity
+        decoder: Tensor | float = 0.0
         if logits is not None:
             decoder = prediction_loss(logits, targets)
             first = prediction_loss(logits[:, 0], targets[:, 0])
-            loss = args.coef_decoder * decoder + args.coef_dynamics * dynamics + args.coef_uniformity * uniformity
             terms = dict(decoder=known(decoder, targets), decoder_first=known(first, targets[:, 0])) | terms
+        loss = args.coef_decoder * decoder + args.coef_dynamics * dynamics + args.coef_uniformity * uniformity
         loss = loss + args.coef_readout * readout
         if args.coef_student:
             student = prediction_loss(self.student.read_memory(own, token), target)
