@@ -1,10 +1,12 @@
 """Text by the dense presets of SMT and DMT beside backpropagation through time and truncated gradients without a
 teacher, equal steps, one network: nats per token of held-out rows from the empty memory, CPU seconds of the process.
+And retrieval with one late label by both presets, accuracy.
 
 python benchmarks/memory_presets.py [--data my.txt] [--runs bptt dense:8 ...]   # default: the documentation in CPython
 """
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import time
@@ -14,35 +16,58 @@ from typing import Any
 
 from driver import RESULTS, save
 from memory_language import mean_loss
-from memory_training import COMMON, Clock, bptt, fit, student
+from memory_training import COMMON, Clock, bptt, fit, score, student
 
 import hf_rnn
 from hf_rnn import DMTConfig, DMTTrainer, SMTConfig, SMTTrainer
 from hf_rnn.cli.data import blocks, read_documents, tokenize
+from hf_rnn.tasks import Retrieval
 
-RUNS = ["bptt", "dense:0", "dense:1", "dense:8", "alone:1", "alone:8"]
+RUNS = ["bptt", "dense:0", "dense:1", "dense:8", "alone:1", "alone:8", "retrieval:rare", "retrieval:dense"]
 ROWS = dict(per_device_train_batch_size=16)
 
 
-def dense(model: Any, data: Any, k: int, steps: tuple[int, int], seed: int) -> None:
-    """SMT and DMT by the presets, with k steps of the student; 0: no label's gradient comes into the updater, which
-    learns from the teacher's memories alone, by the paper's coefficients."""
+def train(preset: str, model: Any, data: Any, steps: tuple[int, int], smt: dict, dmt: dict, **both: Any) -> None:
+    """SMT and DMT by a preset, DMT with the optimizer that SMT leaves."""
+    common = {name: COMMON[name] for name in ("report_to", "use_cpu", "disable_tqdm", "dataloader_pin_memory")}
+    common |= both | dict(logging_strategy="no")
     with tempfile.TemporaryDirectory() as folder:
-        common = {name: COMMON[name] for name in ("report_to", "use_cpu", "disable_tqdm", "dataloader_pin_memory")}
-        settings = common | ROWS | dict(seed=seed, logging_strategy="no")
-        own: dict[str, Any] = dict(student_steps=k) if k else dict(student_steps=1, coef_student=0.0, coef_dynamics=0.1)
-        own |= dict(save_strategy="steps", save_steps=steps[0])
-        args = SMTConfig.preset("dense", folder, max_steps=steps[0], **own | settings)
-        smt = SMTTrainer(model, args, train_dataset=data)
-        smt.train()
-        own = dict(readout_steps=k, save_strategy="no", optimizer_from=f"{folder}/checkpoint-{steps[0]}")
-        own |= {} if k else dict(coef_dynamics=10.0, label_every=4)
-        args = DMTConfig.preset("dense", str(Path(folder) / "dmt"), max_steps=steps[1], **own | settings)
-        DMTTrainer(model, args, teacher=smt.teacher, train_dataset=data).train()
+        kept = dict(save_strategy="steps", save_steps=steps[0])
+        args = SMTConfig.preset(preset, folder, max_steps=steps[0], **smt | kept | common)
+        trainer = SMTTrainer(model, args, train_dataset=data)
+        trainer.train()
+        kept = dict(save_strategy="no", optimizer_from=f"{folder}/checkpoint-{steps[0]}")
+        args = DMTConfig.preset(preset, str(Path(folder) / "dmt"), max_steps=steps[1], **dmt | kept | common)
+        DMTTrainer(model, args, teacher=trainer.teacher, train_dataset=data).train()
+
+
+def dense(model: Any, data: Any, k: int, steps: tuple[int, int], seed: int) -> None:
+    """With k steps of the student; 0: no label's gradient comes into the updater, which learns from the teacher's
+    memories alone, by the paper's coefficients."""
+    if k:
+        smt, dmt = dict(student_steps=k), dict(readout_steps=k)
+    else:
+        smt = dict(student_steps=1, coef_student=0.0, coef_dynamics=0.1)
+        dmt = dict(readout_steps=0, coef_dynamics=10.0, label_every=4)
+    train("dense", model, data, steps, smt, dmt, seed=seed, **ROWS)
+
+
+def retrieval(preset: str, seed: int, steps: tuple[int, int] = (400, 60)) -> dict:
+    """One late label, T = 24, by either preset: accuracy at 1, 2 and 4 times the length."""
+    task, start = Retrieval(length=24, seed=seed), time.process_time()
+    model = student(task.vocab_size, seed)
+    train(preset, model, task, steps, {}, {}, seed=seed, per_device_train_batch_size=64)
+    seconds, model = time.process_time() - start, model.eval()
+    accuracies = [score(model, dataclasses.replace(task, length=factor * task.length)) for factor in (1, 2, 4)]
+    found = dict(run=f"retrieval:{preset}", seed=seed, steps=steps, accuracy=accuracies, cpu_seconds=seconds)
+    print(found, flush=True)
+    return found
 
 
 def run(name: str, data: Any, held_out: Any, steps: tuple[int, int], seed: int, rate: float) -> dict:
     model, (method, _, k) = student(259, seed, tokens=4, size=64), name.partition(":")
+    if method == "retrieval":
+        return retrieval(k, seed)
     start = time.process_time()
     if method == "dense":
         dense(model, data, int(k), steps, seed)
@@ -75,7 +100,8 @@ def main() -> None:
     for seed in options.seeds:
         for name in options.runs:
             rows.append(run(name, data, list(held_out)[:128], tuple(options.steps), seed, options.rate))
-            rows[-1]["text"] = Path(options.data).name if options.data else "pydoc topics"
+            if not name.startswith("retrieval"):
+                rows[-1]["text"] = Path(options.data).name if options.data else "pydoc topics"
             save("memory_presets", results)
 
 
