@@ -66,7 +66,18 @@ class ModelArguments:
         },
     )
     teacher: str | None = field(
-        default=None, metadata={"help": "dmt (smt: to go on with): the folder that an smt run saved, or its teacher's"}
+        default=None,
+        metadata={
+            "help": "dmt (smt: to go on with): the folder that an smt run saved, or its teacher's; none (dmt with "
+            "--readout_steps): truncated backpropagation without one"
+        },
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "smt, dmt: settings for what is to be learned, dense (text, pixels: every token has a label), rare "
+            "(few labels, far from what they depend on) or paper; other options still count"
+        },
     )
     config: str = field(
         default="",
@@ -88,7 +99,11 @@ class ModelArguments:
             raise ValueError(f"trainer: {self.task} trains by backpropagation, got {self.trainer!r}")
         if self.teacher is not None and self.trainer not in ("smt", "dmt"):
             raise ValueError(f"teacher: only smt and dmt have one, got --trainer {self.trainer}")
-        if self.model is None:
+        if self.preset is not None and self.trainer not in ("smt", "dmt"):
+            raise ValueError(f"preset: only smt and dmt have some, got --trainer {self.trainer}")
+        if self.teacher == "none":
+            self.model = self.model or "memory"
+        elif self.model is None:
             # Beside a teacher lies its student: in the folder given, or in the one that this is the `teacher` of
             student = self.teacher if self.teacher is None or (Path(self.teacher) / "teacher").is_dir() else None
             if student is None and self.teacher is not None:
@@ -192,11 +207,11 @@ class SMTTrainArguments(RunDefaults, SMTConfig):
 
 @dataclass
 class DMTTrainArguments(RunDefaults, DMTConfig):
-    """A DMTConfig, with defaults for a small model that an smt run trained."""
+    """A DMTConfig, with defaults for a small model that an smt run trained: a tenth of its rate."""
 
     per_device_train_batch_size: int = 16
     num_train_epochs: float = 1.0
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
 
 
 TRAINERS: dict[str, tuple[Any, Any]] = {
@@ -360,10 +375,14 @@ def check_output(folder: Path) -> None:
 def main(argv: list[str]) -> None:
     choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     choice.add_argument("--trainer", default="backpropagation")
-    trainer = choice.parse_known_args(argv)[0].trainer
+    choice.add_argument("--preset")
+    chosen = choice.parse_known_args(argv)[0]
+    trainer = chosen.trainer
     if trainer not in TRAINERS:
         raise ValueError(f"trainer: expected one of {list(TRAINERS)}, got {trainer!r}")
     parser = HfArgumentParser([ModelArguments, DataArguments, TRAINERS[trainer][1]], prog="hf-rnn train")  # type: ignore
+    if chosen.preset is not None and trainer in ("smt", "dmt"):
+        parser.set_defaults(**TRAINERS[trainer][1].preset_settings(chosen.preset))
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
     check_output(Path(str(arguments.output_dir)))
     set_seed(arguments.seed)
@@ -386,7 +405,9 @@ def main(argv: list[str]) -> None:
     model = build_model(model_arguments, tokenizer)
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters")
     documents = read_documents(data.data, data.split, data.text_column)
-    options = {"teacher": model_arguments.teacher} if trainer in ("smt", "dmt") else {}
+    options: dict[str, Any] = {}
+    if trainer in ("smt", "dmt"):
+        options["teacher"] = False if model_arguments.teacher == "none" else model_arguments.teacher
     metrics = train(model, tokenizer, documents, data, arguments, **options)
     if "bits_per_byte" in metrics:
         print(f"held-out bits per byte: {metrics['bits_per_byte']:.3f}")
