@@ -23,6 +23,7 @@ FORECASTERS = {"TiRex2": "tirex2"}
 
 _MODULES = {
     "RecurrentCache": "hf_rnn.skeleton.cache",
+    "PromptCache": "hf_rnn.generation.prompt_cache",
     "RecurrentConfig": "hf_rnn.skeleton.configuration_recurrent",
     "StatefulModel": "hf_rnn.exchange.export",
     "export_model": "hf_rnn.exchange.export",
@@ -112,6 +113,7 @@ if TYPE_CHECKING:
     from hf_rnn.compression.weight_only import WeightOnlyConfig
     from hf_rnn.exchange.export import StatefulModel, export_model, to_onnx
     from hf_rnn.exchange.gate_order import from_flashrnn, from_onnx_node, to_flashrnn, to_onnx_node
+    from hf_rnn.generation.prompt_cache import PromptCache
     from hf_rnn.models.gru.configuration_gru import GRUConfig
     from hf_rnn.models.gru.modeling_gru import (
         GRUForCausalLM,

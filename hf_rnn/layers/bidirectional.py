@@ -33,4 +33,11 @@ class Bidirectional(Mixer):
         y, _ = self.forwards(x, None, layout)
         backwards = self.forwards if self.backwards is None else self.backwards
         z, _ = backwards(x, None, layout._replace(reverse=True))
-        return torch.cat([y, z], -1) if self.side_by_side else y + z, ()
+        return _beside(y, z) if self.side_by_side else y + z, ()
+
+
+def _beside(y: Tensor, z: Tensor) -> Tensor:
+    """(B, T, D) twice to (B, T, 2 D), in memory as both are: torch's LSTM gives and reads them time by time."""
+    if all(x.transpose(0, 1).is_contiguous() for x in (y, z)):
+        return torch.cat([y.transpose(0, 1), z.transpose(0, 1)], -1).transpose(0, 1)
+    return torch.cat([y, z], -1)

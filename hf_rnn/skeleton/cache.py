@@ -32,7 +32,8 @@ class RecurrentCache(Cache):
         ends_inside_patch: the last steps filled no patch (`config.patch_size`), so that none can follow.
         beside: tensors (B, ...) by name that go with the state, the last logits for example, until the next token is
             read.
-        past: while it records, the states before the last tokens: of each, `seen_tokens` and `states`; else None.
+        past: while it records, states before the last tokens, else None: in the order of reading, `seen_tokens` of the
+            first of some and `states` of them all, (B, n, ...).
     """
 
     is_compileable = False  # generate() would build attention masks for it
@@ -294,18 +295,15 @@ class RecurrentCache(Cache):
             return 0
         wanted = min(wanted or tokens, tokens)
         if wanted == tokens:
-            states = [None if state is None else tuple(x.clone() for x in state) for state in self.states]
+            states = [None if state is None else tuple(x.clone()[:, None] for x in state) for state in self.states]
             self.past.append((self.seen_tokens, states))
         return 0 if tokens == 1 else min(wanted + 1, tokens)
 
     def record_each(self, tokens: int) -> None:
         """Take what the layers gave, states after each of the last so many tokens (B, tokens, ...), apart."""
         assert self.past is not None
-        every: Any = self.states
-        for t in range(tokens - 1):
-            at = self.seen_tokens - tokens + 1 + t
-            self.past.append((at, [tuple(x[:, t] for x in state) for state in every]))
-        self.states = [tuple(x[:, -1].clone() for x in state) for state in every]
+        self.past.append((self.seen_tokens - tokens + 1, self.states))
+        self.states = state_at(self.states, -1)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last tokens back, of those that are recorded; these are forgotten, and recording begins anew.
@@ -318,13 +316,22 @@ class RecurrentCache(Cache):
         """
         count = abs(tokens_to_remove)
         if count:
-            found = [states for seen, states in self.past or [] if seen == self.seen_tokens - count]
+            target = self.seen_tokens - count
+            found = [
+                (states, target - first)
+                for first, states in self.past or []
+                if first <= target < first + (1 if states[0] is None else states[0][0].shape[1])
+            ]
             if not found:
                 raise ValueError(
                     f"tokens_to_remove: the state before the last {count} tokens is not recorded; expected "
                     "activate_past_recording() before they are read, and tokens read since the last crop"
                 )
-            self.states = [None if state is None else tuple(x.clone() for x in state) for state in found[-1]]
-            self.seen_tokens -= count
+            self.states, self.seen_tokens = state_at(*found[-1]), target
             self.beside = {}
         self.past = None if self.past is None else []
+
+
+def state_at(states: list[tuple[Tensor, ...] | None], place: int) -> list[tuple[Tensor, ...] | None]:
+    """One of several states (B, n, ...), in memory of its own."""
+    return [None if state is None else tuple(x[:, place].clone() for x in state) for state in states]

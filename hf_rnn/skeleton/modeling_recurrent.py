@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_rnn.generation.batching import ContinuousBatch, requests_of
-from hf_rnn.generation.fused_step import decode_fused, reason_not_fused
+from hf_rnn.generation.fused_step import FUSED_TOKENS, decode_fused, reason_not_fused
 from hf_rnn.layers import (
     Bidirectional,
     CausalConv,
@@ -129,6 +129,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         cache: RecurrentCache | None = None,
         input_features: torch.FloatTensor | None = None,
         observed_mask: Tensor | None = None,
+        num_recorded: int = 0,
         **kwargs,
     ) -> BaseModelOutput:
         """Run the model.
@@ -149,6 +150,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
             cache, past_key_values: state to go on from, updated and returned; one argument under both the names that
                 transformers has for it. Where sequences are packed it is each row's: its first sequence goes on from
                 it, and the last leaves it.
+            num_recorded: of how many of the last tokens a state that records (`activate_past_recording`) keeps the
+                states before them; 0 for all.
             use_cache: return the state. Default: `config.use_cache`, but not in training nor for packed batches.
             kwargs: `cu_seq_lens_q` (N + 1) offsets of packed sequences in a batch of one, as the collator gives with
                 `return_flash_attn_kwargs=True`, or `seq_idx` (1, T), the number of each token's sequence;
@@ -186,8 +189,11 @@ class RecurrentModel(RecurrentPreTrainedModel):
             position_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"), mask, batch, time, goes_on
         )
         cache = self._state(cache, use_cache, batch, packed=offsets is not None)
+        if offsets is not None and cache is not None and cache.is_croppable:
+            raise ValueError("cache: packed sequences are not recorded; stop_past_recording() first")
+        recorded = 0 if cache is None else cache.record(time, num_recorded)
         in_place = offsets is None and cache is not None and cache.is_writable
-        layout = SequenceLayout(mask, offsets, in_place, None if cache is None else continues)
+        layout = SequenceLayout(mask, offsets, in_place, None if cache is None else continues, recorded=recorded)
 
         x = self.dropout(inputs_embeds) if self.training else inputs_embeds
         for layer in self.layers:
@@ -196,6 +202,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
             cache.advance_by(time, self)
             cache.model_type = self.config.model_type
             cache.ends_inside_patch = inside
+            if recorded:
+                cache.record_each(recorded)
         return BaseModelOutput(last_hidden_state=self.norm(x), **{STATE: cache})  # type: ignore[arg-type]
 
     def _embed(
@@ -402,19 +410,22 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
             TypeError, ValueError, IndexError: see `RecurrentModel.forward`.
         """
         state = state_of(cache, past_key_values)
-        one_token = (
-            input_ids is not None and input_ids.dim() == 2 and input_ids.shape[1] == 1
+        short = (
+            input_ids is not None and input_ids.dim() == 2
             and isinstance(logits_to_keep, int) and logits_to_keep >= 0
             and isinstance(state, RecurrentCache) and state.is_initialized
             and position_ids is None and inputs_embeds is None and labels is None and not kwargs
             and not self.config.output_hidden_states
+            and input_ids.shape[1] <= (FUSED_TOKENS if state.is_croppable and input_ids.shape[0] == 1 else 1)
         )  # fmt: skip
         if (
-            one_token
-            and padding_mask(attention_mask, input_ids.shape[0], 1, state.seen_tokens) is None  # type: ignore
+            short
+            and padding_mask(attention_mask, *input_ids.shape, state.seen_tokens) is None  # type: ignore
             and (logits := decode_fused(self, input_ids, state)) is not None  # type: ignore[arg-type]
         ):
-            return CausalLMOutput(logits=logits, **{STATE: state})  # type: ignore[arg-type]
+            return CausalLMOutput(logits=logits[:, -logits_to_keep:], **{STATE: state})  # type: ignore
+        if isinstance(state, RecurrentCache) and state.is_croppable and isinstance(logits_to_keep, int):
+            kwargs["num_recorded"] = logits_to_keep
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids,

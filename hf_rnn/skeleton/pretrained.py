@@ -29,7 +29,6 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["RecurrentBlock"]
     _skip_keys_device_placement = list(STATE_NAMES)
     _can_compile_fullgraph = True
-    _is_stateful = True  # no rollback: generate() refuses assisted decoding
     _can_record_outputs = {"hidden_states": RecurrentBlock}
 
     def __init__(self, config: RecurrentConfig, *args, **kwargs):

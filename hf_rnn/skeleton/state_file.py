@@ -31,7 +31,7 @@ def fingerprint(model: Any) -> str:
     backbone = model.base_model
     tensors = sorted(backbone.state_dict(keep_vars=True).items())
     known, was, digest = _FINGERPRINTS.get(backbone, ([], [], ""))
-    now = [(id(x), x.data_ptr(), 0 if x.is_inference() else x._version) for _, x in tensors]
+    now = [(id(x), *rest) for x, *rest in weights_now(backbone)]
     if now == was and all(ref() is not None for ref in known):  # else an id may be another tensor's by now
         return digest
     names = {field.name for field in fields(backbone.config)} - {field.name for field in fields(PreTrainedConfig)}
@@ -39,6 +39,12 @@ def fingerprint(model: Any) -> str:
     digest = _digest(dict(tensors), {"model_type": backbone.config.model_type, "config": repr(config)})
     _FINGERPRINTS[backbone] = ([weakref.ref(x) for _, x in tensors], now, digest)
     return digest
+
+
+def weights_now(backbone: nn.Module) -> list[tuple[Tensor, int, int]]:
+    """Each weight, where it lies, and how often it has been written to."""
+    weights = backbone.state_dict(keep_vars=True).values()
+    return [(x, x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights]
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

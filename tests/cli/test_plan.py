@@ -142,11 +142,8 @@ def test_refuses(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hf_rnn.MinGRUForCTC(hf_rnn.MinGRUConfig(hidden_size=8)).save_pretrained("checkpoint")
     common = ["plan", "--model", "mingru", "--tokens", "64"]
-    small = (
-        []
-        if "--config" in arguments or "checkpoint" in arguments
-        else ["--config", "hidden_size=16,num_hidden_layers=1"]
-    )
+    own = "--config" in arguments or "checkpoint" in arguments
+    small = [] if own else ["--config", "hidden_size=16,num_hidden_layers=1"]
     assert main([*common, *small, *arguments]) == 1
     assert message in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from conftest import ARCHITECTURES, LAYOUTS, for_those_that_have
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 import hf_rnn
@@ -80,7 +80,7 @@ def test_a_cache_of_another_model_or_batch(make_model, model, ids):
     other = make_model(hidden_size=24)
     with pytest.raises(ValueError, match=r"cache: expected states of shapes \[\(3, .*got \[\(3, "):
         model(ids, past_key_values=other(ids).past_key_values)
-    with pytest.raises(ValueError, match="cache: expected states"):
+    with pytest.raises(ValueError, match="cache: expected the state of a batch of 2"):
         model(ids[:2], past_key_values=model(ids).past_key_values)
     with pytest.raises(ValueError, match="cache: seq_idx and cu_seq_lens_q do not say whether the first"):
         state = model(ids[:1]).past_key_values
@@ -145,9 +145,12 @@ def test_damaged_weights(model, tmp_path, damage):
 
 
 def test_weights_of_another_shape(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="size|mismatch|shape"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, hidden_size=24)
+    """Of a model with a head and of a backbone, read as either."""
+    for i, saved in enumerate((model, model.model)):
+        saved.save_pretrained(tmp_path / str(i))
+        for auto in (AutoModel, AutoModelForCausalLM):
+            with pytest.raises(RuntimeError, match=r"model.safetensors: .* expected shape \[.*\], got \["):
+                auto.from_pretrained(tmp_path / str(i), hidden_size=24)
 
 
 @pytest.mark.parametrize(

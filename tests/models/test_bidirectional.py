@@ -191,6 +191,16 @@ def test_convolutions_add_up_where_recurrences_stand_side_by_side(ids):
     assert model(ids).last_hidden_state.shape == (3, 17, 16)
 
 
+@pytest.mark.parametrize("batch, time", [(3, 9), (1, 9), (3, 1)])
+def test_side_by_side_in_the_memory_that_both_have(batch, time):
+    """torch's LSTM reads and gives tokens time by time; putting them row by row between layers is a copy for each."""
+    model = hf_rnn.LSTMModel.from_torch(torch.nn.LSTM(6, 5, num_layers=2, batch_first=True, bidirectional=True))
+    y = model(inputs_embeds=torch.randn(batch, time, 6)).last_hidden_state
+    assert y.shape == (batch, time, 10) and y.transpose(0, 1).is_contiguous()
+    gru = hf_rnn.GRUModel.from_torch(torch.nn.GRU(6, 5, batch_first=True, bidirectional=True))
+    assert gru(inputs_embeds=torch.randn(batch, time, 6)).last_hidden_state.is_contiguous()
+
+
 def test_no_state(ids):
     model = make("mingru")
     assert model(ids).past_key_values is None and not model.config.use_cache

@@ -22,6 +22,7 @@ from hf_rnn.skeleton.heads import (
 from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentModel
 from hf_rnn_kernels.fused_step.program import Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
+from hf_rnn_kernels.stepping import record
 
 
 class Memory(Mixer):
@@ -65,6 +66,9 @@ class Memory(Mixer):
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if layout.recorded:
+            y, recorded = record(layout, [x], state, lambda layout, inputs, state: self(*inputs, state, layout))
+            return y, tuple(recorded)
         if layout.offsets is not None:
             return self._packed(x, state, layout)
         if state is None:

@@ -102,7 +102,6 @@ class TiRex2PreTrainedModel(RecurrentPreTrainedModel):
     _no_split_modules = ["TiRex2Block"]
     _skip_keys_device_placement: list[str] = []
     _can_compile_fullgraph = False
-    _is_stateful = False
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": TiRex2Block}
 
