@@ -91,7 +91,7 @@ async def _generate(server: Server, owner: str, body: CompletionBody | ChatBody,
     session = None if body.session is None else await server.sessions.take(owner, body.session)
     try:
         prompts = await asyncio.to_thread(_prompts, server, body, session)
-        generation = Generation(server, body, prompts, _most(server, body), _stops(server, body), session)
+        generation = Generation(server, body, prompts, _most(server, body), _stops(server, body), owner, session)
     except BaseException:
         if session is not None:
             server.sessions.give_back(session)

@@ -19,6 +19,7 @@ class Limits:
     max_tokens: int = _limit(4096, "new tokens of a text; a chat that asks for no number may take them all")
     max_prompt_tokens: int = _limit(131_072, "tokens of a prompt")
     prompt_tokens: int = _limit(512, "tokens of prompts between two tokens of the texts that go on")
+    prompt_cache_bytes: int = _limit(64 * 2**20, "states of beginnings of prompts, each read once; 0: none are kept")
     max_body_bytes: int = _limit(4 * 2**20, "a request's body, 413")
     max_sessions: int = _limit(10_000, "sessions of one key")
     session_memory_bytes: int = _limit(2**30, "states of sessions in memory; the least recently used go to files")
@@ -27,8 +28,9 @@ class Limits:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if value < (0 if name == "max_waiting" else 1):
-                raise ValueError(f"{name}: expected at least {0 if name == 'max_waiting' else 1}, got {value}")
+            least = 0 if name in ("max_waiting", "prompt_cache_bytes") else 1
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 def owner_of(key: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from hf_rnn.generation.batching import GREEDY, Sampling
-from hf_rnn.serving.model_thread import Token
+from hf_rnn.serving.choice import Token
 from hf_rnn.serving.text import Texts
 
 # Parameters that say nothing here, and those that say nothing with one of these values
@@ -189,8 +189,15 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)  # as OpenAI's, JSON has no infinity
 
 
-def usage(prompt: int, new: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+def usage(prompt: int, new: int, remembered: int) -> dict[str, Any]:
+    """
+    Args:
+        prompt: tokens of prompts.
+        new: tokens generated.
+        remembered: of those of prompts, by the prompt cache.
+    """
+    counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    return {**counts, "prompt_tokens_details": {"cached_tokens": remembered}}
 
 
 def event(data: Any) -> str:

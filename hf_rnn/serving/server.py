@@ -13,9 +13,11 @@ from typing import Any
 from fastapi import FastAPI, Request
 
 from hf_rnn.generation import batching
+from hf_rnn.generation.prompt_cache import PromptCache
+from hf_rnn.serving.choice import Choice, Piece
 from hf_rnn.serving.errors import APIError, log
 from hf_rnn.serving.limits import Limits, owner_of
-from hf_rnn.serving.model_thread import Choice, ModelThread, Piece
+from hf_rnn.serving.model_thread import ModelThread
 from hf_rnn.serving.protocol import ChatBody, CompletionBody, usage
 from hf_rnn.serving.sessions import SWEEP_SECONDS, Session, Sessions
 from hf_rnn.serving.text import Texts
@@ -44,6 +46,7 @@ class Server:
     def __init__(self, model: Any, texts: Texts, name: str, keys: list[str], folder: Path | None, limits: Limits):
         self.model, self.texts, self.name, self.keys, self.limits = model, texts, name, keys, limits
         self.batch = batching.ContinuousBatch(model, limits.max_rows, limits.prompt_tokens)
+        self.prompts = PromptCache(model, limits.prompt_cache_bytes, limits.prompt_tokens)
         self.sessions = Sessions(model, self.batch.initial_state(), folder, limits)
         ends = model.generation_config.eos_token_id
         self.ends = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
@@ -55,7 +58,7 @@ class Server:
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """While the server runs: the model's thread, and a look at the sessions each minute. Then all are parked."""
-        self.thread = ModelThread(self.batch, asyncio.get_running_loop())
+        self.thread = ModelThread(self.batch, self.prompts, asyncio.get_running_loop())
         self.thread.start()
         sweeping = asyncio.create_task(self._sweep())
         yield
@@ -110,7 +113,11 @@ class Server:
             "rows": len(thread.batch.rows),
             "waiting": len(thread.batch.waiting),
             "requests": self.requests,
-            "tokens": {"prompts": self.prompt_tokens, "generated": thread.tokens},
+            "tokens": {
+                "prompts": self.prompt_tokens,
+                "remembered": thread.remembered,
+                "generated": thread.tokens,
+            },
             "seconds": {"up": round(time.time() - self.created, 3), "model": round(thread.seconds, 3)},
             "sessions": self.sessions.health(),
         }
@@ -130,6 +137,7 @@ class Generation:
         prompts: list[list[int]],
         most: int,
         stops: list[str],
+        owner: str,
         session: Session | None,
     ):
         limits, n = server.limits, body.n or 1
@@ -161,7 +169,7 @@ class Generation:
         server.requests += 1
         server.prompt_tokens += self.prompt_tokens
         for some in self.choices:
-            server.thread.submit(some)
+            server.thread.submit(some, owner)
 
     def _choice(self, index: int, request: batching.Request, stops: list[str]) -> Choice:
         return Choice(index, request, self.server.texts, stops, self.session is not None, self.pieces.put_nowait)
@@ -170,8 +178,9 @@ class Generation:
     def all(self) -> list[Choice]:
         return [choice for some in self.choices for choice in some]
 
-    def usage(self) -> dict[str, int]:
-        return usage(self.prompt_tokens, sum(len(choice.request.tokens) for choice in self.all))
+    def usage(self) -> dict[str, Any]:
+        new = sum(len(choice.request.tokens) for choice in self.all)
+        return usage(self.prompt_tokens, new, sum(some[0].remembered for some in self.choices))
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """Pieces as they come. With the last one the session has gone on; if that never comes, it stays as it was.

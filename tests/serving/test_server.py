@@ -329,3 +329,31 @@ def test_keys(model):
         assert served.client("two").models.list().data
         assert served.call("GET", "/v1/models", key="one", Host="my.example")[0] == 200
         assert served.call("GET", "/health")[0] == 200
+
+
+def test_what_prompts_begin_with_is_read_once(model):
+    """A hundred with one beginning, some at once; another key's prompts are read for themselves."""
+    chance = random.Random(3)
+    prefix = bytes(chance.randrange(32, 127) for _ in range(700)).decode()
+    read = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, arguments, kwargs: read.append((arguments[0] if arguments else kwargs["input_ids"]).numel()),
+        with_kwargs=True,
+    )
+    with serving(model, keys=["one", "two"], prompt_tokens=64) as served:
+        client = served.client("one")
+        first = served.complete(prefix + "first", 1, client=client)
+        assert served.complete(prefix, 1, client=client).text is not None
+        for n in range(20):
+            prompt = f"{prefix}{n} and"
+            choice = served.complete(prompt, 4, client=client)
+            assert ids_of(choice) == alone(model, list(prompt.encode()), 4)
+        read.clear()
+        answer = client.completions.create(model="tiny", prompt=prefix + "first", max_tokens=1, temperature=0, n=3)
+        assert answer.choices[2].text == first.text and answer.usage.prompt_tokens_details.cached_tokens == 704
+        assert sum(read) == 3
+        health = served.health()["tokens"]
+        assert health["remembered"] >= 20 * 700
+        served.client("two").completions.create(model="tiny", prompt=prefix + "first", max_tokens=1)
+        assert served.health()["tokens"]["remembered"] == health["remembered"]
+    hook.remove()
