@@ -14,8 +14,6 @@ from hf_rnn.serving.limits import Limits
 from hf_rnn.skeleton.pretrained import RecurrentPreTrainedModel
 from hf_rnn.tokenization.reading import read_tokenizer
 
-GRACE_SECONDS = 10  # for texts that are on their way when the server is to end
-
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
@@ -30,6 +28,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--name", help="of the model, to clients; default: the checkpoint's, without its folder")
     parser.add_argument(
         "--sessions_dir", type=Path, help="folder of parked sessions; without it they end with the server"
+    )
+    parser.add_argument(
+        "--grace_seconds", type=int, default=10, help="for texts that are on their way when the server is to end"
     )
     for limit in fields(Limits):
         parser.add_argument(f"--{limit.name}", type=int, default=limit.default, help=limit.metadata["help"])
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
         host=arguments.host,
         port=arguments.port,
         limit_concurrency=2 * (limits.max_rows + limits.max_waiting) + 64,  # connections; more are refused
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=arguments.grace_seconds,
         access_log=False,
         server_header=False,
     )
