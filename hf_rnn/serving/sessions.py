@@ -127,9 +127,9 @@ class Sessions:
         async with self._disk:
             if path in self.memory or self._mark(path) is not None:
                 raise APIError(409, f"name: there is a session {name[:200]!r}", "name", "session_exists")
-            own = {file for some in (self.memory, self.files) for file in some if file.parent.name == owner}
-            if len(own) >= self.limits.max_sessions:
-                raise APIError(429, f"expected at most {self.limits.max_sessions} sessions", code="session_quota")
+            most = self.limits.max_sessions
+            if len(self.memory) + len(self.files) >= most and len(self._own(owner)) >= most:
+                raise APIError(429, f"expected at most {most} sessions", code="session_quota")
             await self._make_room()
             session = Session(name, path, state, time.time(), 0.0)
             session.go_on(state.clone(), unread)
@@ -274,6 +274,9 @@ class Sessions:
         except FileNotFoundError:
             return None
         return found.st_ino, found.st_mtime_ns
+
+    def _own(self, owner: str) -> set[Path]:
+        return {file for some in (self.memory, self.files) for file in some if file.parent.name == owner}
 
     def _bytes(self) -> int:
         return len(self.memory) * self.initial.nbytes  # all are of one size
