@@ -188,7 +188,7 @@ class Generation:
         Raises:
             APIError: 500, the model failed.
         """
-        while self.open:
+        while self.open > 0:
             piece = await self.pieces.get()
             if piece.ending is not None:
                 if piece.ending.reason.startswith("error"):
@@ -196,6 +196,8 @@ class Generation:
                 self.open -= 1
                 if self.session is not None and piece.ending.state is not None:
                     self.server.sessions.go_on(self.session, piece.ending.state, piece.ending.unread)
+                if not self.open:
+                    self.close()  # before a client knows of the end, so that it may go on with the session at once
             yield piece
 
     def close(self) -> None:

@@ -63,7 +63,7 @@ def test_a_conversation(served, page):
     page.fill("#tokens", "5")
     page.fill("#prompt", "And you?")
     page.click("#send")
-    until(page, "document.querySelectorAll('#text .theirs').length === 2 && !send.disabled")
+    until(page, "document.querySelectorAll('#text .theirs').length === 2 && !document.getElementById('send').disabled")
     seen = served.call("GET", "/v1/sessions/tea")[2]["tokens"]
     assert seen == 46 + len("\n\nuser:\nAnd you?\n\nassistant:\n") + 5
     page.fill("#tokens", "4096")

@@ -3,9 +3,11 @@
 import http.client
 import json
 import random
+import re
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import openai
 import psutil
@@ -329,6 +331,15 @@ def test_keys(model):
         assert served.client("two").models.list().data
         assert served.call("GET", "/v1/models", key="one", Host="my.example")[0] == 200
         assert served.call("GET", "/health")[0] == 200
+
+
+def test_what_the_page_of_the_docs_shows_runs(served, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    blocks = re.findall(r"^```py\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block.replace(":8000/", f":{served.port}/").replace('"mine"', '"tiny"'), {})
+    assert "'tea, another way'" in capsys.readouterr().out
 
 
 def test_what_prompts_begin_with_is_read_once(model):

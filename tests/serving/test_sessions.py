@@ -12,6 +12,7 @@ from served import alone, ids_of, serving, small_model
 
 import hf_rnn
 from hf_rnn import byte_tokenizer
+from hf_rnn.serving import app
 from hf_rnn.serving import sessions as store
 from hf_rnn.skeleton import cache
 
@@ -122,6 +123,17 @@ def test_a_session_answers_one_request_at_a_time(served, model, monkeypatch):
     served.wait_for(lambda health: health["rows"] == 0)
     # What has not ended has not been
     assert ids_of(served.complete("!", 6, session="busy"))[:1] == alone(model, [*first, *b"!"], 6)[:1]
+
+
+def test_a_session_is_free_before_its_client_knows_of_the_end(served, monkeypatch):
+    told, event, give_back = [], app.event, served.server.sessions.give_back
+    monkeypatch.setattr(app, "event", lambda data: told.append(event(data)) or told[-1])
+    monkeypatch.setattr(served.server.sessions, "give_back", lambda session: told.append("free") or give_back(session))
+    served.begin("tea")
+    options = dict(model="tiny", prompt="and", max_tokens=3, extra_body={"session": "tea"})
+    list(served.client().completions.create(stream=True, **options))
+    (end,) = (n for n, text in enumerate(told) if '"finish_reason": "' in text)
+    assert told.count("free") == 1 and told.index("free") < end
 
 
 def test_sessions_belong_to_a_key(model, tmp_path):
