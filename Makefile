@@ -23,7 +23,7 @@ WHEELS ?= wheels
 PEERS = $(VENV)-forecasting-peers
 
 .PHONY: demo test test-oldest test-newest test-next test-slow test-weights test-all test-forecasting-peers lint \
-	bench bench-quality bench-check gpu gpu-wheels performance model-cards setup clean
+	bench bench-quality bench-check bench-forecasting gpu gpu-wheels performance model-cards setup clean
 
 setup: $(STAMP)
 
@@ -65,13 +65,20 @@ test-next: | $(VENV)-next
 	$(VENV)-next/bin/python $(PIP) --upgrade $(TORCH) transformers accelerate peft huggingface_hub datasets
 	$(call pytest,$(VENV)-next) $(FAST) $(VERSIONED)
 
-$(PEERS)/.installed: pyproject.toml constraints.txt | $(PEERS)
-	$(PEERS)/bin/python $(PIP) -c constraints.txt -e '.[test,forecasting-peers]'
+$(PEERS)/.installed: pyproject.toml constraints-forecasting-peers.txt | $(PEERS)
+	$(PEERS)/bin/python $(PIP) -c constraints-forecasting-peers.txt -e '.[test,forecasting-peers]'
 	touch $@
 
 # Beside other people's forecasters, which `test` does not install
 test-forecasting-peers: $(PEERS)/.installed
 	$(call pytest,$(PEERS)) tests/forecasting_peers
+
+# Forecasts beside statsforecast's, fine-tuning, classes: three quarters of an hour on 2 cores. Goes on where it was interrupted.
+bench-forecasting: $(PEERS)/.installed
+	$(PEERS)/bin/python benchmarks/forecasting.py
+	$(PEERS)/bin/python benchmarks/forecast_tuning.py
+	$(PEERS)/bin/python benchmarks/series_classification.py
+	$(PEERS)/bin/python benchmarks/page.py
 
 # What `test` has no time for
 test-slow: $(STAMP)

@@ -40,7 +40,7 @@ if DRY:
     interpreter.use()
 PACKAGES = (
     "torch", "transformers", "numba", "triton", "minGRU-pytorch", "xlstm", "mlstm_kernels", "flashrnn", "mambapy",
-    "accelerated-scan", "fla-core",
+    "accelerated-scan", "fla-core", "statsforecast", "statsmodels", "aeon",
 )  # fmt: skip
 Rows = dict[str, dict[str, Any]]
 Size = TypeVar("Size")

@@ -23,6 +23,7 @@ FORECASTERS = {"TiRex2": "tirex2"}
 
 _MODULES = {
     "RecurrentCache": "hf_rnn.skeleton.cache",
+    "PromptCache": "hf_rnn.generation.prompt_cache",
     "RecurrentConfig": "hf_rnn.skeleton.configuration_recurrent",
     "StatefulModel": "hf_rnn.exchange.export",
     "export_model": "hf_rnn.exchange.export",
@@ -67,11 +68,11 @@ _MODULES = {
 }
 for _stem, _name in ARCHITECTURES.items():
     _MODULES[f"{_stem}Config"] = f"hf_rnn.models.{_name}.configuration_{_name}"
-    for _suffix in ("Model", *HEADS):
+    for _suffix in ("Model", "ForPrediction", *HEADS):
         _MODULES[f"{_stem}{_suffix}"] = f"hf_rnn.models.{_name}.modeling_{_name}"
 for _stem, _name in FORECASTERS.items():
     _MODULES[f"{_stem}Config"] = f"hf_rnn.models.{_name}.configuration_{_name}"
-    for _suffix in ("Model", "ForPrediction"):
+    for _suffix in ("Model", "ForPrediction", "ForSequenceClassification"):
         _MODULES[f"{_stem}{_suffix}"] = f"hf_rnn.models.{_name}.modeling_{_name}"
 
 __all__ = ["__version__", *_MODULES]
@@ -112,11 +113,13 @@ if TYPE_CHECKING:
     from hf_rnn.compression.weight_only import WeightOnlyConfig
     from hf_rnn.exchange.export import StatefulModel, export_model, to_onnx
     from hf_rnn.exchange.gate_order import from_flashrnn, from_onnx_node, to_flashrnn, to_onnx_node
+    from hf_rnn.generation.prompt_cache import PromptCache
     from hf_rnn.models.gru.configuration_gru import GRUConfig
     from hf_rnn.models.gru.modeling_gru import (
         GRUForCausalLM,
         GRUForCTC,
         GRUForMaskedLM,
+        GRUForPrediction,
         GRUForQuestionAnswering,
         GRUForSequenceClassification,
         GRUForTokenClassification,
@@ -127,6 +130,7 @@ if TYPE_CHECKING:
         LSTMForCausalLM,
         LSTMForCTC,
         LSTMForMaskedLM,
+        LSTMForPrediction,
         LSTMForQuestionAnswering,
         LSTMForSequenceClassification,
         LSTMForTokenClassification,
@@ -137,6 +141,7 @@ if TYPE_CHECKING:
         MemoryRNNForCausalLM,
         MemoryRNNForCTC,
         MemoryRNNForMaskedLM,
+        MemoryRNNForPrediction,
         MemoryRNNForQuestionAnswering,
         MemoryRNNForSequenceClassification,
         MemoryRNNForTokenClassification,
@@ -147,6 +152,7 @@ if TYPE_CHECKING:
         MinGRUForCausalLM,
         MinGRUForCTC,
         MinGRUForMaskedLM,
+        MinGRUForPrediction,
         MinGRUForQuestionAnswering,
         MinGRUForSequenceClassification,
         MinGRUForTokenClassification,
@@ -157,18 +163,24 @@ if TYPE_CHECKING:
         MinLSTMForCausalLM,
         MinLSTMForCTC,
         MinLSTMForMaskedLM,
+        MinLSTMForPrediction,
         MinLSTMForQuestionAnswering,
         MinLSTMForSequenceClassification,
         MinLSTMForTokenClassification,
         MinLSTMModel,
     )
     from hf_rnn.models.tirex2.configuration_tirex2 import TiRex2Config
-    from hf_rnn.models.tirex2.modeling_tirex2 import TiRex2ForPrediction, TiRex2Model
+    from hf_rnn.models.tirex2.modeling_tirex2 import (
+        TiRex2ForPrediction,
+        TiRex2ForSequenceClassification,
+        TiRex2Model,
+    )
     from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
     from hf_rnn.models.xlstm.modeling_xlstm import (
         XLSTMForCausalLM,
         XLSTMForCTC,
         XLSTMForMaskedLM,
+        XLSTMForPrediction,
         XLSTMForQuestionAnswering,
         XLSTMForSequenceClassification,
         XLSTMForTokenClassification,

@@ -28,6 +28,7 @@ torch._assert_async
 torch._higher_order_ops.scan(combine_fn, init, xs, ...)
 torch._subclasses.fake_tensor.FakeTensor
 torch.mkldnn_rnn_layer
+transformers.GenerationMixin._assisted_decoding(input_ids, generation_config=, ...)
 transformers.GenerationMixin._expand_inputs_for_generation(expand_size, ...)
 transformers.GenerationMixin._prepare_cache_for_generation(generation_config, model_kwargs, ...)
 transformers.GenerationMixin._supports_default_dynamic_cache()
@@ -37,7 +38,6 @@ transformers.PreTrainedModel._can_compile_fullgraph
 transformers.PreTrainedModel._can_record_outputs
 transformers.PreTrainedModel._init_weights(module)
 transformers.PreTrainedModel._initialize_weights(module, is_custom_code)
-transformers.PreTrainedModel._is_stateful
 transformers.PreTrainedModel._no_split_modules
 transformers.PreTrainedModel._skip_keys_device_placement
 transformers.PreTrainedModel._supports_sdpa

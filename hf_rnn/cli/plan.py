@@ -16,12 +16,16 @@ def build_config(model: str, settings: str) -> PreTrainedConfig:
     """The config of a new model, without special tokens, or of a checkpoint.
 
     Raises:
-        ValueError: an architecture or a setting that there is none of.
+        ValueError: an architecture or a setting that there is none of, a checkpoint with another head.
     """
     if model not in ARCHITECTURES.values():
         if settings:
             raise ValueError(f"config: the checkpoint {model} has its own settings")
-        return AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model)
+        head = (config.architectures or ["ForCausalLM"])[0]
+        if not head.endswith(("ForCausalLM", "ForMaskedLM")):
+            raise ValueError(f"model: plans are of language models, expected a ForCausalLM or ForMaskedLM, got {head}")
+        return config
     without = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
     return AutoConfig.for_model(f"hf_rnn_{model}", **without | read_settings(model, settings))
 

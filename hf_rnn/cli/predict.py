@@ -1,9 +1,12 @@
 """`hf-rnn predict CHECKPOINT ...`: a checkpoint's answers to texts, a JSON object a line."""
 
 import argparse
+import bisect
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 from transformers import AutoConfig, pipeline
@@ -14,7 +17,7 @@ from hf_rnn.tokenization.reading import read_tokenizer
 
 # transformers' pipeline for each head, and what it is told
 _PIPELINES: dict[str, tuple[str, dict]] = {
-    "ForTokenClassification": ("token-classification", {"aggregation_strategy": "simple"}),
+    "ForTokenClassification": ("token-classification", {"ignore_labels": []}),
     "ForSequenceClassification": ("text-classification", {"top_k": None}),
     "ForMaskedLM": ("fill-mask", {}),
 }
@@ -43,6 +46,8 @@ def main(argv: list[str]) -> None:
     if not all(isinstance(text, str) and text for text in texts):
         raise ValueError("texts, data: expected a text each, got one that is empty or none")
     tokenizer = read_tokenizer(arguments.checkpoint)
+    if task == "token-classification" and not tokenizer.is_fast:
+        raise ValueError("tokenizer: labels of words need one that gives offsets, as fast tokenizers do")
     if task == "fill-mask" and (unmasked := [text for text in texts if str(tokenizer.mask_token) not in text]):
         raise ValueError(f"texts, data: expected {tokenizer.mask_token} in each, got {unmasked[0][:40]!r}")
     answer = pipeline(task, arguments.checkpoint, tokenizer=tokenizer, device=device, **options)  # type: ignore[call-overload]
@@ -50,8 +55,8 @@ def main(argv: list[str]) -> None:
     out = open(arguments.output, "w") if arguments.output else sys.stdout  # noqa: SIM115
     try:
         for text, found in zip(texts, tqdm(given, total=len(texts), disable=not arguments.output), strict=True):
-            if task == "token-classification":  # training asks nothing of the spaces between words
-                found = [part for part in found if text[part["start"] : part["end"]].strip()]
+            if task == "token-classification":
+                found = entities(answer, text, of_words(text, found))
             print(json.dumps({"text": text, "answer": found}, default=float, ensure_ascii=False), file=out)
     finally:
         if arguments.output:
@@ -73,6 +78,28 @@ def find_task(checkpoint: str) -> tuple[str, dict]:
             return found
     hint = "; hf-rnn generate continues a text" if names[0].endswith("ForCausalLM") else ""
     raise ValueError(f"checkpoint: expected a model with one of the heads {sorted(_PIPELINES)}, got {names[0]}{hint}")
+
+
+def of_words(text: str, tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pipeline's answer for each word of a text, of its answers for tokens: that of the token which a word ends
+    with. In training a token has the label of the word that it ends in; spaces have none."""
+    ends, found = [token["end"] for token in tokens], []
+    for word in re.finditer(r"\S+", text):
+        last = bisect.bisect_right(ends, word.end()) - 1
+        if last >= 0 and ends[last] > word.start():  # else: behind where the text was cut
+            own = {"word": word.group(), "start": word.start(), "end": word.end()}
+            found.append({name: tokens[last][name] for name in ("entity", "score")} | own)
+    return found
+
+
+def entities(answer: Any, text: str, words: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Words that make a name of several together, as transformers' `answer` groups them, where labels are "B-...",
+    "I-..." and "O" alone; else the words, each for itself."""
+    labels = set(answer.model.config.id2label.values()) - {"O"}
+    if not labels or not all(label.startswith(("B-", "I-")) for label in labels):
+        return words
+    groups = [group for group in answer.group_entities(words) if group["entity_group"] != "O"]
+    return [group | {"word": text[group["start"] : group["end"]]} for group in groups]
 
 
 def read_texts(data: str, split: str, column: str) -> list[str]:

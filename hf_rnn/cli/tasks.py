@@ -134,6 +134,8 @@ def _classes(rows: Dataset, data: Any, tokenizer: PreTrainedTokenizerBase) -> Pr
     feature = rows.features[data.label_column]
     feature = getattr(feature, "feature", None) if several else feature
     names, numbers = _named([x for row in labels for x in row] if several else labels, feature)
+    if not several and len(names) < 2:
+        raise ValueError(f"label_column: expected at least two classes, got {names} alone")
     config = _labels(names) | {"problem_type": f"{'multi' if several else 'single'}_label_classification"}
 
     def label(value: Any) -> Any:

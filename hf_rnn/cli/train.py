@@ -217,7 +217,8 @@ def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, *
     if Path(arguments.model).is_dir() or "/" in arguments.model:
         if arguments.config:
             raise ValueError(f"config: the checkpoint {arguments.model} has its own settings")
-        return auto.from_pretrained(arguments.model, **labels)
+        # A head for other labels is new
+        return auto.from_pretrained(arguments.model, ignore_mismatched_sizes=bool(labels), **labels)
     names = list(ARCHITECTURES.values())
     if arguments.model not in names:
         raise ValueError(f"model: expected one of {names} or a checkpoint's folder, got {arguments.model!r}")
@@ -362,7 +363,8 @@ def main(argv: list[str]) -> None:
         for name, value in train_task(model_arguments, data, arguments).items():
             if name.removeprefix("eval_") in ("loss", "accuracy", "rmse", "r2"):
                 print(f"held-out {name.removeprefix('eval_')}: {value:.4f}")
-        print(f"saved {arguments.output_dir}; try: hf-rnn predict {arguments.output_dir} 'a text'")
+        mask = f" {load_tokenizer(model_arguments).mask_token}" if model_arguments.task == "masked-lm" else ""
+        print(f"saved {arguments.output_dir}; try: hf-rnn predict {arguments.output_dir} 'a text{mask}'")
         return
     tokenizer = load_tokenizer(model_arguments)
     model = build_model(model_arguments, tokenizer)

@@ -88,8 +88,11 @@ def export_model(model: RecurrentPreTrainedModel, padding: bool = False) -> torc
     Raises:
         TypeError, ValueError: a model that does not export, with the reason.
     """
-    whole = StatefulModel(model, padding)
-    patch = model.config.patch_size
+    return _program(StatefulModel(model, padding))
+
+
+def _program(whole: StatefulModel) -> torch.export.ExportedProgram:
+    patch = whole.model.config.patch_size
     inputs = whole.example(time=2 * patch + 1)
     states = whole.initial_states(len(inputs[0]))
     # Whether there is more than one patch is asked for
@@ -115,9 +118,9 @@ def to_onnx(model: RecurrentPreTrainedModel, path: str | Path, padding: bool = F
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    program, whole = export_model(model, padding), StatefulModel(model, padding)
+    whole = StatefulModel(model, padding)
     found = torch.onnx.export(
-        program.run_decompositions(TABLE),
+        _program(whole).run_decompositions(TABLE),
         dynamo=True,
         input_names=whole.input_names,
         output_names=whole.output_names,

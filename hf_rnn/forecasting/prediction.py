@@ -7,19 +7,25 @@ import torch
 from torch import Tensor
 
 from hf_rnn.forecasting.frames import forecast_frame, is_frame
-from hf_rnn.forecasting.output import ForecastOutput
+from hf_rnn.forecasting.output import ForecastOutput, check_horizon
 from hf_rnn.forecasting.quantiles import at_quantiles, check_quantiles, is_symmetric
 from hf_rnn.forecasting.series import Rows, like, read_series, side_by_side
-from hf_rnn.forecasting.trend import calibrated, differences, has_trend, last_values, levels
+from hf_rnn.forecasting.streaming import ForecastState, StreamMixin
+from hf_rnn.forecasting.trend import differences, has_trend, last_values, levels
 
 
-class PredictionMixin:
-    """For a model whose `forward` takes `past_values`, `future_covariates`, `group_ids`, `target_mask`, `horizon` and
-    `pad_context`, and whose config has `quantiles`, `context_length`, `prediction_length`, `differencing`,
-    `sign_flip`."""
+class PredictionMixin(StreamMixin):
+    """For a model whose `forward` takes `past_values` and `horizon` and whose config has `quantiles`, `context_length`,
+    `prediction_length`, `differencing`, `sign_flip`.
 
-    config: Any
-    device: Any
+    Attributes:
+        reads_variates: `forward` takes `future_covariates`, `group_ids`, `target_mask` and `pad_context`, too. Others
+            read each variate of a series by itself, and no covariates.
+        difference_band: see `hf_rnn.forecasting.trend.levels`.
+    """
+
+    reads_variates = False
+    difference_band = (1.0, 0.0)
 
     @torch.no_grad()
     def predict(
@@ -41,17 +47,19 @@ class PredictionMixin:
             series: tensor or numpy array: (T,) one series; (B, T) series of one variate each; (B, V, T) of V variates,
                 which are forecast together; or a list of (T,) and (V, T), of any lengths. NaN where a value is missing.
                 A series of no values at all is forecast, too: around 0. Or a frame: see
-                `hf_rnn.forecasting.frames.forecast_frame`, also for covariates.
+                `hf_rnn.forecasting.frames.forecast_frame`, also for covariates. Or a state that `observe` gave, which
+                is forecast as it is: without covariates, differences and flips.
             horizon: steps to forecast, up to `config.prediction_length`.
             past_covariates: in the same way, (T,) or (C, T) for each series; what is known until now. None, also for
-                one of a list, where there are none.
+                one of a list, where there are none. TiRex-2 alone reads covariates.
             future_covariates: (T + horizon,) or (K, T + horizon) for each, what is known beforehand.
             quantiles: which to give, within those of the config, between which they are linear; None: these.
             differencing: series with a trend (a line explains 0.87 of their variance) are forecast by their
                 differences; None: as the config says.
             sign_flip: the mean with the negated forecast of the negated series, twice the work; None: as the config
                 says.
-            pad_context: see `forward`; where False, a series' forecast depends on the longest one of its batch.
+            pad_context: see TiRex-2's `forward`, others need no padding; where False, a series' forecast depends on the
+                longest one of its batch.
             batch_size: so many series at once.
 
         Returns:
@@ -64,6 +72,17 @@ class PredictionMixin:
                 covariates of other lengths, a horizon or quantiles that the model was not made for.
         """
         config = self.config
+        if not self.reads_variates and not (past_covariates is None and future_covariates is None):
+            raise ValueError(
+                "past_covariates, future_covariates: this model reads each series by itself, TiRex-2 alone reads "
+                "covariates; expected None"
+            )
+        if isinstance(series, ForecastState):
+            told = dict(differencing=differencing, sign_flip=sign_flip, future_covariates=future_covariates)
+            told["past_covariates"] = past_covariates
+            if wrong := [name for name, x in told.items() if not (x is None or x is False)]:
+                raise ValueError(f"{wrong[0]}: a state is forecast without; expected None, got {told[wrong[0]]!r}")
+            return self._predict_from(series, horizon, quantiles)
         if is_frame(series):
             wanted = list(config.quantiles if quantiles is None else quantiles)
             options: dict[str, Any] = dict(differencing=differencing, sign_flip=sign_flip, pad_context=pad_context)
@@ -97,6 +116,7 @@ class PredictionMixin:
     def _forecast(self, rows: Rows, difference: bool, flip: bool, pad_context: bool) -> Tensor:
         """(R, horizon, Q) of the targets among the rows."""
         values, futures, series, targets, starts = rows
+        horizon = futures.shape[1]
         trend = targets & has_trend(values) & difference
         last = last_values(values)
         values = torch.where(trend[:, None], differences(values, starts), values)[:, -self.config.context_length :]
@@ -104,33 +124,14 @@ class PredictionMixin:
             values, futures = torch.cat([values, -values]), torch.cat([futures, -futures])
             series, targets = torch.cat([series, series + series.max() + 1]), targets.repeat(2)
             trend, last = trend.repeat(2), torch.cat([last, -last])
-        steps = self(  # type: ignore[operator]
-            past_values=values,
-            future_covariates=None if bool(futures.isnan().all()) else futures,
-            group_ids=series,
-            target_mask=targets,
-            horizon=futures.shape[1],
-            pad_context=pad_context,
-        ).full_predictions[targets]
-        trend, last = trend[targets], last[targets]
-        y = torch.where(trend[:, None, None], levels(steps, last), calibrated(steps))
+        options: dict[str, Any] = {}
+        if self.reads_variates:
+            options = dict(group_ids=series, target_mask=targets, pad_context=pad_context)
+            options["future_covariates"] = None if bool(futures.isnan().all()) else futures
+        forecast = self(past_values=values, horizon=horizon, **options)  # type: ignore[operator]
+        steps, trend, last = forecast.full_predictions[targets], trend[targets], last[targets]
+        y = torch.where(trend[:, None, None], levels(steps, last, self.difference_band), self.calibrate(steps))
         if not flip:
             return y
         y, negated = y.chunk(2)
         return (y - negated.flip(2)) / 2
-
-
-def check_horizon(horizon: int, longest: int) -> int:
-    """The horizon.
-
-    Raises:
-        TypeError, ValueError: none that the model was made for.
-    """
-    if not isinstance(horizon, int) or isinstance(horizon, bool):
-        raise TypeError(f"horizon: expected a whole number of steps, got {horizon!r}")
-    if not 1 <= horizon <= longest:
-        raise ValueError(
-            f"horizon: expected 1 to {longest} steps, which this model was made for (config.prediction_length), got "
-            f"{horizon}; forecast a coarser series, or train a model with a longer prediction_length"
-        )
-    return horizon

@@ -8,6 +8,8 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_rnn_kernels.checks import values_known
+
 
 class Series(NamedTuple):
     """One series.
@@ -139,3 +141,23 @@ def like(series: Any, found: Sequence[Series], predictions: Tensor) -> Any:
 
 def _kind(x: Tensor, like: Any) -> Any:
     return x.cpu().numpy() if isinstance(like, ndarray) else x.to(like.device)
+
+
+def check_values(name: str, x: Tensor) -> int:
+    """The number of rows of values (R, T).
+
+    Raises:
+        TypeError, ValueError: no floating tensor of such a shape, or infinity in it (on a CPU, where reading values
+            stalls nothing).
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() != 2 or not x.shape[1]:
+        raise ValueError(f"{name}: expected shape (R, T) with T of at least 1, got {tuple(x.shape)}")
+    infinite = x.isinf()
+    if x.device.type == "cpu" and values_known(infinite) and bool(infinite.any()):
+        row, step = infinite.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: expected finite values, or NaN where one is missing, got infinity in row {row}, step {step}"
+        )
+    return x.shape[0]

@@ -50,15 +50,15 @@ def last_values(x: Tensor) -> Tensor:
     return x.gather(1, last[:, None])[:, 0].nan_to_num(0.0)
 
 
-def levels(steps: Tensor, last: Tensor) -> Tensor:
+def levels(steps: Tensor, last: Tensor, band: tuple[float, float] = DIFFERENCE_BAND) -> Tensor:
     """Quantiles of differences (R, T, Q) behind the value `last` (R,) to quantiles of values.
 
-    Medians add up; distances from them as deviations of independent steps do.
+    Medians add up; distances from them as deviations of independent steps do, times band[0] t^band[1] at step t.
     """
     median = _median(steps)
     distance = steps - median
     spread = distance.square().cumsum(1).sqrt() * distance.sum(1, keepdim=True).sign()
-    return last[:, None, None] + median.cumsum(1) + _widened(spread, *DIFFERENCE_BAND)
+    return last[:, None, None] + median.cumsum(1) + _widened(spread, *band)
 
 
 def calibrated(values: Tensor) -> Tensor:

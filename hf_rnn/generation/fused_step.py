@@ -16,6 +16,9 @@ from hf_rnn_kernels.transforms import transforming
 
 logger = logging.get_logger(__name__)
 
+# Tokens of one text that are one compiled call where their states are recorded: of more, ordinary passes are as fast
+# (docs/log.md, 2026-11-30)
+FUSED_TOKENS = 32
 _TORCH = {nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.ModuleList}
 _CAPTURING = output_capturing.__name__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -138,9 +141,9 @@ def reason_not_fused(model: Any) -> str:
 
 
 def decode_fused(model: Any, input_ids: Tensor, cache: RecurrentCache) -> Tensor | None:
-    """Logits (B, 1, V) of one more token a row, and the state in `cache` after it; None where the ordinary path is to
-    take it: gradients, transforms, compilers, autocast, another device or dtype, modules without instructions, and
-    whatever that path has an error for."""
+    """Logits (B, 1, V) of one more token a row, or (1, T, V) of several of one row where `cache` records, and the state
+    in it after them; None where the ordinary path is to take them: gradients, transforms, compilers, autocast, another
+    device or dtype, modules without instructions, and whatever that path has an error for."""
     if (
         torch.is_grad_enabled()
         or type(input_ids) is not Tensor
@@ -163,13 +166,25 @@ def decode_fused(model: Any, input_ids: Tensor, cache: RecurrentCache) -> Tensor
     if step.program is None or step.is_training():
         return None
     ids = input_ids.reshape(-1).contiguous()
-    numbers, states = ids.tolist(), step.states_of(cache, len(ids))
+    batch, time = input_ids.shape
+    numbers, states = ids.tolist(), step.states_of(cache, batch)
     if states is None or not numbers or min(numbers) < 0 or max(numbers) >= step.program.num_embeddings:
         return None
-    logits = torch.empty(len(numbers), 1, step.program.logits.width, dtype=torch.float32, device="cpu")
-    run(step.program, ids, states, logits)
-    if not torch.is_inference_mode_enabled():
-        for state in states:  # autograd is told, as of any write
-            increment_version(state)
-    cache.seen_tokens += 1
+    logits = torch.empty(batch, time, step.program.logits.width, dtype=torch.float32, device="cpu")
+    cache.record(time)
+    if time == 1:
+        run(step.program, ids, states, logits)
+        if not torch.is_inference_mode_enabled():
+            for state in states:  # autograd is told, as of any write
+                increment_version(state)
+        cache.advance_by(1, model.model)
+        return logits
+    every = [x.new_empty(time, *x.shape[1:]) for x in states]
+    for after, before in zip(every, states, strict=True):
+        after[0] = before[0]
+    run(step.program, ids, every, logits, one_text=True)
+    rest = iter(every)
+    cache.states = [tuple(next(rest)[None] for _ in shapes) for shapes in step._shapes]
+    cache.advance_by(time, model.model)
+    cache.record_each(time)
     return logits

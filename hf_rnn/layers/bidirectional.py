@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor, nn
 
-from hf_rnn.layers.mixer import Mixer
+from hf_rnn.layers.mixer import Mixer, RecurrentMixer
 from hf_rnn_kernels.layout import SequenceLayout
 
 
@@ -28,7 +28,16 @@ class Bidirectional(Mixer):
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if self.backwards is None and isinstance(self.forwards, RecurrentMixer) and not self.side_by_side:
+            return self.forwards(x, None, layout, both_ways=True)
         y, _ = self.forwards(x, None, layout)
         backwards = self.forwards if self.backwards is None else self.backwards
         z, _ = backwards(x, None, layout._replace(reverse=True))
-        return torch.cat([y, z], -1) if self.side_by_side else y + z, ()
+        return _beside(y, z) if self.side_by_side else y + z, ()
+
+
+def _beside(y: Tensor, z: Tensor) -> Tensor:
+    """(B, T, D) twice to (B, T, 2 D), in memory as both are: torch's LSTM gives and reads them time by time."""
+    if all(x.transpose(0, 1).is_contiguous() for x in (y, z)):
+        return torch.cat([y.transpose(0, 1), z.transpose(0, 1)], -1).transpose(0, 1)
+    return torch.cat([y, z], -1)

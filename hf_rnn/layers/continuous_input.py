@@ -4,22 +4,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_rnn.layers.residual_mlp import ResidualMLP
 from hf_rnn_kernels.checks import values_known
 
 
 class ContinuousInput(nn.Module):
-    """W [x * observed, missing] + b of the values of `patch_size` steps side by side: (B, T, F) to (B, T / P, D).
+    """f([x * observed, missing]) of the values of `patch_size` steps side by side: (B, T, F) to (B, T / P, D).
 
     Args:
         num_features: F, values of a step.
         channels: D.
         patch_size: P, consecutive steps that make one token, ceil(T / P) in all.
+        hidden: channels of the `ResidualMLP` that f is; None: f is linear.
     """
 
-    def __init__(self, num_features: int, channels: int, patch_size: int = 1):
+    def __init__(self, num_features: int, channels: int, patch_size: int = 1, hidden: int | None = None):
         super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Linear(2 * patch_size * num_features, channels)
+        self.patch_size, inputs = patch_size, 2 * patch_size * num_features
+        self.proj = nn.Linear(inputs, channels) if hidden is None else ResidualMLP(inputs, hidden, channels)
 
     def forward(self, x: Tensor, observed: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, T, F) floating values to (B, ceil(T / P), D).
@@ -36,7 +38,7 @@ class ContinuousInput(nn.Module):
             raise TypeError(f"input_features: expected floating numbers, got {x.dtype}")
         there = torch.ones_like(x, dtype=torch.bool) if observed is None else _observed(observed, x)
         there = there if mask is None else there & mask[..., None]
-        x = torch.where(there, x, 0.0).to(self.proj.weight.dtype)
+        x = torch.where(there, x, 0.0).to(next(self.proj.parameters()).dtype)
         _check_finite(x)  # of the dtype that is computed in, which may be narrower
         x, there = patches(x, mask, self.patch_size), patches(there, mask, self.patch_size)
         return self.proj(torch.cat([x, (~there).to(x.dtype)], -1).flatten(2))

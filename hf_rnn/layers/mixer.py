@@ -1,4 +1,5 @@
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,21 @@ class Mixer(nn.Module, ABC):
         )
 
 
+def scan_ahead(
+    scan: Callable, inputs: Sequence[Tensor], state: Sequence[Tensor | None], layout: SequenceLayout, ahead: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """scan(*inputs, *state, layout) over inputs (B, T, ...), of which the last `ahead` tokens leave the state as it is:
+    what comes after a sequence is looked at while the weights around the scan are read once."""
+    if not ahead:
+        return scan(*inputs, *state, layout)
+    now, parts, last = inputs[0].shape[1] - ahead, [], tuple(state)
+    if now:
+        h, last = scan(*(x[:, :now] for x in inputs), *state, layout)
+        parts.append(h)
+    h, _ = scan(*(x[:, now:] for x in inputs), *last, layout._replace(in_place=False))
+    return torch.cat([*parts, h], 1), last  # type: ignore[return-value]
+
+
 class RecurrentMixer(Mixer):
     """What recurrences over a vector share: the projection to pre-activations, a learned initial state, the output
     projection; in the gated layout a convolution before and a gate after.
@@ -130,8 +146,20 @@ class RecurrentMixer(Mixer):
         return self._output(state[0].to(next(self.parameters()).dtype), x)
 
     def forward(
+        self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout, both_ways: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As `Mixer.forward`; `both_ways`: the sum of the outputs of two directions with these weights. Gate and output
+        projection are computed once, of the mean of both h, and what they give counts twice, as their bias does."""
+        h, last = self._hidden(x, state, layout)
+        if not both_ways:
+            return self._output(h, x), last
+        backwards, _ = self._hidden(x, state, layout._replace(reverse=True))
+        return 2 * self._output((h + backwards) / 2, x), ()
+
+    def _hidden(
         self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(B, T, D) and state to h (B, T, output_size) and the state after it."""
         inputs: Tensor = x
         conv_states: tuple[Tensor, ...] = ()
         if self.conv is not None:
@@ -142,7 +170,7 @@ class RecurrentMixer(Mixer):
             state = tuple(s.reshape(-1, s.shape[-1]).expand(sequences, -1) for s in self.initial_state.unbind(-2))
         before = (None,) * self.num_states if state is None else state[: self.num_states]
         h, last = self.recurrence(inputs, before, layout)
-        return self._output(h, x), (*last, *conv_states)
+        return h, (*last, *conv_states)
 
     def fuse_recurrence(self, program: Program, x: Vector, states: list[Vector]) -> Vector:
         """As `recurrence`: x and the `num_states` state tensors to h."""

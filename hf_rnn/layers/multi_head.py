@@ -46,8 +46,9 @@ class MultiHeadMixer(RecurrentMixer):
 
     def fuse_cell(self, op: Op, program: Program, x: Vector, states: list[Vector]) -> Vector:
         """The instructions of a cell."""
+        gates = program.linear(self.in_proj, x)  # before the state is touched: of several tokens at once
         recurrent = program.product(self.recurrent_weight, self.recurrent_bias, states[0])
-        return program.cell(op, program.linear(self.in_proj, x), recurrent, states, self.config.num_heads)
+        return program.cell(op, gates, recurrent, states, self.config.num_heads)
 
     def operands(self, x: Tensor) -> dict[str, Any]:
         """The op's arguments but states and layout. The op takes x and both weights and picks what computes, unless the

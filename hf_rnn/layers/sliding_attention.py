@@ -5,6 +5,7 @@ from torch.nn import functional as F
 from hf_rnn.layers.mixer import Mixer
 from hf_rnn.skeleton.configuration_hybrid import HybridConfig
 from hf_rnn_kernels.layout import SequenceLayout
+from hf_rnn_kernels.stepping import record
 
 _NONE = -1  # the sequence of what no token may see
 
@@ -40,6 +41,9 @@ class SlidingAttention(Mixer):
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if layout.recorded:
+            y, recorded = record(layout, [x], state, lambda layout, inputs, state: self(*inputs, state, layout))
+            return y, tuple(recorded)
         shape, mask = x.shape, layout.mask
         of_q = sequences(layout.flat(x), layout.flat_mask(), layout.offsets)
         if layout.continues is None:

@@ -94,7 +94,7 @@ def drop_gradients(model: Any) -> Any:
     return model
 
 
-def recurrence_flops(model: nn.Module) -> float:
+def recurrence_flops(model: Any) -> float:
     """Forward, for each token: products with the state, which are inside the ops and not counted otherwise."""
     total = 0.0
     for module in model.modules():
@@ -102,16 +102,21 @@ def recurrence_flops(model: nn.Module) -> float:
             continue  # torch's own product, counted
         if isinstance(weight := getattr(module, "recurrent_weight", None), Tensor):
             total += 2 * weight.numel()
-        shapes = getattr(module, "state_shapes", [()])
+        shapes = getattr(module, "state_shapes", None) or [()]
         if len(shapes[0]) == 3 and not hasattr(module, "mixer"):  # mLSTM: k v^T into, q out of, and chunks of 64
             heads, keys, values = shapes[0]
             total += heads * (4 * keys * values + 2 * 64 * (keys + values))
-    return total
+    return total * _uses(model)
 
 
-def recurrent_layers(model: nn.Module) -> int:
+def recurrent_layers(model: Any) -> int:
     """Layers whose steps wait for one another inside one kernel."""
-    return sum(isinstance(getattr(m, "recurrent_weight", None), Tensor) for m in model.modules())
+    return _uses(model) * sum(isinstance(getattr(m, "recurrent_weight", None), Tensor) for m in model.modules())
+
+
+def _uses(model: Any) -> int:
+    """Of each recurrence: both directions' where they share one."""
+    return 2 if model.config.bidirectional and model.config.share_directions else 1
 
 
 def backpropagation(model: Any, rows: int = 1) -> Callable[[int], None]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from hf_rnn.planning import counting
 from hf_rnn.planning.counting import Count, on_meta
@@ -97,14 +97,18 @@ class Plan:
 
 
 def measure(config: Any, trainer: str, gradient_checkpointing: bool = False) -> Work:
-    """Count what a step of `trainer` takes with a model of this config, on the meta device.
+    """Count what a step of `trainer` takes with a language model of this config, of masked tokens where it reads both
+    ways, on the meta device.
 
     Raises:
         ValueError: a trainer that is none, or one that cannot train this model.
     """
     if trainer not in TRAINERS:
         raise ValueError(f"trainer: expected one of {TRAINERS}, got {trainer!r}")
-    model = on_meta(lambda: AutoModelForCausalLM.from_config(config), torch.bfloat16)
+    if config.bidirectional and trainer != "backpropagation":
+        raise ValueError(f"trainer: a model that reads both ways trains by backpropagation, got {trainer!r}")
+    head = AutoModelForMaskedLM if config.bidirectional else AutoModelForCausalLM
+    model = on_meta(lambda: head.from_config(config), torch.bfloat16)
     loops = config.model_type == "hf_rnn_memory"  # over time, in Python
     networks, waits = [model], 0.0
     if trainer == "smt":

@@ -27,7 +27,7 @@ LEFT_OUT = {"from_torch", "to_torch", "_gate_major", "from_xlstm", "get_config_d
 LEFT_OUT |= {"write_code", "_upload_modified_files"}
 # And what makes a token one compiled call
 LEFT_OUT |= {"fuse", "fuse_cell", "fuse_logits", "fuse_recurrence", "decoding"}
-LEFT_OUT |= {"resize_token_embeddings"}
+LEFT_OUT |= {"resize_token_embeddings", "generate_batch"}
 
 _HEADER = '''# Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/LICENSE-2.0
 """{stem} in one file: what `trust_remote_code=True` needs beside torch and transformers.

@@ -1,9 +1,16 @@
 """The recurrent state between calls."""
 
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from hf_rnn.skeleton.state_file import fingerprint, read_state, write_state
 from hf_rnn_kernels.transforms import transforming
 
 
@@ -12,19 +19,24 @@ class RecurrentCache(Cache):
 
     Passed and returned as `cache`, or `past_key_values`. A forward pass takes the state over: under `torch.no_grad()`
     it writes to the tensors, which keep their shape and address, so that a compiled decoding step can be captured; with
-    gradients enabled it puts new ones in their place. To go on from one state in several ways, copy it
-    (`copy.deepcopy`). A state belongs to one thread at a time; several threads may use one model. A subclass of
-    transformers' `Cache` in name and interface only: its layers hold keys and values.
+    gradients enabled it puts new ones in their place. To go on from one state in several ways, copy it (`clone`). A
+    state belongs to one thread at a time; several threads may use one model. A subclass of transformers' `Cache` in
+    name and interface only: its layers hold keys and values.
 
     Attributes:
         states: per layer, the tuple of (B, ...) tensors, or None before the first token.
-        seen_tokens: positions consumed so far, padding included.
+        seen_tokens: positions consumed so far, padding included: so many `input_ids` of a whole text and its mask lie
+            behind. 0 makes the text that follows one of its own to `generate()`, which then needs no more of the past
+            than the state.
         model_type: of the model whose state it is, or None before the first token.
         ends_inside_patch: the last steps filled no patch (`config.patch_size`), so that none can follow.
+        beside: tensors (B, ...) by name that go with the state, the last logits for example, until the next token is
+            read.
+        past: while it records, states before the last tokens, else None: in the order of reading, `seen_tokens` of the
+            first of some and `states` of them all, (B, n, ...).
     """
 
     is_compileable = False  # generate() would build attention masks for it
-    is_croppable = False  # transformers' looks at layers of keys and values, and would find all of none croppable
 
     def __init__(self, num_layers: int):
         self.layers = []  # of keys and values: none
@@ -32,6 +44,9 @@ class RecurrentCache(Cache):
         self.seen_tokens = 0
         self.model_type: str | None = None
         self.ends_inside_patch = False
+        self.beside: dict[str, Tensor] = {}
+        self.past: list[tuple[int, list[tuple[Tensor, ...] | None]]] | None = None
+        self._reader: weakref.ref | None = None  # the backbone that has read the last token
 
     def __len__(self) -> int:
         return len(self.states)
@@ -47,6 +62,11 @@ class RecurrentCache(Cache):
     def batch_size(self) -> int | None:
         """B, or None before the first token."""
         return None if self.states[0] is None else self.states[0][0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the states, without what is recorded."""
+        return sum(x.nbytes for state in self.states if state is not None for x in state)
 
     @property
     def is_initialized(self) -> bool:
@@ -76,6 +96,13 @@ class RecurrentCache(Cache):
         to: nothing is copied."""
         self.states[layer_idx] = state
 
+    def advance_by(self, tokens: int, reader: Any) -> None:
+        """So many positions have been read, by this backbone."""
+        self.seen_tokens += tokens
+        self.beside = {}
+        if not torch.compiler.is_compiling():
+            self._reader = weakref.ref(reader)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen_tokens
 
@@ -94,31 +121,217 @@ class RecurrentCache(Cache):
         self.seen_tokens = 0
         self.model_type = None
         self.ends_inside_patch = False
+        self.beside = {}
+        self.past = None if self.past is None else []
+
+    # Copies, rows and files
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put another tensor in the place of each."""
+
+        def changed(states):
+            return [None if state is None else tuple(change(x) for x in state) for state in states]
+
+        self.states = changed(self.states)
+        self.beside = {name: change(x) for name, x in self.beside.items()}
+        if self.past is not None:
+            self.past = [(seen, changed(states)) for seen, states in self.past]
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "RecurrentCache":
+        other = copy.copy(self)
+        other._reader = self._reader
+        other._each(change)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_reader": None}  # processes share no models
 
     def __deepcopy__(self, memo: dict) -> "RecurrentCache":
-        """To go on from one state in several ways. Gradients flow through the copy as through this one."""
-        memo[id(self)] = other = RecurrentCache(len(self))
-        other.states = [None if state is None else tuple(x.clone() for x in state) for state in self.states]
-        other.seen_tokens, other.model_type = self.seen_tokens, self.model_type
-        other.ends_inside_patch = self.ends_inside_patch
+        memo[id(self)] = other = self.clone()
         return other
+
+    def clone(self) -> "RecurrentCache":
+        """To go on from one state in several ways. Gradients flow through the copy as through this one."""
+        return self._with(torch.clone)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "RecurrentCache":
+        """A copy there, floating tensors in that dtype. In bfloat16 or float16 it takes half the room: each token still
+        computes in float32, and what it leaves is rounded."""
+
+        def moved(x):
+            return x.to(device=device, dtype=dtype if x.is_floating_point() else None, copy=True)
+
+        return self._with(moved)
+
+    def select(self, rows: Sequence[int] | Tensor) -> "RecurrentCache":
+        """These rows, in this order, as a new state."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        return self._with(lambda x: x.index_select(0, index.to(x.device)))
+
+    @classmethod
+    def stack(cls, caches: Sequence["RecurrentCache"]) -> "RecurrentCache":
+        """The rows of several states, one below the other, as a new state that goes on with all of them together.
+
+        `seen_tokens` is the largest: the shorter texts count as padded on the left up to it, and padding changes no
+        state.
+
+        Raises:
+            ValueError: no states, states of different models, layers, dtypes or devices, or before their first token.
+        """
+        if not caches:
+            raise ValueError("caches: expected at least one state")
+        first = caches[0]
+        for n, cache in enumerate(caches):
+            if None in cache.states:
+                raise ValueError(f"caches: number {n} is before its first token, when a state has no rows yet")
+            kinds = [(c.model_type, c.ends_inside_patch, *c._kinds()) for c in (first, cache)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"caches: expected states of one model, got {kinds[0]} and, number {n}, {kinds[1]}")
+        other = cls(len(first))
+        other.seen_tokens = max(cache.seen_tokens for cache in caches)
+        other.model_type, other.ends_inside_patch = first.model_type, first.ends_inside_patch
+        other._reader = first._reader
+        layers = zip(*(cache.states for cache in caches), strict=True)
+        other.states = [tuple(torch.cat(rows) for rows in zip(*layer, strict=True)) for layer in layers]
+        for name in set.intersection(*(set(cache.beside) for cache in caches)):
+            other.beside[name] = torch.cat([cache.beside[name] for cache in caches])
+        return other
+
+    def _kinds(self) -> list[tuple]:
+        """Shape without rows, dtype and device of each tensor."""
+        return [(tuple(x.shape[1:]), x.dtype, x.device) for state in self.states for x in state or ()]
+
+    def save(self, file: str | Path, model: Any = None) -> None:
+        """Write the state to a file, with `seen_tokens`, what lies `beside`, and the model's type and fingerprint, by
+        which `load` knows whose it is. The file is there whole or not at all; what is recorded is not in it.
+
+        Args:
+            model: whose state it is, with any head. Default: the one that has read the last token.
+
+        Raises:
+            ValueError: a state before its first token; or no model is known, as after `torch.compile` or unpickling.
+        """
+        backbone = model.base_model if model is not None else self._reader and self._reader()
+        if None in self.states or backbone is None:
+            raise ValueError(
+                "state: nothing is read yet" if None in self.states else "model: not known, pass the one that reads it"
+            )
+        tensors = {f"{n}.{m}": x for n, state in enumerate(self.states) for m, x in enumerate(state or ())}
+        metadata = dict(model_type=self.model_type, fingerprint=fingerprint(backbone), layers=len(self))
+        metadata |= dict(seen_tokens=self.seen_tokens, ends_inside_patch=int(self.ends_inside_patch))
+        beside = {f"beside.{name}": x for name, x in self.beside.items()}
+        write_state(file, tensors | beside, {name: str(value) for name, value in metadata.items()})
+
+    @classmethod
+    def load(cls, file: str | Path, model: Any = None) -> "RecurrentCache":
+        """A state from `save`, on the model's device, or the CPU.
+
+        Args:
+            model: the one to go on with, whose fingerprint must be the saved one's. None: nothing is compared until
+                the state meets a model, which looks at type and shapes.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file that is no state, cut off or damaged; the state of another model.
+        """
+        tensors, metadata = read_state(file)
+        cache = cls(int(metadata["layers"]))
+        cache.model_type, cache.seen_tokens = metadata["model_type"], int(metadata["seen_tokens"])
+        cache.ends_inside_patch = metadata["ends_inside_patch"] == "1"
+        for n in range(len(cache)):
+            count = sum(name.startswith(f"{n}.") for name in tensors)
+            cache.states[n] = tuple(tensors[f"{n}.{m}"] for m in range(count))
+        prefix = "beside."
+        cache.beside = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        if model is None:
+            return cache
+        backbone = model.base_model
+        if cache.model_type != backbone.config.model_type:
+            raise ValueError(
+                f"{file}: the state of another model, a {cache.model_type}; expected one of a "
+                f"{backbone.config.model_type}"
+            )
+        if metadata["fingerprint"] != fingerprint(backbone):
+            raise ValueError(f"{file}: the state of another {cache.model_type}, with other settings or weights")
+        cache._each(lambda x: x.to(backbone.device))
+        cache._reader = weakref.ref(backbone)
+        return cache
 
     def detach(self) -> "RecurrentCache":
         """Cut the graph, for backpropagation truncated in time; in place, returns itself."""
-        self.states = [None if state is None else tuple(x.detach().clone() for x in state) for state in self.states]
+        self._each(lambda x: x.detach().clone())
         return self
 
-    def _rows(self, select) -> None:
-        self.states = [None if state is None else tuple(select(x) for x in state) for state in self.states]
-
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._rows(lambda x: x.repeat_interleave(repeats, 0))
+        self._each(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._rows(lambda x: x[indices.to(x.device)])
+        self._each(lambda x: x[indices.to(x.device)])
+
+    # Recording, to take tokens back
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.past is not None
+
+    def is_recording_past(self, layer_idx: int = 0) -> bool:
+        return self.past is not None
+
+    def activate_past_recording(self) -> None:
+        """From here on keep the states before each token whose logits are asked for (`logits_to_keep`; of a backbone
+        alone, each token), up to the next `crop`. `generate()` does so while it decodes with candidates."""
+        self.past = [] if self.past is None else self.past
+
+    def stop_past_recording(self) -> None:
+        self.past = None
+
+    def record(self, tokens: int, wanted: int = 0) -> int:
+        """To be called before `tokens` are read, of which the last `wanted` may be taken back, 0 for all. Returns after
+        how many of the last tokens `record_each` wants the states: 0 where this one, kept here, is all."""
+        if self.past is None or not tokens:
+            return 0
+        wanted = min(wanted or tokens, tokens)
+        if wanted == tokens:
+            states = [None if state is None else tuple(x.clone()[:, None] for x in state) for state in self.states]
+            self.past.append((self.seen_tokens, states))
+        return 0 if tokens == 1 else min(wanted + 1, tokens)
+
+    def record_each(self, tokens: int) -> None:
+        """Take what the layers gave, states after each of the last so many tokens (B, tokens, ...), apart."""
+        assert self.past is not None
+        self.past.append((self.seen_tokens - tokens + 1, self.states))
+        self.states = state_at(self.states, -1)
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError("RecurrentCache: a recurrent state cannot be cropped; run the shorter prompt again")
+        """Take the last tokens back, of those that are recorded; these are forgotten, and recording begins anew.
+
+        Args:
+            tokens_to_remove: how many; transformers writes them as negative numbers.
+
+        Raises:
+            ValueError: the state before these tokens is not recorded.
+        """
+        count = abs(tokens_to_remove)
+        if count:
+            target = self.seen_tokens - count
+            found = [
+                (states, target - first)
+                for first, states in self.past or []
+                if first <= target < first + (1 if states[0] is None else states[0][0].shape[1])
+            ]
+            if not found:
+                raise ValueError(
+                    f"tokens_to_remove: the state before the last {count} tokens is not recorded; expected "
+                    "activate_past_recording() before they are read, and tokens read since the last crop"
+                )
+            self.states, self.seen_tokens = state_at(*found[-1]), target
+            self.beside = {}
+        self.past = None if self.past is None else []
+
+
+def state_at(states: list[tuple[Tensor, ...] | None], place: int) -> list[tuple[Tensor, ...] | None]:
+    """One of several states (B, n, ...), in memory of its own."""
+    return [None if state is None else tuple(x[:, place].clone() for x in state) for state in states]

@@ -2,13 +2,14 @@
 
 import difflib
 import math
-from dataclasses import fields
+from dataclasses import field, fields
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from hf_rnn.forecasting.quantiles import check_quantiles, is_symmetric
 from hf_rnn.skeleton.adapters import register_lora_targets
 from hf_rnn.skeleton.versions import STATE_NAMES, AssignablePlan, refuse_bools
 
@@ -60,11 +61,19 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
             vocabulary of 259, None with any other.
         num_input_features: values of a step of `input_features`, which such a model reads instead of tokens; None: it
             reads tokens.
-        patch_size: so many steps of input_features make one token.
+        patch_size: so many steps of input_features, or of a series to be forecast, make one token.
+        patch_intermediate_size: hidden channels of the layer that makes tokens of patches; None: it is linear.
         classifier_pooling: the vector that sequences are classified by: "last", of the last real token; "mean", over
             all of them; "ends", of the first and the last side by side. None: "last", or "ends" where bidirectional.
         ctc_loss_reduction, ctc_zero_infinity: of `torch.nn.functional.ctc_loss`, as Wav2Vec2's: "sum" or "mean" of
             sequences; zeros where a sequence is too short for its labels, whose loss is infinite.
+        context_length: steps of a series that a forecast is made from, at most.
+        prediction_length: the longest horizon of a forecast, in steps.
+        quantiles: what is forecast, numbers in (0, 1) that rise.
+        head_intermediate_size: hidden channels of the layer that makes quantiles of tokens; None: 4 times hidden_size.
+        use_arcsinh, binary_aware, scale_eps: see `hf_rnn.forecasting.scaling.standardize`.
+        differencing: `predict` forecasts the differences of series with a trend.
+        sign_flip: `predict` averages with the forecast of the negated series. Twice the work.
         max_position_embeddings: what other tools take for the longest context. A recurrent model has none: the largest
             number they can hold; lm-evaluation-harness would cut texts at 2,048 tokens without it.
     """
@@ -84,9 +93,19 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
     use_cache: bool = True
     num_input_features: int | None = None
     patch_size: int = 1
+    patch_intermediate_size: int | None = None
     classifier_pooling: str | None = None
     ctc_loss_reduction: str = "sum"
     ctc_zero_infinity: bool = False
+    context_length: int = 512
+    prediction_length: int = 64
+    quantiles: list[float] = field(default_factory=lambda: [n / 10 for n in range(1, 10)])
+    head_intermediate_size: int | None = None
+    use_arcsinh: bool = True
+    binary_aware: bool = True
+    scale_eps: int | float = 1e-8
+    differencing: bool = False
+    sign_flip: bool = False
     max_position_embeddings: int = 2**31 - 1
     pad_token_id: int | None = _UNTOLD
     bos_token_id: int | None = _UNTOLD
@@ -99,7 +118,7 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
         if self.bidirectional:
             self.use_cache = False
         self._check_foreign(kwargs)
-        known = [field.name for field in fields(self)]
+        known = [setting.name for setting in fields(self)]
         for name in kwargs:
             if similar := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
                 raise ValueError(f"{type(self).__name__}: unknown argument {name!r}; did you mean {similar[0]!r}?")
@@ -120,7 +139,8 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
     def auto_classes(cls) -> dict[str, str]:
         """Auto class to model class, by name."""
         stem = cls.__name__.removesuffix("Config")
-        return {"AutoModel": f"{stem}Model"} | {f"AutoModel{head}": f"{stem}{head}" for head in HEADS}
+        heads = {f"AutoModel{head}": f"{stem}{head}" for head in HEADS}
+        return {"AutoModel": f"{stem}Model", **heads, "AutoModelForTimeSeriesPrediction": f"{stem}ForPrediction"}
 
     def _check_foreign(self, kwargs: dict[str, Any]) -> None:
         """Raise ValueError for what transformers itself would stumble over without naming the field, or count to."""
@@ -167,7 +187,8 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
             raise ValueError(f"initializer_range: expected at least 0, got {self.initializer_range}")
         if self.norm_eps is not None and self.norm_eps <= 0:
             raise ValueError(f"norm_eps: expected more than 0, got {self.norm_eps}")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "patch_size"):
+        lengths = ("max_position_embeddings", "patch_size", "context_length", "prediction_length")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", *lengths):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.num_input_features is not None:
@@ -177,6 +198,12 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
             raise ValueError(
                 f"patch_size: tokens make no patches; expected 1 without num_input_features, got {self.patch_size}"
             )
+        for name in ("patch_intermediate_size", "head_intermediate_size"):
+            if getattr(self, name) is not None:
+                self._check_width(name, getattr(self, name))
+        check_quantiles(self.quantiles)
+        if self.sign_flip and not is_symmetric(self.quantiles):
+            raise ValueError(f"sign_flip: expected with each quantile q also 1 - q, got {self.quantiles}")
         if self.classifier_pooling not in (None, "last", "mean", "ends"):
             raise ValueError(f"classifier_pooling: expected 'last', 'mean' or 'ends', got {self.classifier_pooling!r}")
         problems = (None, "regression", "single_label_classification", "multi_label_classification")
@@ -196,6 +223,11 @@ class RecurrentConfig(AssignablePlan, PreTrainedConfig):
     def input_size(self) -> int:
         """Channels of the embeddings."""
         return self.hidden_size
+
+    @property
+    def quantile_head_size(self) -> int:
+        """Hidden channels of the layer that makes quantiles of tokens."""
+        return self.head_intermediate_size or 4 * self.hidden_size
 
     @property
     def directions_side_by_side(self) -> bool:

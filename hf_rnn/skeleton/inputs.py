@@ -69,7 +69,8 @@ def check_ids(
     embedding's own assertion speaks.
     """
     if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected integer token ids (int64 or int32), got {ids.dtype}")
+        kind = "token ids" if setting == "vocab_size" else "classes"
+        raise TypeError(f"{name}: expected integer {kind} (int64 or int32), got {ids.dtype}")
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
         return
     extremes = torch.aminmax(ids)

@@ -81,7 +81,10 @@ def find_damaged_file(folder: str | Path) -> Path | str:
 
 def find_wrong_shape(folder: str | Path, model: torch.nn.Module) -> str | None:
     """Of the first tensor whose shape is not the model's: where it is, its name, and both shapes."""
-    expected = {name: list(x.shape) for name, x in model.state_dict().items()}
+    own, prefix = {name: list(x.shape) for name, x in model.state_dict().items()}, "model."
+    # A backbone's file has other names than a model's with a head
+    expected = {f"{prefix}{name}": x for name, x in own.items()} | {n.removeprefix(prefix): x for n, x in own.items()}
+    expected |= own
     for path, name, shape, _ in _tensors(Path(folder)):
         if expected.get(name, shape) != shape:
             return f"{path}: {name}: expected shape {expected[name]}, got {shape}"

@@ -3,15 +3,20 @@
 An architecture gives what mixes tokens (a `Mixer`) and its config.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_rnn.generation.fused_step import decode_fused, reason_not_fused
+from hf_rnn.generation.batching import ContinuousBatch, requests_of
+from hf_rnn.generation.fused_step import FUSED_TOKENS, decode_fused, reason_not_fused
 from hf_rnn.layers import (
     Bidirectional,
     CausalConv,
@@ -58,7 +63,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if config.num_input_features is None:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.input_size)
         else:
-            self.embed_features = ContinuousInput(config.num_input_features, config.input_size, config.patch_size)
+            self.embed_features = ContinuousInput(
+                config.num_input_features, config.input_size, config.patch_size, config.patch_intermediate_size
+            )
         norm = self.make_norm(config)
         self.dropout = nn.Dropout(0.0 if norm is None else config.hidden_dropout)
         self.layers = nn.ModuleList(self.make_block(config, index) for index in range(config.num_hidden_layers))
@@ -122,6 +129,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         cache: RecurrentCache | None = None,
         input_features: torch.FloatTensor | None = None,
         observed_mask: Tensor | None = None,
+        num_recorded: int = 0,
         **kwargs,
     ) -> BaseModelOutput:
         """Run the model.
@@ -142,6 +150,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
             cache, past_key_values: state to go on from, updated and returned; one argument under both the names that
                 transformers has for it. Where sequences are packed it is each row's: its first sequence goes on from
                 it, and the last leaves it.
+            num_recorded: of how many of the last tokens a state that records (`activate_past_recording`) keeps the
+                states before them; 0 for all.
             use_cache: return the state. Default: `config.use_cache`, but not in training nor for packed batches.
             kwargs: `cu_seq_lens_q` (N + 1) offsets of packed sequences in a batch of one, as the collator gives with
                 `return_flash_attn_kwargs=True`, or `seq_idx` (1, T), the number of each token's sequence;
@@ -179,16 +189,21 @@ class RecurrentModel(RecurrentPreTrainedModel):
             position_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"), mask, batch, time, goes_on
         )
         cache = self._state(cache, use_cache, batch, packed=offsets is not None)
+        if offsets is not None and cache is not None and cache.is_croppable:
+            raise ValueError("cache: packed sequences are not recorded; stop_past_recording() first")
+        recorded = 0 if cache is None else cache.record(time, num_recorded)
         in_place = offsets is None and cache is not None and cache.is_writable
-        layout = SequenceLayout(mask, offsets, in_place, None if cache is None else continues)
+        layout = SequenceLayout(mask, offsets, in_place, None if cache is None else continues, recorded=recorded)
 
         x = self.dropout(inputs_embeds) if self.training else inputs_embeds
         for layer in self.layers:
             x = layer(x, layout=layout, cache=cache)
         if cache is not None:
-            cache.seen_tokens += time
+            cache.advance_by(time, self)
             cache.model_type = self.config.model_type
             cache.ends_inside_patch = inside
+            if recorded:
+                cache.record_each(recorded)
         return BaseModelOutput(last_hidden_state=self.norm(x), **{STATE: cache})  # type: ignore[arg-type]
 
     def _embed(
@@ -240,12 +255,17 @@ class RecurrentModel(RecurrentPreTrainedModel):
             raise ValueError(f"cache: expected the state of a {self.config.model_type}, got {cache.model_type}'s")
         if len(cache) != len(self.layers):
             raise ValueError(f"cache: expected the state of {len(self.layers)} layers, got one of {len(cache)}")
+        if cache.batch_size not in (None, batch):
+            raise ValueError(
+                f"cache: expected the state of a batch of {batch}, as the input is, got one of {cache.batch_size}; "
+                "select() and stack() give others"
+            )
         for layer, state in zip(self.layers, cache.states, strict=True):
             expected = [(batch, *shape) for shape in layer.state_shapes]  # type: ignore[union-attr]
             if state is not None and [tuple(x.shape) for x in state] != expected:
                 raise ValueError(
                     f"cache: expected states of shapes {expected}, got {[tuple(x.shape) for x in state]}; "
-                    "a cache fits the model and the batch size that made it"
+                    "a cache fits the model that made it"
                 )
         return cache
 
@@ -307,6 +327,58 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
         reason = reason_not_fused(self)
         return f"ordinary: {reason}" if reason else "fused"
 
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: GenerationConfig | None = None,
+        *,
+        max_rows: int = 64,
+        seed: int | None = None,
+        progress_bar: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, GenerationOutput]:
+        """Continue many prompts of any lengths, as many at once as there are rows; who is done makes room for the next.
+
+        Named and answered as transformers' continuous batching, which holds keys and values and cannot run this model.
+        Each text is what it would be alone: greedy ones are those of `generate()`.
+
+        Args:
+            inputs: prompts, lists of tokens.
+            generation_config, kwargs: as `generate()`'s, of which `max_new_tokens`, `max_length`, `do_sample`,
+                `temperature`, `top_k`, `top_p`, `min_p`, `eos_token_id` and `num_return_sequences` are known.
+            max_rows: texts at once.
+            seed: text number n is drawn with seed + n; None: another one each time.
+            progress_bar: show one, of texts.
+
+        Returns:
+            In the order of the prompts, `request_id` to transformers' `GenerationOutput` with `prompt_ids`,
+            `generated_tokens`, the end token included, and their `logprobs`.
+
+        Raises:
+            ValueError, IndexError: a setting that is not known, an empty prompt, tokens outside the vocabulary.
+        """
+        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        if unknown := config.update(**kwargs):
+            raise TypeError(f"generate_batch: unknown arguments {sorted(unknown)}")
+        requests = requests_of(config, inputs, seed)
+        training = self.training
+        batch = ContinuousBatch(self.eval(), min(max_rows, max(len(requests), 1)))
+        try:
+            outputs = [
+                GenerationOutput(f"req_{n}", prompt_ids=list(r.unread)) for n, r in enumerate(map(batch.add, requests))
+            ]
+            with tqdm(total=len(requests), disable=not progress_bar, unit="text") as bar:
+                while batch.busy:
+                    bar.update(sum(r.finish_reason is not None for r in batch.step()))
+        finally:
+            self.train(training)
+        for output, request in zip(outputs, requests, strict=True):
+            output.generated_tokens, output.logprobs = request.tokens, request.token_logprobs
+            output.status = RequestStatus.FINISHED
+            if request.finish_reason not in ("stop", "length"):
+                output.status, output.error = RequestStatus.FAILED, request.finish_reason
+        return {output.request_id: output for output in outputs}
+
     @can_return_tuple
     def forward(
         self,
@@ -338,19 +410,22 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
             TypeError, ValueError, IndexError: see `RecurrentModel.forward`.
         """
         state = state_of(cache, past_key_values)
-        one_token = (
-            input_ids is not None and input_ids.dim() == 2 and input_ids.shape[1] == 1
+        short = (
+            input_ids is not None and input_ids.dim() == 2
             and isinstance(logits_to_keep, int) and logits_to_keep >= 0
             and isinstance(state, RecurrentCache) and state.is_initialized
             and position_ids is None and inputs_embeds is None and labels is None and not kwargs
             and not self.config.output_hidden_states
+            and input_ids.shape[1] <= (FUSED_TOKENS if state.is_croppable and input_ids.shape[0] == 1 else 1)
         )  # fmt: skip
         if (
-            one_token
-            and padding_mask(attention_mask, input_ids.shape[0], 1, state.seen_tokens) is None  # type: ignore
+            short
+            and padding_mask(attention_mask, *input_ids.shape, state.seen_tokens) is None  # type: ignore
             and (logits := decode_fused(self, input_ids, state)) is not None  # type: ignore[arg-type]
         ):
-            return CausalLMOutput(logits=logits, **{STATE: state})  # type: ignore[arg-type]
+            return CausalLMOutput(logits=logits[:, -logits_to_keep:], **{STATE: state})  # type: ignore
+        if isinstance(state, RecurrentCache) and state.is_croppable and isinstance(logits_to_keep, int):
+            kwargs["num_recorded"] = logits_to_keep
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
             input_ids,

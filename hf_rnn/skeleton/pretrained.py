@@ -1,12 +1,13 @@
 """Loading, saving, sharing and initialisation: what every model has of transformers' `PreTrainedModel`."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from hf_rnn.compression.weight_only import packed_from_coded, packed_room
@@ -28,7 +29,6 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["RecurrentBlock"]
     _skip_keys_device_placement = list(STATE_NAMES)
     _can_compile_fullgraph = True
-    _is_stateful = True  # no rollback: generate() refuses assisted decoding
     _can_record_outputs = {"hidden_states": RecurrentBlock}
 
     def __init__(self, config: RecurrentConfig, *args, **kwargs):
@@ -107,10 +107,14 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         if cls.__name__ not in (model.config.architectures or []) and hasattr(model, cls.base_model_prefix):
             missing = [name for name in missing if name.startswith(f"{cls.base_model_prefix}.")]  # else: a new head
         if missing and kwargs.get("state_dict") is None:
-            raise ValueError(
-                f"{source}: {len(missing)} of the weights are missing, {missing[0]!r} the first; the checkpoint is "
-                "damaged, or another model's"
+            stored, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore
+            told = _told_otherwise(model.config, stored)
+            reason = (
+                f"the config was told otherwise than the checkpoint's: {told}. Leave it as it is, or train a new model"
+                if told
+                else "the checkpoint is damaged, or another model's"
             )
+            raise ValueError(f"{source}: {len(missing)} of the weights are missing, {missing[0]!r} the first; {reason}")
         return model
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
@@ -146,3 +150,11 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         self.write_code(working_dir)
         write_first_card(self, working_dir, repo_id, token)
         return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
+
+
+def _told_otherwise(config: RecurrentConfig, stored: dict[str, Any]) -> str:
+    """Settings of an architecture that are not those of a config.json: "bidirectional=True, there False"."""
+    common = {field.name for field in fields(PreTrainedConfig)}
+    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in common}
+    other = {name: value for name, value in values.items() if name in stored and stored[name] != value}
+    return "; ".join(f"{name}={value!r}, there {stored[name]!r}" for name, value in other.items())

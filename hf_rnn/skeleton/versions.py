@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+from torch import Tensor
 from transformers import modeling_outputs
 from transformers.quantizers import HfQuantizer
 
@@ -10,6 +11,13 @@ from transformers.quantizers import HfQuantizer
 # that warns; `past_key_values` alone from 5.17 to 5.23.
 STATE_NAMES = ("cache", "past_key_values")
 STATE = "cache" if "cache" in {f.name for f in fields(modeling_outputs.BaseModelOutputWithPast)} else "past_key_values"
+
+
+def mask_length(generation_config: Any, attention_mask: Tensor | None, input_ids: Tensor) -> int:
+    """Of the mask that generate() got or made; since 5.17 one of ones alone is left out, and its length remembered."""
+    if attention_mask is not None:
+        return attention_mask.shape[1]
+    return getattr(generation_config, "_mask_length", input_ids.shape[1])
 
 
 def _alias() -> property:

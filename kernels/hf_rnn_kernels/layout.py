@@ -25,6 +25,9 @@ class SequenceLayout(NamedTuple):
             one goes on from the row's state. None where no state is carried.
         reverse: each sequence is read from its last token to its first: what an op calls the initial state is that
             behind the last token, the last state that after the first one. The tokens stay where they lie.
+        recorded: of rows, not of packed or reversed sequences: instead of the last states those after each of the last
+            so many tokens, 1 to T, are returned, (B, recorded, ...), always new ones; so that tokens that turn out
+            wrong can be taken back. 0: the last states.
     """
 
     mask: Tensor | None = None
@@ -32,6 +35,7 @@ class SequenceLayout(NamedTuple):
     in_place: bool = False
     continues: Tensor | None = None
     reverse: bool = False
+    recorded: int = 0
 
     @classmethod
     def of(

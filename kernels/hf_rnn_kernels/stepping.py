@@ -1,6 +1,8 @@
 """One token or many: the way from an op's public function to its operators."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +54,41 @@ def advance(
     for old, new in zip(states, last, strict=True):
         old.copy_(new)
     return h, states
+
+
+def record(
+    layout: SequenceLayout, inputs: Sequence[Tensor], states: Any, run: Callable[..., tuple[Tensor, Any]]
+) -> tuple[Tensor, list[Tensor]]:
+    """Run a recurrence so that it returns the states after each of the last `layout.recorded` tokens: what is before
+    these at once, then one token after another.
+
+    Args:
+        inputs: (B, T, ...).
+        states: before the first token, as `run` takes them.
+        run: layout, inputs and states to the output (B, T, ...) and the sequence of last states (B, ...).
+
+    Returns:
+        The output, and each state as (B, recorded, ...).
+
+    Raises:
+        ValueError: packed or reversed sequences, or fewer tokens than are to be recorded.
+    """
+    time = inputs[0].shape[1]
+    if layout.offsets is not None or layout.reverse or layout.recorded > time:
+        raise ValueError(
+            f"layout.recorded: expected rows of at least {layout.recorded} tokens, read from their first on, got "
+            f"{'packed' if layout.offsets is not None else 'reversed' if layout.reverse else time}"
+        )
+    first = time - layout.recorded
+    plain = layout._replace(in_place=False, recorded=0)
+    outputs, kept = [], []
+    for start, stop in pairwise([*([0] if first else []), *range(first, time + 1)]):
+        mask = None if layout.mask is None else layout.mask[:, start:stop]
+        y, states = run(plain._replace(mask=mask), [x[:, start:stop] for x in inputs], states)
+        outputs.append(y)
+        if stop > first:
+            kept.append(states)
+    return torch.cat(outputs, 1), [torch.stack(each, 1) for each in zip(*kept, strict=True)]
 
 
 def _fits(state: Tensor, dtype: torch.dtype) -> bool:

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from hf_rnn import ARCHITECTURES, GRUConfig, GRUForCausalLM, byte_tokenizer
+from hf_rnn import ARCHITECTURES, GRUConfig, GRUForCausalLM, RecurrentCache, byte_tokenizer
 from hf_rnn.cli.baselines import lzma_bits_per_byte, ngram_bits_per_byte
 from hf_rnn.cli.data import tokenize
 from hf_rnn.cli.main import main
@@ -104,6 +104,30 @@ def test_zero_order(tmp_path, capsys):
     )
     assert main([*arguments, "--trainer", "zo", "--epsilon", "-1"]) == 1
     assert "epsilon: expected a number above 0" in capsys.readouterr().err
+
+
+def test_generate_goes_on_from_a_state(checkpoint, tmp_path, capsys):
+    """Runs that pass a state on give what one run on the whole text gives; each text is read once."""
+    file, printed = str(tmp_path / "chat.state"), []
+    for prompt, count in (("the cat", "13"), (" on the mat", "9"), ("", "7")):
+        options = ["--prompt", prompt, "--max_new_tokens", count, "--temperature", "0"]
+        assert main(["generate", str(checkpoint), *options, "--state", file]) == 0
+        printed.append(capsys.readouterr().out.removesuffix("\n"))
+    text, model = "".join(printed), AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert len(text) == 7 + 13 + 11 + 9 + 7 and text.startswith("the cat")
+    whole = AutoTokenizer.from_pretrained(checkpoint)(text, return_tensors="pt").input_ids
+    for end, count in ((20, 13), (40, 9), (47, 7)):
+        new = model.generate(whole[:, : end - count], max_new_tokens=count, do_sample=False)
+        assert torch.equal(new, whole[:, :end])
+    state = RecurrentCache.load(file, model)
+    assert state.seen_tokens == whole.shape[1] - 1 and torch.equal(state.beside["tokens"], whole[:, -1:])
+    GRUForCausalLM(GRUConfig(hidden_size=8)).save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    assert main(["generate", str(tmp_path / "other"), "--state", file]) == 1
+    assert "chat.state: the state of another model" in capsys.readouterr().err
+    model(whole, use_cache=True).cache.save(file)
+    assert main(["generate", str(checkpoint), "--state", file]) == 1
+    assert "chat.state: expected the state of one text" in capsys.readouterr().err
 
 
 def test_eval_and_generate(checkpoint, tmp_path, capsys):

@@ -92,6 +92,21 @@ def test_against_hand_counts(work):
     assert make_plan(work["zo"], 8, 2, 100, directions=24).exchanged == {"losses": 24 * 2 * 2 * 8 * 7}
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_both_directions(shared, work):
+    """Of masked tokens. Each direction has its products and its steps; weights that are shared count once, and so does
+    the output projection of a layer that shares them."""
+    config = hf_rnn.LSTMConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=3, num_heads=2, block_layout="paper", bidirectional=True,
+        share_directions=shared, **TOKENS,
+    )  # fmt: skip
+    model, found = hf_rnn.LSTMForMaskedLM(config), measure(config, "backpropagation")
+    assert found.parameters == model.num_parameters()
+    assert found.recurrent == 2 * 3 and found.recurrence == 2 * work["backpropagation"].recurrence
+    in_proj, out_proj, feed_forward, head = 3 * 4 * 64 * 64, 3 * 64 * 64, 3 * 2 * 4 * 64 * 64, 300 * 64
+    assert found.counts.flops == 6 * (2 * in_proj + (1 if shared else 2) * out_proj + feed_forward + head)
+
+
 def test_zero_order_memory_does_not_grow_with_length(work):
     short, long = (sum(make_plan(work["zo"], 8, 2, tokens).memory.values()) for tokens in (1024, 65536))
     assert short == long
@@ -118,12 +133,17 @@ def test_more_gpus(work):
         (["--model", "xlstm", "--trainer", "smt"], "nothing to gain from training by memories"),
         (["--config", "hidden=4"], "config: expected name=value with a setting of a mingru, got 'hidden=4'"),
         (["--gpus", "0"], "gpus: expected at least 1, got 0"),
+        (["--config", "bidirectional=True", "--trainer", "zo"], "trainer: a model that reads both ways trains by back"),
+        (["--model", "checkpoint"], "expected a ForCausalLM or ForMaskedLM, got MinGRUForCTC"),
         (["--share", "1.5"], "share: expected a number above 0"),
     ],
 )
-def test_refuses(arguments, message, capsys):
+def test_refuses(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hf_rnn.MinGRUForCTC(hf_rnn.MinGRUConfig(hidden_size=8)).save_pretrained("checkpoint")
     common = ["plan", "--model", "mingru", "--tokens", "64"]
-    small = [] if "--config" in arguments else ["--config", "hidden_size=16,num_hidden_layers=1"]
+    own = "--config" in arguments or "checkpoint" in arguments
+    small = [] if own else ["--config", "hidden_size=16,num_hidden_layers=1"]
     assert main([*common, *small, *arguments]) == 1
     assert message in capsys.readouterr().err
 

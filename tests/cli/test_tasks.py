@@ -5,6 +5,7 @@ import random
 import re
 
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 
 import hf_rnn
@@ -79,19 +80,65 @@ def test_labels_of_words(tmp_path, capsys):
     output = tmp_path / "answers.jsonl"
     assert main(["predict", str(tmp_path / "out"), "the cow saw the rug !", "--output", str(output)]) == 0
     found = json.loads(output.read_text())["answer"]
-    assert [(x["entity_group"], x["word"].strip()) for x in found if x["entity_group"] != "O"] == [
-        ("ANIMAL", "cow"),
-        ("THING", "rug"),
+    assert [(x["entity"], x["word"], x["start"], x["end"]) for x in found] == [
+        ("O", "the", 0, 3),
+        ("ANIMAL", "cow", 4, 7),
+        ("O", "saw", 8, 11),
+        ("O", "the", 12, 15),
+        ("THING", "rug", 16, 19),
+        ("O", "!", 20, 21),
     ]
-    assert main(["predict", str(tmp_path / "out"), "  cow   rug  ", "--output", str(output)]) == 0
-    assert all(x["word"].strip() for x in json.loads(output.read_text())["answer"])
+    assert all(0 < x["score"] <= 1 for x in found)
+    # Neighbours of one class stay two words; spaces have no answer
+    assert main(["predict", str(tmp_path / "out"), "  cow dog   rug  ", "--output", str(output)]) == 0
+    assert [x["word"] for x in json.loads(output.read_text())["answer"]] == ["cow", "dog", "rug"]
+
+
+def test_a_checkpoint_with_other_labels_gets_a_new_head(tmp_path, capsys):
+    """A tagger of four classes becomes one of three, and a classifier of two."""
+    config = hf_rnn.GRUConfig(hidden_size=16, num_hidden_layers=1, num_labels=4)
+    hf_rnn.GRUForTokenClassification(config).save_pretrained(tmp_path / "tagger")
+    hf_rnn.byte_tokenizer().save_pretrained(tmp_path / "tagger")
+    words = [{"text": ["one", "two"], "label": ["a", "b"]}, {"text": ["three"], "label": ["c"]}] * 4
+    texts = [{"text": "one", "label": "x"}, {"text": "two", "label": "y"}] * 4
+    for task, rows, labels in (("token-classification", words, 3), ("sequence-classification", texts, 2)):
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        arguments = ["--task", task, "--model", tmp_path / "tagger", "--data", tmp_path / "rows.jsonl", "--use_cpu"]
+        arguments += ["--max_steps", 1, "--output_dir", tmp_path / task]
+        assert main(["train", *map(str, arguments)]) == 0
+        assert len(json.loads((tmp_path / task / "config.json").read_text())["id2label"]) == labels
+
+
+def test_names_of_several_words(tmp_path, capsys):
+    """A model that says "B-X" in upper case, "I-X" of digits, "O" of others, known by the byte: no training."""
+    config = hf_rnn.MinGRUConfig(hidden_size=259, num_hidden_layers=1, id2label={0: "O", 1: "B-X", 2: "I-X"})
+    model = hf_rnn.MinGRUForTokenClassification(config)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(259))
+        model.model.norm.weight.fill_(1.0)
+        model.score.bias[0] = 1.0
+        model.score.weight[1, ord("A") : ord("Z") + 1] = 5.0
+        model.score.weight[2, ord("0") : ord("9") + 1] = 5.0
+    model.save_pretrained(tmp_path)
+    hf_rnn.byte_tokenizer().save_pretrained(tmp_path)
+    text = "a éA x1  y2 zB C é7 b"  # a word is what its last byte is; names of three words, of one, and of two
+    (found,) = predictions(capsys, tmp_path, text, "--device", "cpu")
+    assert [(x["entity_group"], x["word"]) for x in found["answer"]] == [
+        ("X", "éA x1  y2"),
+        ("X", "zB"),
+        ("X", "C é7"),
+    ]
+    assert all(text[x["start"] : x["end"]] == x["word"] for x in found["answer"])
 
 
 def test_masked_bytes(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
     more = ["--block_size", "48", "--model", "minlstm"]
     assert train("masked-lm", tmp_path / "text.txt", tmp_path / "out", 60, *more) == 0
-    assert float(capsys.readouterr().out.split("held-out accuracy: ")[1].split()[0]) > 0.8
+    told = capsys.readouterr().out
+    assert float(told.split("held-out accuracy: ")[1].split()[0]) > 0.8 and "'a text <|mask|>'" in told
     (answer,) = predictions(capsys, tmp_path / "out", "the cat s<|mask|>t on the mat.", "--device", "cpu")
     assert answer["answer"][0]["token_str"] == "a"
     assert main(["predict", str(tmp_path / "out"), "no mask", "--device", "cpu"]) == 1
@@ -110,6 +157,10 @@ def test_masked_bytes(tmp_path, capsys):
             ["--task", "sequence-classification", "--text_column", "label", "--label_column", "text"],
             "text_column: expec",
         ),
+        (
+            ["--task", "sequence-classification", "--data", "one"],
+            r"label_column: expected at least two classes, got \['x'\] alone",
+        ),
         (["--task", "regression", "--stream"], "stream: expected --task causal-lm"),
         (["--task", "masked-lm", "--tokenizer", "bytes"], "tokenizer: masked-lm needs a mask token"),
     ],
@@ -118,6 +169,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys, more, message):
     monkeypatch.chdir(tmp_path)
     hf_rnn.byte_tokenizer().save_pretrained("bytes")
     Dataset.from_dict({"text": ["a", "b"], "label": ["x", None]}).save_to_disk("rows")
+    Dataset.from_dict({"text": ["a", "b"], "label": ["x", "x"]}).save_to_disk("one")
     assert main(["train", "--data", "rows", "--output_dir", "out", *more]) == 1
     assert re.search(message, capsys.readouterr().err)
 

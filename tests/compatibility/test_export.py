@@ -115,6 +115,15 @@ def test_without_padding(tmp_path):
 
 
 @torch.no_grad()
+def test_the_example_is_run_once(tmp_path):
+    """A large model's forward pass takes its time."""
+    pytest.importorskip("onnxscript")
+    model, runs = small("mingru"), []
+    model.register_forward_hook(lambda _, __, output: runs.append(type(output.logits) is torch.Tensor))
+    to_onnx(model, tmp_path / "model.onnx")
+    assert runs.count(True) == 1, "others are of shapes alone"
+
+
 def test_padding_by_its_token():
     """A classifier finds it without a mask, and so the program does; its own example must have none."""
     model = small("mingru", "ForSequenceClassification", pad_token_id=0)

@@ -8,9 +8,11 @@ import torch
 from conftest import ARCHITECTURES, LAYOUTS, for_those_that_have
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
+import hf_rnn
 from hf_rnn import MinGRUConfig, MinLSTMConfig, MinLSTMForCausalLM, RecurrentCache
 from hf_rnn.skeleton.inputs import padding_mask
 from hf_rnn_kernels import SequenceLayout, gru_scan, lstm_scan, min_gru_scan
@@ -78,7 +80,7 @@ def test_a_cache_of_another_model_or_batch(make_model, model, ids):
     other = make_model(hidden_size=24)
     with pytest.raises(ValueError, match=r"cache: expected states of shapes \[\(3, .*got \[\(3, "):
         model(ids, past_key_values=other(ids).past_key_values)
-    with pytest.raises(ValueError, match="cache: expected states"):
+    with pytest.raises(ValueError, match="cache: expected the state of a batch of 2"):
         model(ids[:2], past_key_values=model(ids).past_key_values)
     with pytest.raises(ValueError, match="cache: seq_idx and cu_seq_lens_q do not say whether the first"):
         state = model(ids[:1]).past_key_values
@@ -143,9 +145,33 @@ def test_damaged_weights(model, tmp_path, damage):
 
 
 def test_weights_of_another_shape(model, tmp_path):
+    """Of a model with a head and of a backbone, read as either."""
+    for i, saved in enumerate((model, model.model)):
+        saved.save_pretrained(tmp_path / str(i))
+        for auto in (AutoModel, AutoModelForCausalLM):
+            with pytest.raises(RuntimeError, match=r"model.safetensors: .* expected shape \[.*\], got \["):
+                auto.from_pretrained(tmp_path / str(i), hidden_size=24)
+
+
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        (dict(bidirectional=True), "weights are missing, .* told otherwise .*: bidirectional=True, there False"),
+        (dict(num_hidden_layers=3), "num_hidden_layers=3, there 2"),
+        ({}, "the checkpoint is damaged"),
+    ],
+)
+def test_weights_that_another_config_would_need(told, message, tmp_path):
+    """As settings, and as a config; without either it is the file that is wrong."""
+    model = hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(hidden_size=16, num_hidden_layers=2))
     model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="size|mismatch|shape"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, hidden_size=24)
+    if not told:
+        weights = {name: x for name, x in model.state_dict().items() if "layers.1" not in name}
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    for options in (told, {"config": hf_rnn.GRUConfig(**dict(hidden_size=16, num_hidden_layers=2) | told)}):
+        for head in (hf_rnn.GRUForTokenClassification, hf_rnn.GRUModel):
+            with pytest.raises(ValueError, match=message):
+                head.from_pretrained(tmp_path, **options)
 
 
 def test_unknown_architecture():

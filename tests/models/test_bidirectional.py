@@ -59,6 +59,17 @@ def test_a_run_each_way(name, shared):
             assert (a is None and b is None) or relative_error(a, b) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["mingru", "gru-paper", "lstm"])
+def test_shared_weights_project_once(name):
+    """Gate and output projection are linear in h: they take both directions' sum."""
+    mixer, calls = make(name, share_directions=True).layers[0].mixer, []
+    for part in ("gate_proj", "out_proj"):
+        if (linear := getattr(mixer.forwards, part)) is not None:
+            linear.register_forward_hook(lambda *_, part=part: calls.append(part))
+    mixer(torch.randn(3, 9, 16), None, SequenceLayout())
+    assert "out_proj" in calls and len(calls) == len(set(calls))
+
+
 def test_both_ends_are_seen(model, ids):
     y = model(ids).last_hidden_state
     for at in (0, ids.shape[1] - 1):
@@ -178,6 +189,16 @@ def test_convolutions_add_up_where_recurrences_stand_side_by_side(ids):
     expected = expected + block.ff(block.ff_norm(expected))
     assert relative_error(block(x), expected) <= TOLERANCE
     assert model(ids).last_hidden_state.shape == (3, 17, 16)
+
+
+@pytest.mark.parametrize("batch, time", [(3, 9), (1, 9), (3, 1)])
+def test_side_by_side_in_the_memory_that_both_have(batch, time):
+    """torch's LSTM reads and gives tokens time by time; putting them row by row between layers is a copy for each."""
+    model = hf_rnn.LSTMModel.from_torch(torch.nn.LSTM(6, 5, num_layers=2, batch_first=True, bidirectional=True))
+    y = model(inputs_embeds=torch.randn(batch, time, 6)).last_hidden_state
+    assert y.shape == (batch, time, 10) and y.transpose(0, 1).is_contiguous()
+    gru = hf_rnn.GRUModel.from_torch(torch.nn.GRU(6, 5, batch_first=True, bidirectional=True))
+    assert gru(inputs_embeds=torch.randn(batch, time, 6)).last_hidden_state.is_contiguous()
 
 
 def test_no_state(ids):

@@ -106,6 +106,28 @@ def test_logits_and_states(name, options, batch):
             assert all(relative_error(x, y) < 1e-5 for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("name, options", CASES)
+@pytest.mark.parametrize("time", [2, 5, 19])
+def test_several_tokens_of_one_text(name, options, time):
+    """While a state records: logits and states as by one token after another."""
+    model = build(name, **options)
+    ids = torch.randint(0, 58, (1, 9 + time), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        state = model(ids[:, :9]).past_key_values
+    other = state.clone()
+    state.activate_past_recording()
+    logits = step(model, ids[:, 9:], state)
+    assert (time, True) in model.__dict__["_fused_step"].program.bound
+    for t in range(time):
+        expected = step(model, ids[:, 9 + t : 10 + t], other)
+        assert relative_error(logits[:, t : t + 1], expected) < 1e-5
+        back = state.clone()
+        back.crop(time - 1 - t)
+        assert back.seen_tokens == other.seen_tokens == 10 + t
+        for a, b in zip(back.states, other.states, strict=True):
+            assert all(x.is_contiguous() and relative_error(x, y) < 1e-5 for x, y in zip(a, b, strict=True))
+
+
 def generate(model, ids, mask, **options):
     torch.manual_seed(1)
     settings = dict(max_new_tokens=40, do_sample=False, eos_token_id=None) | options
@@ -356,7 +378,7 @@ def test_bad_input(small, going_on):
     ids, state = torch.tensor([[61]]), small(torch.tensor([[1]])).past_key_values
     with torch.no_grad(), pytest.raises(IndexError, match=r"input_ids: expected ids in \[0, 61\).*got 61"):
         small(input_ids=ids, past_key_values=state)
-    with torch.no_grad(), pytest.raises(ValueError, match="cache: expected states of shapes"):
+    with torch.no_grad(), pytest.raises(ValueError, match="cache: expected the state of a batch of 2"):
         small(input_ids=ids.expand(2, 1) - 1, past_key_values=state)
     with torch.no_grad(), pytest.raises(TypeError, match="nonsense"):
         small(input_ids=ids - 1, past_key_values=state, nonsense=1)

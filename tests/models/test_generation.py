@@ -160,11 +160,6 @@ def test_static_cache_is_not_needed(model, ids):
     assert torch.equal(generate(model, ids, cache_implementation="static"), greedy_without_cache(model, ids))
 
 
-def test_assisted_decoding_is_refused(model, ids):
-    with pytest.raises(ValueError, match="[Ss]tateful|stateful|assist"):
-        generate(model, ids[:1], prompt_lookup_num_tokens=2)
-
-
 @pytest.mark.parametrize("options", [dict(num_beams=3), dict(do_sample=True, num_return_sequences=2)])
 def test_beams_and_samples_from_a_returned_cache(model, ids, options):
     turn = torch.cat([ids, ids[:, :4].flip(1)], 1)

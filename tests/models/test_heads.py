@@ -273,6 +273,35 @@ def test_wrong_labels(ids, head, settings, wrong, error, message):
         make_head("gru", head, **settings)(ids, **wrong)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("head", HEADS)
+def test_batches_of_no_tokens(head, shape):
+    """No tokens, no logits; a loss of none is that of torch, or an error that says so."""
+    model, ids = make_head("mingru", head, num_labels=2), torch.zeros(shape, dtype=torch.long)
+    ones, message = torch.zeros(shape[0], dtype=torch.long), "expected none for a batch of no tokens"
+    if head == "ForSequenceClassification":
+        if not shape[1]:
+            with pytest.raises(ValueError, match=r"expected a token at least in every row, got \(B, T\)"):
+                model(ids)
+            return
+        labels, message = {"labels": ones}, None
+    elif head == "ForQuestionAnswering":
+        labels = {"start_positions": ones, "end_positions": ones}
+    elif head == "ForCTC":
+        labels = {"labels": ones[:, None]}
+    else:
+        labels, message = {"labels": ids}, None
+    output = model(ids)
+    assert all(x.shape[:1] == shape[:1] for x in output.values() if isinstance(x, torch.Tensor))
+    if message:
+        with pytest.raises(ValueError, match=message):
+            model(ids, **labels)
+    else:
+        loss = model(ids, **labels).loss
+        assert loss.isnan()  # a mean of none
+        loss.backward()
+
+
 @every_head
 def test_unknown_arguments_and_packing_where_it_means_nothing(head, ids):
     model = make_head("gru", head)

@@ -499,3 +499,26 @@ def test_wrong_series(model, arguments, message):
 def test_wrong_rows(model, arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         model(**arguments)
+
+
+def test_classes_of_series(model, tmp_path):
+    """By the mean over patches and variates, from a forecaster's weights; each series by itself."""
+    model.save_pretrained(tmp_path)
+    options = dict(num_labels=3, dtype=torch.float64)
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, **options).eval()
+    assert type(classifier) is hf_rnn.TiRex2ForSequenceClassification
+    values, groups = walk(5, 17), torch.tensor([7, 2, 7, 9, 2])
+    values[3, :11] = NAN
+    found = classifier(values, group_ids=groups).logits
+    for number, rows in enumerate(([1, 4], [0, 2], [3])):
+        window = F.pad(values[rows], (CONTEXT - 17, 0), value=NAN)
+        x = classifier.model(window, torch.zeros(len(rows), dtype=torch.long)).last_hidden_state
+        there = ~window.unflatten(1, (-1, P)).isnan().all(2)
+        mean = torch.stack([y[t].mean(0) for y, t in zip(x, there, strict=True)]).mean(0)
+        assert relative_error(found[number], classifier.score(mean)) <= 1e-10
+    outputs = classifier(values, labels=torch.tensor([0, 2, 1, 0, 0]))
+    assert relative_error(outputs.loss, F.cross_entropy(outputs.logits, torch.tensor([0, 2, 1, 0, 0]))) <= 1e-10
+    outputs.loss.backward()
+    assert all(p.grad is not None for p in classifier.score.parameters())
+    with pytest.raises(ValueError, match=r"labels: expected shape \(3,\)"):
+        classifier(values, group_ids=groups, labels=torch.tensor([0, 2, 1, 0, 0]))

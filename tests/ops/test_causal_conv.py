@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-from hf_rnn_kernels import causal_conv, threads
+from hf_rnn_kernels import SequenceLayout, causal_conv, threads
 from hf_rnn_kernels.causal_conv import reference
 
 
@@ -26,14 +26,22 @@ def gradients(function, leaves, grads, dtype):
     [(2, 5, 3, 4), (3, 1, 5, 4), (2, 300, 130, 4), (70, 700, 2, 3), (1, 2000, 37, 7), (200, 2, 200, 4), (3, 2, 5, 7)]
     + [(300, 1, 257, 4), (2, 150, 300, 1), (1, 3, 40000, 2)],
 )
-def test_against_float64(batch, time, channels, taps):
+@pytest.mark.parametrize("reverse", [False, True])
+def test_against_float64(batch, time, channels, taps, reverse):
     torch.manual_seed(0)
     shapes = [(batch, time, channels), (batch, taps - 1, channels), (channels, taps), (channels,)]
     leaves = [torch.randn(shape) for shape in shapes]
     assert threads.worthwhile(leaves[0]) == (batch * time * channels >= 2**16)
     grads = [torch.randn(shape) for shape in shapes[:2]]
-    ours = gradients(causal_conv, leaves, grads, torch.float32)
-    for a, b in zip(ours, gradients(expected, leaves, grads, torch.float64), strict=True):
+
+    def turned(x, *others):
+        y, ends = expected(x.flip(1), *others)
+        return y.flip(1), ends
+
+    layout = SequenceLayout(reverse=reverse)
+    ours = gradients(lambda *x: causal_conv(*x, layout), leaves, grads, torch.float32)
+    theirs = gradients(turned if reverse else expected, leaves, grads, torch.float64)
+    for a, b in zip(ours, theirs, strict=True):
         assert a.shape == b.shape and (not a.numel() or relative_error(a, b) <= 1e-6)
 
 

@@ -9,6 +9,7 @@ from hf_rnn.models.gru.configuration_gru import GRUConfig
 from hf_rnn.skeleton.heads import (
     RecurrentForCTC,
     RecurrentForMaskedLM,
+    RecurrentForPrediction,
     RecurrentForQuestionAnswering,
     RecurrentForSequenceClassification,
     RecurrentForTokenClassification,
@@ -83,6 +84,13 @@ class GRUForQuestionAnswering(RecurrentForQuestionAnswering):
 
 class GRUForCTC(RecurrentForCTC):
     """GRU that transcribes."""
+
+    config_class = GRUConfig
+    model_class = GRUModel
+
+
+class GRUForPrediction(RecurrentForPrediction):
+    """GRU that forecasts series."""
 
     config_class = GRUConfig
     model_class = GRUModel

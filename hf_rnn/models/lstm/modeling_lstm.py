@@ -10,6 +10,7 @@ from hf_rnn.models.lstm.projected import projected_lstm
 from hf_rnn.skeleton.heads import (
     RecurrentForCTC,
     RecurrentForMaskedLM,
+    RecurrentForPrediction,
     RecurrentForQuestionAnswering,
     RecurrentForSequenceClassification,
     RecurrentForTokenClassification,
@@ -103,6 +104,13 @@ class LSTMForQuestionAnswering(RecurrentForQuestionAnswering):
 
 class LSTMForCTC(RecurrentForCTC):
     """LSTM that transcribes."""
+
+    config_class = LSTMConfig
+    model_class = LSTMModel
+
+
+class LSTMForPrediction(RecurrentForPrediction):
+    """LSTM that forecasts series."""
 
     config_class = LSTMConfig
     model_class = LSTMModel

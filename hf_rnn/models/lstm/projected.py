@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from hf_rnn_kernels.layout import SequenceLayout
+from hf_rnn_kernels.stepping import record
 
 
 def projected_lstm(
@@ -21,6 +22,13 @@ def projected_lstm(
         h (B, T, P), zeros at padding, and the last states in float32 (float64 for float64 inputs), in which all is
         computed; where `layout.in_place`, h0 and c0 themselves.
     """
+    if layout.recorded:
+
+        def run(layout, inputs, states):
+            return projected_lstm(inputs[0], weights, states[0], states[1], layout)
+
+        y, (h, c) = record(layout, [x], (h0, c0), run)
+        return y, (h, c)
     state_dtype = torch.promote_types(x.dtype, torch.float32)
     first = [
         x.new_zeros(layout.sequences(x.shape[0]), size, dtype=state_dtype) if s is None else s.to(state_dtype)

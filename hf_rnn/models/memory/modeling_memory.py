@@ -14,6 +14,7 @@ from hf_rnn.skeleton.block import RecurrentBlock
 from hf_rnn.skeleton.heads import (
     RecurrentForCTC,
     RecurrentForMaskedLM,
+    RecurrentForPrediction,
     RecurrentForQuestionAnswering,
     RecurrentForSequenceClassification,
     RecurrentForTokenClassification,
@@ -21,6 +22,7 @@ from hf_rnn.skeleton.heads import (
 from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentModel
 from hf_rnn_kernels.fused_step.program import Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
+from hf_rnn_kernels.stepping import record
 
 
 class Memory(Mixer):
@@ -64,6 +66,9 @@ class Memory(Mixer):
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if layout.recorded:
+            y, recorded = record(layout, [x], state, lambda layout, inputs, state: self(*inputs, state, layout))
+            return y, tuple(recorded)
         if layout.offsets is not None:
             return self._packed(x, state, layout)
         if state is None:
@@ -175,6 +180,13 @@ class MemoryRNNForQuestionAnswering(RecurrentForQuestionAnswering):
 
 class MemoryRNNForCTC(RecurrentForCTC):
     """Memory RNN that transcribes."""
+
+    config_class = MemoryRNNConfig
+    model_class = MemoryRNNModel
+
+
+class MemoryRNNForPrediction(RecurrentForPrediction):
+    """Memory RNN that forecasts series."""
 
     config_class = MemoryRNNConfig
     model_class = MemoryRNNModel

@@ -8,6 +8,7 @@ from hf_rnn.models.mingru.configuration_mingru import MinGRUConfig
 from hf_rnn.skeleton.heads import (
     RecurrentForCTC,
     RecurrentForMaskedLM,
+    RecurrentForPrediction,
     RecurrentForQuestionAnswering,
     RecurrentForSequenceClassification,
     RecurrentForTokenClassification,
@@ -81,6 +82,13 @@ class MinGRUForQuestionAnswering(RecurrentForQuestionAnswering):
 
 class MinGRUForCTC(RecurrentForCTC):
     """minGRU that transcribes."""
+
+    config_class = MinGRUConfig
+    model_class = MinGRUModel
+
+
+class MinGRUForPrediction(RecurrentForPrediction):
+    """minGRU that forecasts series."""
 
     config_class = MinGRUConfig
     model_class = MinGRUModel

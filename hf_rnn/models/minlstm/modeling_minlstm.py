@@ -8,6 +8,7 @@ from hf_rnn.models.minlstm.configuration_minlstm import MinLSTMConfig
 from hf_rnn.skeleton.heads import (
     RecurrentForCTC,
     RecurrentForMaskedLM,
+    RecurrentForPrediction,
     RecurrentForQuestionAnswering,
     RecurrentForSequenceClassification,
     RecurrentForTokenClassification,
@@ -86,6 +87,13 @@ class MinLSTMForQuestionAnswering(RecurrentForQuestionAnswering):
 
 class MinLSTMForCTC(RecurrentForCTC):
     """minLSTM that transcribes."""
+
+    config_class = MinLSTMConfig
+    model_class = MinLSTMModel
+
+
+class MinLSTMForPrediction(RecurrentForPrediction):
+    """minLSTM that forecasts series."""
 
     config_class = MinLSTMConfig
     model_class = MinLSTMModel

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from hf_rnn.layers import BlockLinear, Mixer, MultiHeadNorm
+from hf_rnn.layers import BlockLinear, Mixer, MultiHeadNorm, scan_ahead
 from hf_rnn.models.tirex2.configuration_tirex2 import TiRex2Config
 from hf_rnn.models.xlstm.mlstm import FORGET_BIASES, MLSTM
 from hf_rnn.models.xlstm.slstm import initial_gates
@@ -44,9 +44,13 @@ class PatchSLSTM(Mixer):
         init.copy_(self.recurrent_bias, bias.to(self.recurrent_bias))
 
     def forward(
-        self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
+        self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout, ahead: int = 0
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        h, c, n, m = state or (None,) * 4
-        gates = self.ifzo_proj(x)
-        y, last = slstm_scan(gates, plain(self.recurrent_weight), self.recurrent_bias, h, c, n, m, layout)
+        """As `Mixer.forward`; the last `ahead` tokens leave the state as it is."""
+        weight, bias = plain(self.recurrent_weight), self.recurrent_bias
+
+        def scan(gates, *state_and_layout):
+            return slstm_scan(gates, weight, bias, *state_and_layout)
+
+        y, last = scan_ahead(scan, [self.ifzo_proj(x)], state or (None,) * 4, layout, ahead)
         return self.norm(y.unflatten(-1, (self.num_heads, -1))), last

@@ -1,10 +1,8 @@
-from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
-from hf_rnn.forecasting.quantiles import check_quantiles, is_symmetric
 from hf_rnn.models.tirex2.tirex_config import from_tirex_config, swiglu_size
 from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
 
@@ -26,16 +24,11 @@ class TiRex2Config(RecurrentConfig):
         intermediate_size: channels of the SwiGLU behind each recurrence; None: 2.6667 times hidden_size, rounded up to
             a multiple of 64.
         patch_size: P, so many steps in and out make one token.
-        context_length: steps before the forecast that are read; shorter series are padded to as many.
+        context_length: shorter series are padded to as many steps.
         prediction_length: the longest horizon, a multiple of patch_size.
-        quantiles: what is predicted, numbers in (0, 1) that rise.
         patch_intermediate_size: hidden channels of the layer that makes tokens of patches.
-        head_intermediate_size: those of the layer that makes quantiles of tokens; None: 4 times hidden_size.
-        hidden_act: activation of these two and of the feed-forward behind the attention.
+        hidden_act: activation of this layer, of the one that makes quantiles and of the feed-forward behind attention.
         output_norm_eps: epsilon of the norm in front of the head; None: no norm.
-        use_arcsinh, binary_aware, scale_eps: see `hf_rnn.forecasting.scaling.standardize`.
-        differencing: `predict` forecasts the differences of series with a trend.
-        sign_flip: `predict` averages with the forecast of the negated series. Twice the work.
         initializer_range: standard deviation of initial linear weights; None: 1 / sqrt(inputs).
         others: see `RecurrentConfig`.
     """
@@ -53,16 +46,10 @@ class TiRex2Config(RecurrentConfig):
     patch_size: int = 32
     context_length: int = 2048
     prediction_length: int = 320
-    quantiles: list[float] = field(default_factory=lambda: [n / 10 for n in range(1, 10)])
-    patch_intermediate_size: int = 2048
-    head_intermediate_size: int | None = None
+    patch_intermediate_size: int | None = 2048
     hidden_act: str = "silu"
     output_norm_eps: int | float | None = 1e-7
-    use_arcsinh: bool = True
-    binary_aware: bool = True
-    scale_eps: int | float = 1e-8
     differencing: bool = True
-    sign_flip: bool = False
     initializer_range: int | float | None = None  # type: ignore[assignment]
     use_bias: bool = False
     use_cache: bool = False
@@ -79,7 +66,11 @@ class TiRex2Config(RecurrentConfig):
 
     @classmethod
     def auto_classes(cls) -> dict[str, str]:
-        return {"AutoModel": "TiRex2Model", "AutoModelForTimeSeriesPrediction": "TiRex2ForPrediction"}
+        return {
+            "AutoModel": "TiRex2Model",
+            "AutoModelForSequenceClassification": "TiRex2ForSequenceClassification",
+            "AutoModelForTimeSeriesPrediction": "TiRex2ForPrediction",
+        }
 
     @property
     def slstm_blocks(self) -> list[int]:
@@ -92,13 +83,12 @@ class TiRex2Config(RecurrentConfig):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Channels of the mLSTM's queries and values, of the feed-forward and the head."""
+        """Channels of the mLSTM's queries and values and of the feed-forward."""
         width = self.hidden_size
         return {
             "qk_size": width // 2,
             "v_size": width,
             "intermediate_size": self.intermediate_size or swiglu_size(width),
-            "head_intermediate_size": self.head_intermediate_size or 4 * width,
         }
 
     # As the mLSTM of `hf_rnn.models.xlstm` is told
@@ -116,6 +106,8 @@ class TiRex2Config(RecurrentConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
+        if self.patch_intermediate_size is None:
+            raise ValueError("patch_intermediate_size: a TiRex-2 has such a layer; expected its channels, got None")
         for name, value in (("bidirectional", False), ("use_bias", False), ("num_input_features", 1)):
             if getattr(self, name) != value:
                 raise ValueError(f"{name}: a TiRex-2 has none to choose; expected {value}, got {getattr(self, name)}")
@@ -131,18 +123,10 @@ class TiRex2Config(RecurrentConfig):
                     f"{name}: expected heads among which hidden_size, {self.hidden_size}, can be divided"
                     f"{' twice' if name == 'num_heads' else ''}, got {getattr(self, name)}"
                 )
-        if self.context_length < 1:
-            raise ValueError(f"context_length: expected at least 1, got {self.context_length}")
-        if self.prediction_length < 1 or self.prediction_length % self.patch_size:
+        if self.prediction_length % self.patch_size:
             raise ValueError(
                 f"prediction_length: expected a multiple of patch_size, {self.patch_size}, got {self.prediction_length}"
             )
-        check_quantiles(self.quantiles)
-        if self.sign_flip and not is_symmetric(self.quantiles):
-            raise ValueError(f"sign_flip: expected with each quantile q also 1 - q, got {self.quantiles}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act: expected an activation of transformers, got {self.hidden_act!r}")
-        for name in ("patch_intermediate_size", "patch_size"):
-            self._check_width(name, getattr(self, name))
-        for name in ("intermediate_size", "head_intermediate_size"):
-            self._check_width(name, self.sizes[name])
+        self._check_width("intermediate_size", self.sizes["intermediate_size"])

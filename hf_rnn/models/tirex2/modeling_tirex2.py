@@ -1,29 +1,32 @@
 """TiRex-2: forecasts of series, alone or with covariates, by xLSTMs over patches (arXiv 2607.01204)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_rnn.forecasting.output import ForecastOutput
-from hf_rnn.forecasting.prediction import PredictionMixin, check_horizon
-from hf_rnn.forecasting.quantiles import pinball_loss
+from hf_rnn.forecasting.embedding import mean_of_patches
+from hf_rnn.forecasting.forecaster import ForecasterMixin
+from hf_rnn.forecasting.output import ForecastOutput, find_horizon, forecast_output
 from hf_rnn.forecasting.scaling import Scaling, standardize
-from hf_rnn.layers import GatedFeedForward, RMSNorm
+from hf_rnn.forecasting.series import check_values
+from hf_rnn.forecasting.trend import DIFFERENCE_BAND, calibrated
+from hf_rnn.layers import GatedFeedForward, ResidualMLP, RMSNorm
 from hf_rnn.models.tirex2.cells import PatchMLSTM, PatchSLSTM
 from hf_rnn.models.tirex2.configuration_tirex2 import TiRex2Config
 from hf_rnn.models.tirex2.conversion_tirex2 import other_names, tirex_weights
 from hf_rnn.models.tirex2.variates import Groups, VariateMixer
+from hf_rnn.skeleton.cache import RecurrentCache
+from hf_rnn.skeleton.heads.labels import check_sequence_labels
 from hf_rnn.skeleton.inputs import check_known
 from hf_rnn.skeleton.pretrained import RecurrentPreTrainedModel
-from hf_rnn_kernels.checks import values_known
 from hf_rnn_kernels.layout import ROWS
 
 register_checkpoint_conversion_mapping(TiRex2Config.model_type, [*other_names(), *tirex_weights()])
@@ -41,19 +44,6 @@ class TiRex2Output(BaseModelOutput):
     scaling: Scaling | None = None
 
 
-class ResidualMLP(nn.Module):
-    """W2 act(W1 x) + W3 x, biases in all three."""
-
-    def __init__(self, config: TiRex2Config, inputs: int, hidden: int, outputs: int):
-        super().__init__()
-        self.hidden_proj, self.output_proj = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
-        self.skip_proj = nn.Linear(inputs, outputs)
-        self.activation, self.dropout = ACT2FN[config.hidden_act], nn.Dropout(config.hidden_dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.output_proj(self.activation(self.hidden_proj(x)))) + self.skip_proj(x)
-
-
 class TiRex2Block(GradientCheckpointingLayer):
     """x += recurrence(norm(x)), x += SwiGLU(norm(x)), each row for itself; then attention over a series' variates.
 
@@ -62,7 +52,7 @@ class TiRex2Block(GradientCheckpointingLayer):
 
     def __init__(self, config: TiRex2Config, layer_idx: int):
         super().__init__()
-        width = config.hidden_size
+        width, self.layer_idx = config.hidden_size, layer_idx
         is_slstm = layer_idx in config.slstm_blocks
         self.mixer_norm = RMSNorm(width, eps=config.norm_eps)
         self.mlstm = None if is_slstm else PatchMLSTM(config)  # type: ignore[arg-type]
@@ -73,21 +63,35 @@ class TiRex2Block(GradientCheckpointingLayer):
         self.variates = VariateMixer(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x: Tensor, known: Tensor | None = None, groups: Groups | None = None) -> Tensor:
-        """x (R, L, D), the rows `known` over the horizon (K,) and the series of several rows to (R, L, D)."""
-        x = x + self._recurrence(self.mixer_norm(x), known)
+    def forward(
+        self,
+        x: Tensor,
+        known: Tensor | None = None,
+        groups: Groups | None = None,
+        cache: RecurrentCache | None = None,
+        ahead: int = 0,
+    ) -> Tensor:
+        """x (R, L, D), the rows `known` over the horizon (K,) and the series of several rows to (R, L, D); reads and
+        writes its layer's state in `cache` where there is one, which the last `ahead` patches leave as it is."""
+        x = x + self._recurrence(self.mixer_norm(x), known, cache, ahead)
         x = x + self.ff(self.ff_norm(x))
         return x if groups is None else self.variates(x, groups)
 
-    def _recurrence(self, x: Tensor, known: Tensor | None) -> Tensor:
+    def _recurrence(self, x: Tensor, known: Tensor | None, cache: RecurrentCache | None, ahead: int) -> Tensor:
         cell = self.mlstm or self.slstm
         assert cell is not None
-        y, _ = cell(x, None, ROWS)
+        y, state = cell(x, None if cache is None else cache[self.layer_idx], ROWS, ahead)
+        if cache is not None:
+            cache.update(state, self.layer_idx)
         if known is None:
             return y
         backwards, _ = cell(x[known], None, ROWS._replace(reverse=True))
         both = torch.cat([y[known], backwards], -1)
         return y.index_copy(0, known, self.dropout(self.directions_proj(both)))
+
+
+def _residual_mlp(config: TiRex2Config, inputs: int, hidden: Any, outputs: int) -> ResidualMLP:
+    return ResidualMLP(inputs, hidden, outputs, config.hidden_act, float(config.hidden_dropout))
 
 
 class TiRex2PreTrainedModel(RecurrentPreTrainedModel):
@@ -98,7 +102,6 @@ class TiRex2PreTrainedModel(RecurrentPreTrainedModel):
     _no_split_modules = ["TiRex2Block"]
     _skip_keys_device_placement: list[str] = []
     _can_compile_fullgraph = False
-    _is_stateful = False
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": TiRex2Block}
 
@@ -114,7 +117,7 @@ class TiRex2Model(TiRex2PreTrainedModel):
         config.validate()  # loading sets what it is told beside the file's
         super().__init__(config)
         width = config.hidden_size
-        self.patch_embedding = ResidualMLP(config, 2 * config.patch_size, config.patch_intermediate_size, width)
+        self.patch_embedding = _residual_mlp(config, 2 * config.patch_size, config.patch_intermediate_size, width)
         self.layers = nn.ModuleList(TiRex2Block(config, index) for index in range(config.num_hidden_layers))
         self.norm: nn.Module = nn.Identity()
         if config.output_norm_eps is not None:
@@ -153,12 +156,25 @@ class TiRex2Model(TiRex2PreTrainedModel):
         scaling = standardize(
             past_values, self.config.use_arcsinh, self.config.binary_aware, float(self.config.scale_eps)
         )
-        x = self.patch_embedding(self._patches(scaling.apply(past_values)))
-        groups = None if group_ids is None else Groups.of(group_ids, target_mask)
         known = None if known_mask is None else known_mask.nonzero()[:, 0]
+        groups = None if group_ids is None else Groups.of(group_ids, target_mask)
+        x = self.encode(scaling.apply(past_values), known, groups)
+        return TiRex2Output(last_hidden_state=x, scaling=scaling)  # type: ignore[arg-type]
+
+    def encode(
+        self,
+        z: Tensor,
+        known: Tensor | None,
+        groups: Groups | None,
+        cache: RecurrentCache | None = None,
+        ahead: int = 0,
+    ) -> Tensor:
+        """Scaled values (R, T), the rows known over the horizon (K,) and the series of several rows to (R, L, D); the
+        state `cache` moves on, which the last `ahead` patches leave as it is."""
+        x = self.patch_embedding(self._patches(z))
         for layer in self.layers:
-            x = layer(x, known, groups)
-        return TiRex2Output(last_hidden_state=self.norm(x), scaling=scaling)  # type: ignore[arg-type]
+            x = layer(x, known, groups, cache=cache, ahead=ahead)
+        return self.norm(x)
 
     def _patches(self, z: Tensor) -> Tensor:
         """(R, T) to (R, L, 2 P): P values, zeros where they are missing, and ones where they are not."""
@@ -168,14 +184,17 @@ class TiRex2Model(TiRex2PreTrainedModel):
         return torch.cat([z.masked_fill(missing, 0.0).to(dtype), (~missing).to(dtype)], -1)
 
 
-class TiRex2ForPrediction(PredictionMixin, TiRex2PreTrainedModel):
+class TiRex2ForPrediction(ForecasterMixin, TiRex2PreTrainedModel):
     """Quantiles of the values to come."""
+
+    reads_variates = True
+    difference_band = DIFFERENCE_BAND
 
     def __init__(self, config: TiRex2Config):
         super().__init__(config)
         self.model = TiRex2Model(config)
         outputs = len(config.quantiles) * config.patch_size
-        self.quantile_head = ResidualMLP(config, config.hidden_size, config.sizes["head_intermediate_size"], outputs)
+        self.quantile_head = _residual_mlp(config, config.hidden_size, config.quantile_head_size, outputs)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
 
@@ -214,33 +233,31 @@ class TiRex2ForPrediction(PredictionMixin, TiRex2PreTrainedModel):
             TypeError, ValueError: an argument of another type, shape or value, named in the message.
         """
         rows = check_values("past_values", past_values)
-        if horizon is None:
-            futures = (x.shape[-1] for x in (future_values, future_covariates) if x is not None)
-            horizon = next(futures, self.config.prediction_length)
-        check_horizon(horizon, self.config.prediction_length)
-        for name, x in (("future_values", future_values), ("future_covariates", future_covariates)):
-            if x is not None and (x.shape != (rows, horizon) or not x.is_floating_point()):
-                raise ValueError(
-                    f"{name}: expected floating (R, horizon) = {(rows, horizon)}, got {tuple(x.shape)}, {x.dtype}"
-                )
+        futures = dict(future_values=future_values, future_covariates=future_covariates)
+        horizon = find_horizon(horizon, self.config.prediction_length, rows, **futures)
         _, target_mask = of_rows(rows, past_values, group_ids=group_ids, target_mask=target_mask)
         window, known, first = self._window(past_values, future_covariates, target_mask, horizon, pad_context)
         outputs = self.model(window, group_ids, target_mask, known, **kwargs | {"return_dict": True})
         patches = -(-horizon // self.config.patch_size)
         x = self.dropout(outputs.last_hidden_state[:, first : first + patches])
+        z = self.quantiles_of(x)[:, :horizon].to(window.dtype)
+        forecast = forecast_output(z, outputs.scaling, self.config.quantiles, future_values, target_mask)
+        forecast.hidden_states = outputs.hidden_states
+        return forecast
+
+    def new_cells(self) -> RecurrentCache:
+        return RecurrentCache(self.config.num_hidden_layers)
+
+    def encode(self, z: Tensor, cells: RecurrentCache, series: Tensor, ahead: int = 0) -> Tensor:
+        groups = Groups.of(series, torch.ones_like(series, dtype=torch.bool))
+        return self.model.encode(z, None, groups, cells, ahead)
+
+    def quantiles_of(self, x: Tensor) -> Tensor:
         z = self.quantile_head(x).unflatten(-1, (len(self.config.quantiles), -1))
-        z = z.transpose(2, 3).flatten(1, 2)[:, :horizon].to(window.dtype)
-        loss = None
-        if future_values is not None:
-            there = target_mask[:, None] & ~future_values.isnan()
-            loss = pinball_loss(z, outputs.scaling.apply(future_values), self.config.quantiles, there)
-        predictions = outputs.scaling.undo(z)
-        return ForecastOutput(
-            loss=loss,
-            mean_predictions=predictions[..., predictions.shape[2] // 2],
-            full_predictions=predictions,
-            hidden_states=outputs.hidden_states,
-        )  # type: ignore[arg-type]
+        return z.transpose(2, 3).flatten(1, 2)
+
+    def calibrate(self, quantiles: Tensor) -> Tensor:
+        return calibrated(quantiles)
 
     def _window(
         self, past: Tensor, future: Tensor | None, targets: Tensor, horizon: int, pad_context: bool
@@ -262,24 +279,56 @@ class TiRex2ForPrediction(PredictionMixin, TiRex2PreTrainedModel):
         return F.pad(past, (0, -(-horizon // size) * size - size), value=torch.nan), None, first
 
 
-def check_values(name: str, x: Tensor) -> int:
-    """The number of rows of values (R, T).
+class TiRex2ForSequenceClassification(TiRex2PreTrainedModel):
+    """A class, several, or numbers for each series: a linear layer on the mean over its patches and variates.
 
-    Raises:
-        TypeError, ValueError: no floating tensor of such a shape, or infinity in it (on a CPU, where reading values
-            stalls nothing).
+    Begins with a forecaster's weights: `from_pretrained(forecaster, num_labels=...)`.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.dim() != 2 or not x.shape[1]:
-        raise ValueError(f"{name}: expected shape (R, T) with T of at least 1, got {tuple(x.shape)}")
-    infinite = x.isinf()
-    if x.device.type == "cpu" and values_known(infinite) and bool(infinite.any()):
-        row, step = infinite.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name}: expected finite values, or NaN where one is missing, got infinity in row {row}, step {step}"
-        )
-    return x.shape[0]
+
+    accepts_loss_kwargs = False  # its loss is a mean, which Trainer divides by the accumulated batches
+
+    def __init__(self, config: TiRex2Config):
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 0)
+        self.model = TiRex2Model(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, past_values: Tensor, labels: Tensor | None = None, group_ids: Tensor | None = None, **kwargs
+    ) -> SequenceClassifierOutput:
+        """Logits of each series.
+
+        Args:
+            past_values: (R, T) floating values, NaN where one is missing. The last `config.context_length` are read,
+                fewer with missing ones in front. A series' own level and deviation are not seen.
+            labels: (G,) classes, (G, num_labels) of several or of numbers: as `config.problem_type` says.
+            group_ids: (R,) whole numbers, the same for the variates of one series, which are G in the order of their
+                ids; None: each row is one.
+            kwargs: `output_hidden_states`, `return_dict`.
+
+        Returns:
+            `logits` (G, num_labels), `loss`, `hidden_states` if asked for.
+
+        Raises:
+            TypeError, ValueError: an argument of another type, shape or value, named in the message.
+        """
+        check_values("past_values", past_values)
+        length = self.config.context_length
+        values = F.pad(past_values, (max(length - past_values.shape[1], 0), 0), value=torch.nan)[:, -length:]
+        outputs = self.model(values, group_ids, **kwargs | {"return_dict": True})
+        x = mean_of_patches(outputs.last_hidden_state, values, self.config.patch_size)
+        if group_ids is not None:
+            ids, series = group_ids.unique(return_inverse=True)
+            x = x.new_zeros(len(ids), x.shape[1]).index_add(0, series, x) / series.bincount()[:, None]
+        logits = self.score(self.dropout(x))
+        loss = None
+        if labels is not None:
+            check_sequence_labels(labels, logits, self.config)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, logits=logits, config=self.config)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
 def of_rows(

@@ -114,7 +114,7 @@ def to_tirex_config(config: Any) -> dict[str, Any]:
         "output_patch_size": patch,
         "tokenizer_cfg": sizes | {"input_patch_stride": patch},
         "scaler_cfg": dict(use_arcsinh=config.use_arcsinh, binaryaware=config.binary_aware, eps=config.scale_eps),
-        "h_expand": config.sizes["head_intermediate_size"] / width,
+        "h_expand": config.quantile_head_size / width,
         "act_func": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.hidden_act),
         "dropout": dropout,
         "stack_out_norm_config": None if config.output_norm_eps is None else {"eps": config.output_norm_eps},

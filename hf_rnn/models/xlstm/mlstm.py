@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import initialization as init
 
-from hf_rnn.layers import BlockLinear, CausalConv, Mixer, MultiHeadNorm
+from hf_rnn.layers import BlockLinear, CausalConv, Mixer, MultiHeadNorm, scan_ahead
 from hf_rnn.models.xlstm.configuration_xlstm import XLSTMConfig
 from hf_rnn_kernels import mlstm_scan
 from hf_rnn_kernels.checks import values_known
@@ -46,8 +46,9 @@ class MLSTM(Mixer):
         init.normal_(self.out_proj.weight, std=self.output_std)
 
     def forward(
-        self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
+        self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout, ahead: int = 0
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As `Mixer.forward`; the last `ahead` tokens leave the state as it is."""
         check_normalized(self.gate_proj, "weight")
         *qkv, o = self.in_proj(x).split(self.split, -1)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in qkv)
@@ -55,8 +56,7 @@ class MLSTM(Mixer):
         if self.soft_cap is not None:
             gates = self.soft_cap * torch.tanh(gates / self.soft_cap)
         i, f = gates.chunk(2, -1)
-        C, n, m = state or (None, None, None)
-        h, last = mlstm_scan(q, k, v, i, f, C, n, m, layout)
+        h, last = scan_ahead(mlstm_scan, (q, k, v, i, f), state or (None,) * 3, layout, ahead)
         return self.out_proj(self.norm(h, o)), last
 
     def fuse(self, program: Program, x: Vector, states: list[Vector]) -> Vector:

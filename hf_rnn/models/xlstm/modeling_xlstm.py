@@ -14,6 +14,7 @@ from hf_rnn.skeleton.block import RecurrentBlock
 from hf_rnn.skeleton.heads import (
     RecurrentForCTC,
     RecurrentForMaskedLM,
+    RecurrentForPrediction,
     RecurrentForQuestionAnswering,
     RecurrentForSequenceClassification,
     RecurrentForTokenClassification,
@@ -136,5 +137,11 @@ class XLSTMForQuestionAnswering(XLSTMPreTrainedModel, RecurrentForQuestionAnswer
 
 class XLSTMForCTC(XLSTMPreTrainedModel, RecurrentForCTC):
     """xLSTM that transcribes."""
+
+    model_class = XLSTMModel
+
+
+class XLSTMForPrediction(XLSTMPreTrainedModel, RecurrentForPrediction):
+    """xLSTM that forecasts series."""
 
     model_class = XLSTMModel

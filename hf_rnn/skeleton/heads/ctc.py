@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
+from hf_rnn.skeleton.heads.labels import check_not_empty
 from hf_rnn.skeleton.heads.sequences import real_tokens, refuse_packing
 from hf_rnn.skeleton.heads.tokens import RecurrentTokenHead
 from hf_rnn.skeleton.inputs import check_ids
@@ -44,11 +45,15 @@ class RecurrentForCTC(RecurrentTokenHead):
         check_ids("labels", labels, self.config.vocab_size, ignore_index=-100)
         if labels.dim() != 2 or labels.shape[0] != logits.shape[0]:
             raise ValueError(f"labels: expected shape (B, L) with B = {logits.shape[0]}, got {tuple(labels.shape)}")
+        check_not_empty("labels", logits)
         targets = (labels != -100) & (labels != blank)
         log_probabilities = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        real = real_tokens(logits, inputs["attention_mask"], inputs["input_features"], self.config)
+        mask = inputs["attention_mask"]
+        real = real_tokens(logits, mask, inputs["input_features"], self.config)
+        if mask is not None:
+            log_probabilities = _in_front(log_probabilities, real)
         return nn.functional.ctc_loss(
-            _in_front(log_probabilities, real).transpose(0, 1),
+            log_probabilities.transpose(0, 1),
             _in_front(labels.long(), targets),
             real.sum(1),
             targets.sum(1),

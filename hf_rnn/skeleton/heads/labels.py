@@ -54,6 +54,14 @@ def _check_numbers(labels: Tensor, kind: str) -> None:
         )
 
 
+def check_not_empty(name: str, logits: Tensor) -> None:
+    """Raise ValueError for logits (B, T, ...) of no tokens, to which labels were given."""
+    if not logits.shape[0] or not logits.shape[1]:
+        raise ValueError(
+            f"{name}: expected none for a batch of no tokens, (B, T) = {tuple(logits.shape[:2])}, which has no loss"
+        )
+
+
 def check_positions(name: str, positions: Tensor, batch: int) -> None:
     """Raise unless positions are (B,) or (B, 1) integers; those outside the text are ignored, as by transformers."""
     if positions.dtype not in (torch.int32, torch.int64):

@@ -6,7 +6,7 @@ from transformers.modeling_outputs import QuestionAnsweringModelOutput
 from transformers.utils import can_return_tuple
 
 from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
-from hf_rnn.skeleton.heads.labels import check_positions
+from hf_rnn.skeleton.heads.labels import check_not_empty, check_positions
 from hf_rnn.skeleton.heads.sequences import real_tokens, refuse_packing
 from hf_rnn.skeleton.modeling_recurrent import RecurrentModel
 from hf_rnn.skeleton.pretrained import RecurrentPreTrainedModel
@@ -73,6 +73,7 @@ class RecurrentForQuestionAnswering(RecurrentPreTrainedModel):
             refuse_packing(kwargs | {"position_ids": position_ids})
             for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
                 check_positions(name, positions, start_logits.shape[0])
+            check_not_empty("start_positions, end_positions", start_logits)
             real = real_tokens(outputs.last_hidden_state, attention_mask, input_features, self.config)
             least = torch.finfo(torch.float32).min  # -inf would be NaN in a row of padding only
             logits = [x.float().masked_fill(~real, least) for x in (start_logits, end_logits)]

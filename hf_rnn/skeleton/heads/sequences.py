@@ -58,5 +58,7 @@ def pool(x: Tensor, real: Tensor, pooling: str) -> Tensor:
 
 def check_rows(real: Tensor) -> None:
     """Raise ValueError for a row without a real token, where values are known."""
+    if not real.shape[1]:
+        raise ValueError(f"inputs: expected a token at least in every row, got (B, T) = {tuple(real.shape)}")
     if values_known(real) and not bool(real.any(1).all()):
         raise ValueError("attention_mask: expected a real token in every row, got a row of padding only")

@@ -8,6 +8,7 @@ from hf_rnn_kernels.causal_conv import op, reference
 from hf_rnn_kernels.checks import check_inputs, check_tensors, refuse_forward_mode
 from hf_rnn_kernels.layout import ROWS, SequenceLayout, check_layout, check_offsets
 from hf_rnn_kernels.perturbed import Perturbed
+from hf_rnn_kernels.stepping import record
 from hf_rnn_kernels.transforms import tracked
 
 
@@ -33,6 +34,14 @@ def causal_conv(
         TypeError, ValueError: an argument of another shape, dtype or device than above, named in the message.
     """
     check_layout(layout)
+    if layout.recorded:
+
+        def run(layout, inputs, states):
+            y, last = causal_conv(inputs[0], states[0], weight, bias, layout)
+            return y, (last,)
+
+        y, (ends,) = record(layout, [x], (state,), run)
+        return y, ends
     check_inputs({"x": x}, layout.mask, layout.offsets)
     batch, _, channels = x.shape
     history, sequences = weight.shape[-1] - 1, layout.sequences(batch)

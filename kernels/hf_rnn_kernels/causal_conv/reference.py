@@ -12,14 +12,13 @@ def convolve(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor, reverse: b
 
     As K multiply-adds: a grouped conv1d and its two transposes take longer (docs/log.md, 2026-11-22).
     """
-    if reverse:
-        y, ends = convolve(x.flip(1), before, weight, bias)
-        return y.flip(1), ends
-    time, taps = x.shape[1], weight.shape[-1]
-    padded = torch.cat([before, x], 1)
+    time, history = x.shape[1], weight.shape[-1] - 1
     if time == 1 and not isinstance(weight, Perturbed):  # a step of decoding: few calls
+        padded = torch.cat([before, x], 1)
         return (padded * weight.mT).sum(1, keepdim=True) + bias, padded[:, 1:]
+    padded = torch.cat([x, before.flip(1)] if reverse else [before, x], 1)
     y = bias
     for j, column in enumerate(weight.unbind(-1)):
-        y = torch.addcmul(y, padded[:, j : padded.shape[1] - taps + 1 + j], column)
-    return y, padded[:, time:]
+        first = history - j if reverse else j
+        y = torch.addcmul(y, padded[:, first : first + time], column)
+    return y, padded[:, :history].flip(1) if reverse else padded[:, time:]

@@ -56,17 +56,17 @@ def _call(typing_context, address, code, factors, n, bases, rows, part, parts):
 
 @_compiled
 def one_thread(code, factors, bases, addresses, rows):
-    """One instruction after another."""
+    """One instruction after another, each of so many rows."""
     for n in range(U(addresses.size)):
-        _call(addresses[n], code, factors, n, bases, U(rows), U(0), U(1))
+        _call(addresses[n], code, factors, n, bases, U(rows[n]), U(0), U(1))
 
 
 @parallel
 def some_threads(code, factors, bases, addresses, rows, parts):
     """Each thread has some of the outputs of every product, and of many rows some in everything else."""
     for n in range(U(addresses.size)):
-        if code[n, 0] <= _LAST_PRODUCT or rows >= MANY * parts:
+        if code[n, 0] <= _LAST_PRODUCT or rows[n] >= MANY * parts:
             for part in prange(parts):
-                _call(addresses[n], code, factors, n, bases, U(rows), U(part), U(parts))
+                _call(addresses[n], code, factors, n, bases, U(rows[n]), U(part), U(parts))
         else:
-            _call(addresses[n], code, factors, n, bases, U(rows), U(0), U(1))
+            _call(addresses[n], code, factors, n, bases, U(rows[n]), U(0), U(1))

@@ -136,7 +136,7 @@ def mlstm(line, factors, bases, rows, part, parts):
     h, h_apart = operand(line, 4, bases)
     memory, c_apart = operand(line, 5, bases)
     normalizer, n_apart = operand(line, 6, bases)
-    tops = carray(floats_at(bases[line[4]]), ALL)
+    tops = carray(floats_at(bases[line[4]] + line[5]), ALL)
     root = ONE / np.sqrt(F32(keys))
     for n in range(rows * part // parts * heads, rows * (part + U(1)) // parts * heads):
         r, k = n // heads, n % heads

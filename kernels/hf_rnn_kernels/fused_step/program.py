@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class Program:
     Attributes:
         weights: numbers of all matrices, each read once a token.
         num_embeddings: ids are below it.
-        bound: by the number of rows, what `run` has made of the instructions.
+        bound: by the number of rows and whether they are one text's, what `run` has made of the instructions.
     """
 
     def __init__(self, state_widths: Sequence[int], vocab_size: int):
@@ -78,7 +79,7 @@ class Program:
         self.logits = Vector(LOGITS, 0, vocab_size, 0, vocab_size)
         self.weights = self.num_embeddings = 0
         self._code: list[tuple[Op, list[int], list[float], list[Vector]]] = []
-        self.bound: dict[int, tuple[np.ndarray, ...]] = {}
+        self.bound: dict[tuple[int, bool], tuple[np.ndarray, ...]] = {}
         self._used = self._most = 0
 
     def vector(self, width: int) -> Vector:
@@ -244,17 +245,53 @@ class Program:
     def scratch_floats(self, rows: int) -> int:
         return self._most * rows
 
-    def bind(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """The instructions for so many rows: (N, COLUMNS) int64 and (N, 2) float32 factors."""
-        code = np.zeros((len(self._code), COLUMNS), np.int64)
-        factors = np.zeros((len(self._code), 2), np.float32)
-        for line, row, (op, numbers, values, operands) in zip(code, factors, self._code, strict=True):
-            line[0], line[1 : 1 + len(numbers)] = _ONE_ROW.get(op, op) if rows == 1 else op, numbers
+    def bind(self, rows: int, one_text: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The instructions for so many rows: (N, COLUMNS) int64, (N, 2) float32 factors and (N,) numbers of rows."""
+        steps = self._of_one_text(rows) if one_text else [(n, 0, rows) for n in range(len(self._code))]
+        code = np.zeros((len(steps), COLUMNS), np.int64)
+        factors = np.zeros((len(steps), 2), np.float32)
+        for line, row, (n, first, count) in zip(code, factors, steps, strict=True):
+            op, numbers, values, operands = self._code[n] if isinstance(n, int) else n
+            line[0], line[1 : 1 + len(numbers)] = _ONE_ROW.get(op, op) if count == 1 else op, numbers
             row[: len(values)] = values
-            for n, x in enumerate(operands):
+            for k, x in enumerate(operands):
                 base = 4 * x.base * rows if x.space == SCRATCH else x.base
-                line[FIRST + 3 * n : FIRST + 3 * n + 3] = x.space, base + 4 * x.column, x.stride
-        return code, factors
+                at = base + 4 * (x.column + first * x.stride)
+                line[FIRST + 3 * k : FIRST + 3 * k + 3] = x.space, at, x.stride
+            if op is Op.MLSTM:  # whose m is no operand
+                line[5] = 4 * first * numbers[0]
+        return code, factors, np.array([count for _, _, count in steps])
+
+    def _of_one_text(self, time: int) -> list[tuple[Any, int, int]]:
+        """Instructions, by number or as they are, with the first row and the number of rows: each for all tokens at
+        once, but from the first that touches a state to the last that does, token after token, each beginning with the
+        state of the one before."""
+        spans: list[tuple[int, int, set[int]]] = []
+        for n, (op, numbers, _, operands) in enumerate(self._code):
+            touched = {x.space for x in operands if x.space >= STATES} | ({numbers[3]} if op is Op.MLSTM else set())
+            start = n
+            while touched and spans and any(spans[k][2] & touched for k in range(len(spans))):
+                k = next(k for k in range(len(spans)) if spans[k][2] & touched)
+                start, touched = min(start, spans[k][0]), touched | spans[k][2]
+                spans.pop(k)
+            if touched:
+                spans.append((start, n, touched))
+        steps: list[tuple[Any, int, int]] = []
+        n = 0
+        while n < len(self._code):
+            span = next((s for s in spans if s[0] == n), None)
+            if span is None:
+                steps.append((n, 0, time))
+                n += 1
+                continue
+            _, last, touched = span
+            for t in range(time):
+                for state in (self.states[space - STATES] for space in sorted(touched) if t):
+                    before = replace(state, column=-state.width)  # a row above
+                    steps.append(((Op.COPY, [state.width], [0.0], [before, before, state]), t, 1))
+                steps += [(k, t, 1) for k in range(n, last + 1)]
+            n = last + 1
+        return steps
 
 
 def _check(fits: bool, what: str, found: object, expected: object) -> None:

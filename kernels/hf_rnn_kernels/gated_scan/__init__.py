@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_rnn_kernels.checks import check_inputs, check_tensors, refuse_forward_mode
 from hf_rnn_kernels.gated_scan import op, reference
 from hf_rnn_kernels.layout import ROWS, SequenceLayout, check_layout
-from hf_rnn_kernels.stepping import advance
+from hf_rnn_kernels.stepping import advance, record
 
 
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None, layout: SequenceLayout = ROWS) -> tuple[Tensor, Tensor]:
@@ -97,6 +97,14 @@ def _scan(gates: str, inputs: dict[str, Tensor], h0: Tensor | None, layout: Sequ
     check_tensors({"h0": (h0, (sequences, first.shape[2]))}, first, first_name)
     tensors = list(inputs.values())
     refuse_forward_mode(*tensors, h0)
+    if layout.recorded:
+
+        def run(layout, tensors, state):
+            h, last = _scan(gates, dict(zip(inputs, tensors, strict=True)), state[0], layout)
+            return h, (last,)
+
+        h, (last,) = record(layout, tensors, (h0,), run)
+        return h, last
 
     def one_token(states):
         return reference.decode(gates, tensors, states[0], layout.mask)

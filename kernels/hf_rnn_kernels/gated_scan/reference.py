@@ -132,7 +132,7 @@ def scan_backward(
     real = torch.ones_like(keep, dtype=torch.bool) if mask is None else mask[..., None].bool().expand_as(keep)
     state = torch.zeros_like(grad_last) if h0 is None else h0.to(dtype)
     before = torch.cat([state[:, None], h.to(dtype)], 1)[:, :-1]
-    carry, dh = grad_last.to(dtype), torch.empty_like(keep)
+    carry, dh = grad_last.to(dtype, copy=True), torch.empty_like(keep)
     for t in reversed(range(keep.shape[1])):
         dh[:, t] = grad[:, t] + carry
         kept = (

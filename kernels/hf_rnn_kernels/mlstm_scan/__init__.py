@@ -9,7 +9,7 @@ from hf_rnn_kernels.checks import refuse_forward_mode
 from hf_rnn_kernels.layout import ROWS, SequenceLayout, check_layout
 from hf_rnn_kernels.mlstm_scan import op, reference
 from hf_rnn_kernels.mlstm_scan.reference import States
-from hf_rnn_kernels.stepping import advance
+from hf_rnn_kernels.stepping import advance, record
 
 
 def mlstm_scan(
@@ -52,6 +52,13 @@ def mlstm_scan(
         TypeError, ValueError: an argument of another shape, dtype or device than above, named in the message.
     """
     check_layout(layout)
+    if layout.recorded:
+
+        def run(layout, inputs, states):
+            return mlstm_scan(*inputs, *states, layout=layout, eps=eps)
+
+        h, (C, n, m) = record(layout, (q, k, v, i, f), (C0, n0, m0), run)
+        return h, (C, n, m)
     given = {name: s for name, s in (("C0", C0), ("n0", n0), ("m0", m0)) if s is not None}
     op.check_shapes(q, k, v, i, f, given, layout.mask, layout.offsets)
     refuse_forward_mode(q, k, v, i, f, *given.values())

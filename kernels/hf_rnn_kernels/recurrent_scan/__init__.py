@@ -17,7 +17,7 @@ from hf_rnn_kernels.checks import check_inputs, check_tensors, refuse_forward_mo
 from hf_rnn_kernels.layout import ROWS, SequenceLayout, check_layout
 from hf_rnn_kernels.perturbed import Perturbed
 from hf_rnn_kernels.recurrent_scan import library, op, reference
-from hf_rnn_kernels.stepping import advance
+from hf_rnn_kernels.stepping import advance, record
 from hf_rnn_kernels.transforms import tracked
 
 
@@ -144,6 +144,13 @@ def _scan(
     input_bias: Tensor | None = None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
     check_layout(layout)
+    if layout.recorded:
+
+        def run(layout, inputs, states):
+            return _scan(cell, inputs[0], weight, bias, dict(zip(initial, states, strict=True)), layout)
+
+        whole = x if input_weight is None else linear(x, input_weight, input_bias)
+        return record(layout, [whole], initial.values(), run)
     states: list[Tensor] = [state for state in initial.values() if state is not None]
     weights = None if input_weight is None else library.Weights(input_weight, input_bias, weight, bias)
 
