@@ -13,8 +13,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("train a model on your text and save a checkpoint", "train"),
+    "train": Command("train a model on your text, or series, and save a checkpoint", "train"),
     "predict": Command("labels, numbers or masked tokens for texts, of a checkpoint with such a head", "predict"),
+    "forecast": Command("what comes next in series, with quantiles: a csv and a picture", "forecast"),
     "generate": Command("continue a prompt, streamed to the terminal", "generate"),
     "eval": Command("bits per byte of a checkpoint on a text", "evaluate"),
     "compress": Command("quantise a checkpoint and code it in few bits; it loads like any other", "compress"),

@@ -19,6 +19,7 @@ from transformers import (
 
 from hf_rnn import (
     ARCHITECTURES,
+    FORECASTERS,
     DMTConfig,
     DMTTrainer,
     RateConstrainedConfig,
@@ -32,9 +33,12 @@ from hf_rnn import (
     byte_tokenizer,
 )
 from hf_rnn.cli.data import blocks, cut_documents, read_documents, tokenize
+from hf_rnn.cli.forecast import print_metrics
+from hf_rnn.cli.forecaster import build_forecaster, train_forecaster
 from hf_rnn.cli.plot import plot_losses
 from hf_rnn.cli.settings import read_settings
 from hf_rnn.cli.tasks import MODELS, answers, prepare
+from hf_rnn.forecasting.frames import ID, TIME, VALUE
 from hf_rnn.skeleton.configuration_hybrid import HybridConfig
 from hf_rnn.tasks.evaluation import bits_per_byte
 from hf_rnn.tokenization.reading import read_tokenizer
@@ -45,8 +49,8 @@ class ModelArguments:
     task: str = field(
         default="causal-lm",
         metadata={
-            "help": f"causal-lm, or one of {', '.join(MODELS)}, by backpropagation; new models of these read both "
-            "ways, unless --config says bidirectional=False"
+            "help": f"causal-lm; forecasting, not with smt and dmt; or one of {', '.join(MODELS)}, by backpropagation, "
+            "whose new models read both ways, unless --config says bidirectional=False"
         },
     )
     trainer: str = field(
@@ -60,7 +64,8 @@ class ModelArguments:
     model: str | None = field(
         default=None,
         metadata={
-            "help": f"an architecture ({', '.join(ARCHITECTURES.values())}) to train from scratch, or a checkpoint; "
+            "help": f"an architecture ({', '.join(ARCHITECTURES.values())}; of forecasters also "
+            f"{', '.join(FORECASTERS.values())}) to train from scratch, or a checkpoint; "
             "default: mingru, with smt memory, with dmt the checkpoint that has the teacher"
         },
     )
@@ -79,9 +84,11 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        if self.task != "causal-lm" and self.task not in MODELS:
-            raise ValueError(f"task: expected one of {['causal-lm', *MODELS]}, got {self.task!r}")
-        if self.task != "causal-lm" and self.trainer != "backpropagation":
+        if self.task not in ("causal-lm", "forecasting", *MODELS):
+            raise ValueError(f"task: expected one of {['causal-lm', 'forecasting', *MODELS]}, got {self.task!r}")
+        if self.task == "forecasting" and self.trainer in ("smt", "dmt"):
+            raise ValueError(f"trainer: forecasting trains by backpropagation, rate or zo, got {self.trainer!r}")
+        if self.task in MODELS and self.trainer != "backpropagation":
             raise ValueError(f"trainer: {self.task} trains by backpropagation, got {self.trainer!r}")
         if self.teacher is not None and self.trainer not in ("smt", "dmt"):
             raise ValueError(f"teacher: only smt and dmt have one, got --trainer {self.trainer}")
@@ -102,7 +109,7 @@ class DataArguments:
     data: str = field(
         metadata={
             "help": "a text file, a folder saved by `datasets`, or a dataset's name on the Hub; with labels also a "
-            "csv, json, jsonl or parquet file"
+            "csv, json, jsonl or parquet file; of series a csv or parquet file, a row for each time of each series"
         }
     )
     split: str = field(default="train", metadata={"help": "split of a dataset"})
@@ -121,8 +128,16 @@ class DataArguments:
         },
     )
     held_out: float = field(
-        default=0.05, metadata={"help": "share of the text, at its end, or of rows by chance, to evaluate on"}
+        default=0.05,
+        metadata={
+            "help": "share of the text, at its end, or of rows by chance, to evaluate on; of each series, at its end, "
+            "at least one forecast"
+        },
     )
+    id_column: str = field(default=ID, metadata={"help": "column of which series a row is of"})
+    time_column: str = field(default=TIME, metadata={"help": "column of a series' times"})
+    value_column: str = field(default=VALUE, metadata={"help": "column of a series' values"})
+    season: int = field(default=1, metadata={"help": "steps of a series' season, which MASE is told"})
 
     def __post_init__(self):
         if self.block_size < 2:
@@ -359,6 +374,14 @@ def main(argv: list[str]) -> None:
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
     check_output(Path(str(arguments.output_dir)))
     set_seed(arguments.seed)
+    if model_arguments.task == "forecasting":
+        model = build_forecaster(str(model_arguments.model), model_arguments.config)
+        print(f"{type(model).__name__}: {model.num_parameters():,} parameters")
+        if arguments.learning_rate is None:
+            arguments.learning_rate = default_learning_rate(model.config)
+        print_metrics(train_forecaster(model, data, arguments, TRAINERS[trainer][0]), "held-out")
+        print(f"saved {arguments.output_dir}; try: hf-rnn forecast {data.data} --model {arguments.output_dir}")
+        return
     if model_arguments.task != "causal-lm":
         for name, value in train_task(model_arguments, data, arguments).items():
             if name.removeprefix("eval_") in ("loss", "accuracy", "rmse", "r2"):
