@@ -46,7 +46,8 @@ def main(argv: list[str]) -> None:
     columns = Columns(arguments.id_column, arguments.time_column, arguments.value_column)
     frame, future, known = read_series_file("data", arguments.data, columns), None, []
     if arguments.future_covariates is not None:
-        future = read_series_file("future_covariates", arguments.future_covariates, columns)
+        future = read_series_file("future_covariates", arguments.future_covariates, columns._replace(value=VALUE))
+        future = future.drop(columns=VALUE, errors="ignore")  # nothing is known of it, if a file has it
         known = list(cut_series("future_covariates", future).values)
     past = arguments.past_covariates or []
     read = cut_series("data", frame, [VALUE, *past, *known])

@@ -39,11 +39,12 @@ def build_forecaster(model: str, config: str) -> PreTrainedModel:
 
 
 def count_origins(lengths: list[int], horizon: int, share: float) -> list[int]:
-    """How many forecasts of `horizon` steps are held out at each series' end: the share of it, at least one, and not
-    more than half of the series; none of shorter ones."""
+    """How many forecasts of `horizon` steps are held out at each series' end: the share of it, at least one, where half
+    of the series and twice `LEAST` values are left to train on."""
     if not share:
         return [0] * len(lengths)
-    return [min(max(1, round(share * length / horizon)), length // 2 // horizon) for length in lengths]
+    most = [max(0, min(length // 2, length - 2 * LEAST)) // horizon for length in lengths]
+    return [min(max(1, round(share * length / horizon)), own) for length, own in zip(lengths, most, strict=True)]
 
 
 def train_forecaster(
@@ -86,6 +87,8 @@ def train_forecaster(
         trainer.log({f"eval_{name}": value for name, value in metrics.items()})
         if trainer.is_world_process_zero():
             draw_backtest(tested, read, folder / "forecast.png", folder / "calibration.png", columns)
+    elif data.held_out:
+        print(f"nothing held out: expected a series of at least {2 * horizon} values, twice the horizon")
     if trainer.is_world_process_zero():
         plot_losses(trainer.state.log_history, folder / "loss.png")
     about = dict(dataset=f"{len(series):,} series of {Path(data.data).name}, {sum(origins):,} forecasts held out")

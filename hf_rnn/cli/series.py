@@ -26,7 +26,7 @@ def read_series_file(name: str, path: str, columns: Columns = Columns()) -> Any:
         name: the argument that named it.
 
     Raises:
-        ValueError: there is no such file, or it is of another kind; no column of times.
+        ValueError: there is no such file, or it is of another kind; it has not these columns.
     """
     pandas = needed("pandas")
     read = {".csv": pandas.read_csv, ".parquet": pandas.read_parquet}.get(Path(path).suffix)
@@ -38,9 +38,11 @@ def read_series_file(name: str, path: str, columns: Columns = Columns()) -> Any:
         frame = read(path)
     except ValueError as error:  # pandas' and pyarrow's are
         raise ValueError(f"{name}: {path} cannot be read ({error})") from error
-    if columns.time not in frame.columns:
-        raise ValueError(f"{name}: expected a column {columns.time!r}, got {', '.join(map(str, frame.columns))}")
-    frame = frame.rename(columns=dict(zip(columns, (ID, TIME, VALUE), strict=True)))
+    wanted = [columns.time, *(column for column in columns if column not in Columns())]
+    if missing := [column for column in wanted if column not in frame.columns]:
+        raise ValueError(f"{name}: expected a column {missing[0]!r}, got {', '.join(map(str, frame.columns))}")
+    frame = frame.drop(columns=[name for name in Columns() if name not in columns], errors="ignore")
+    frame = frame.rename(columns=dict(zip(columns, Columns(), strict=True)))
     if not pandas.api.types.is_integer_dtype(frame[TIME]):
         try:
             frame[TIME] = pandas.to_datetime(frame[TIME])
