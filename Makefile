@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 PIP = -m pip install --quiet --disable-pip-version-check
 # Two at a time, with threads that do not spin while others wait for a core
 pytest = HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(1)/bin/python -m pytest -n 2 --dist worksteal
-FAST = -m 'not gpu and not slow and not exhaustive and not weights'
+FAST = -m 'not gpu and not slow and not exhaustive and not weights and not browser'
 # What depends on the versions of transformers, accelerate, PEFT and huggingface_hub
 VERSIONED = tests/test_private_members.py tests/models tests/trainers tests/hub tests/compatibility
 # but for what is equations and torch alone
@@ -22,7 +22,7 @@ WHEELS ?= wheels
 # And what forecasts
 PEERS = $(VENV)-forecasting-peers
 
-.PHONY: demo test test-oldest test-newest test-next test-slow test-weights test-all test-forecasting-peers lint \
+.PHONY: demo test test-oldest test-newest test-next test-slow test-weights test-browser test-all test-forecasting-peers lint \
 	bench bench-quality bench-check bench-forecasting gpu gpu-wheels performance model-cards setup clean
 
 setup: $(STAMP)
@@ -88,9 +88,14 @@ test-slow: $(STAMP)
 test-weights: $(STAMP)
 	$(BIN)/python -m pytest -m weights tests/weights
 
+# The server's page in a browser: needs a Chromium of this machine. Not in CI.
+test-browser: $(STAMP)
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest -m browser tests/serving
+
 # Everything that needs no network, hours of it
 test-all: $(STAMP)
-	$(call pytest,$(VENV)) -m 'not gpu and not weights'
+	$(call pytest,$(VENV)) -m 'not gpu and not weights and not browser'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,11 +2,10 @@
 
     python benchmarks/assisted.py
 
-`generate()`, greedy, one sequence on one thread of a CPU: 48 tokens after 16, of random weights, so that which candidates are right
-can be chosen: 8 at a time, each right with a probability, for nothing (as prompt lookup has them, nearly) or after a
-draft of 1 million parameters has read and said them. All give the tokens of plain decoding; whoever does not is not
-timed. And what a pass costs in which candidates are read, over their number: as one compiled call, and as prompts are
-read.
+`generate()`, greedy, one sequence on one thread of a CPU: 48 tokens after 16, of random weights, so that which
+candidates are right can be chosen: 8 at a time, each right with a probability, for nothing or after a draft of 1
+million parameters has read and said them. All give the tokens of plain decoding; whoever does not is not timed. And
+what a pass costs in which candidates are read, over their number: as one compiled call, and as prompts are read.
 """
 
 from collections.abc import Callable

@@ -32,7 +32,7 @@ CHECKPOINT = "TiRex-2, seed 0"
 CONTEXT, HORIZON = SIZES["context_length"], SIZES["prediction_length"]
 STEPS, BATCH = {"full": 100, "LoRA": 100, "ZO": 60}, 16
 DIRECTIONS, EPSILON = 16, 1e-3
-RATES = {"full": (3e-4, 1e-3), "LoRA": (3e-3, 1e-2), "ZO": (3e-4, 1e-3)}
+RATES = {"full": (3e-4, 1e-3), "LoRA": (3e-3, 1e-2), "ZO": (1e-3, 1e-2, 3e-2)}
 ONLY_VARIATES = ("variates", "directions_proj")  # which one series alone never reads
 
 

@@ -33,7 +33,7 @@ def contestants(length: int) -> tuple[dict, dict]:
     counts: dict[str, int] = {}
     for name, settings in {
         "SMT": dict(),
-        "SMT, all positions": dict(all_positions=True),
+        "SMT, all positions": dict(all_positions=True, teacher_queries=False),
         "BPTT": None,
     }.items():
         model = student(task.vocab_size, 0, tokens=4)
@@ -45,7 +45,7 @@ def contestants(length: int) -> tuple[dict, dict]:
 
         else:
             with tempfile.TemporaryDirectory() as folder:
-                sizes = dict(context_size=length, future_size=length)
+                sizes = dict(context_size=length, future_size=length, teacher_hidden_size=model.config.hidden_size)
                 args = hf_rnn.SMTConfig(folder, use_cpu=True, report_to="none", **sizes, **settings)
                 trainer = hf_rnn.SMTTrainer(model, args, train_dataset=task)
 
@@ -87,7 +87,8 @@ def gradient_norms(length: int, batch: int = 64) -> dict[str, list[float]]:
         memories.append(memory)
     F.cross_entropy(model.read_memory(memory, ids[:, -2]), labels[:, -1]).backward()
     through_time = [float(m.grad.norm()) for m in memories]
-    teacher = hf_rnn.SMTTeacher.for_student(model, all_positions=True)
+    size = model.config.hidden_size
+    teacher = hf_rnn.SMTTeacher.for_student(model, all_positions=True, hidden_size=size, queries=False)
     taught = teacher.encode_all(ids[:, :-1]).detach().requires_grad_()
     before = torch.cat([model.initial_memory(batch)[:, None], taught[:, :-1]], 1)
     predicted = model.update_memory(before.flatten(0, 1), ids[:, :-1].flatten())

@@ -90,7 +90,8 @@ def smt(model: Any, data: Any, steps: int, clock: Clock, teacher: Any = None, **
     """SMT; returns the teacher. Defaults: those that the retrieval task was tuned with, on its seed 0 at T = 32."""
     defaults = dict(max_steps=steps, learning_rate=2e-3, per_device_train_batch_size=64, all_positions=True)
     windows = dict(context_size=4096, future_size=4096)
-    settings = defaults | windows | settings
+    teacher_size = dict(teacher_hidden_size=model.config.hidden_size, teacher_queries=False)
+    settings = defaults | windows | teacher_size | settings
     return fit(hf_rnn.SMTTrainer, hf_rnn.SMTConfig, model, data, settings, clock, teacher=teacher).teacher
 
 

@@ -28,6 +28,8 @@ TITLES = {
     "xlstm": "xLSTM beside transformers' own class",
     "decoding": "Decoding",
     "decoding_sizes": "A token over size and bits",
+    "assisted": "Decoding with candidates",
+    "states": "States: prompts and files",
     "weight_bits": "Bits a weight and bits a byte",
     "long_sequences": "Training steps of long sequences",
     "streams": "What streams and long gradients teach",

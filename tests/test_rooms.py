@@ -37,7 +37,7 @@ ROOMS = [
     ["hf_rnn.exchange"],
     ["hf_rnn.models"],
     ["hf_rnn"],  # the public names
-    ["hf_rnn.hub", "hf_rnn.planning"],
+    ["hf_rnn.hub", "hf_rnn.planning", "hf_rnn.serving"],
     ["hf_rnn.cli"],
 ]
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

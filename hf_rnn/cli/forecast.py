@@ -1,4 +1,4 @@
-"""`hf-rnn forecast FILE --model CHECKPOINT`: what comes next in the series of a file, as a file and as a picture."""
+"""`hf-rnn forecast DATA --model CHECKPOINT --horizon 48`: what comes next in a table of series, and a picture of it."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,30 +9,37 @@ import numpy
 
 from hf_rnn.cli.device import add_device, find_device
 from hf_rnn.cli.plot import check_picture
-from hf_rnn.cli.series import Columns, cut_series, load_forecaster, panels, read_series_file
+from hf_rnn.cli.series import Columns, cut_series, load_forecaster, panels, read_table
 from hf_rnn.forecasting.backtest import Backtest, backtest
 from hf_rnn.forecasting.frames import FORECAST, ID, TIME, VALUE, LongFrame
 from hf_rnn.forecasting.pictures import Forecast, draw_calibration, draw_forecasts
 
+_MEASURES = {"mase": "MASE", "wql": "WQL", "smape": "sMAPE", "coverage_80": "inside the 80% interval"}
+
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-rnn forecast", description=__doc__)
-    parser.add_argument("data", help="a .csv or .parquet file, a row for each time of each series")
+    parser.add_argument("data", help="a csv or parquet file, a row for each series and time")
     parser.add_argument("--model", required=True, help="a forecaster's folder, or its name on the Hub")
     parser.add_argument("--horizon", type=int, help="steps to forecast; default: as many as the model was made for")
-    parser.add_argument("--output", default="forecast.csv", help="a .csv file; default: forecast.csv")
-    parser.add_argument("--picture", help="a .png, .svg or .pdf; default: beside the output")
-    parser.add_argument("--quantiles", type=float, nargs="+", help="default: the model's own")
-    parser.add_argument("--past_covariates", nargs="+", metavar="COLUMN", help="columns known until now")
+    parser.add_argument("--output", default="forecast.csv", metavar="FILE", help="table to write, a .csv")
+    parser.add_argument("--picture", metavar="FILE", help=".png, .svg or .pdf; default: beside the table; 'none': none")
+    parser.add_argument("--quantiles", help="such as 0.1,0.5,0.9; default: all of the model's")
+    parser.add_argument("--past_covariates", help="columns known until now, with commas between")
     parser.add_argument(
-        "--future_covariates", metavar="FILE", help="columns known beforehand: a file of the rows to come, without y"
+        "--future_covariates", metavar="FILE", help="table of the rows to come, of columns known beforehand"
     )
+    parser.add_argument("--id_column", default=ID, help="which series a row is of; may be missing where there is one")
+    parser.add_argument("--time_column", default=TIME)
+    parser.add_argument("--value_column", default=VALUE)
     parser.add_argument(
-        "--backtest", type=int, metavar="N", help="also: N forecasts of each series' end, beside what came"
+        "--backtest",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also forecast the last N horizons that are known: how good?",
     )
-    parser.add_argument("--season", type=int, default=1, help="--backtest: steps of a season, which MASE is told")
-    for name, column in zip(Columns._fields, Columns(), strict=True):
-        parser.add_argument(f"--{name}_column", default=column, help=f"default: {column}")
+    parser.add_argument("--season", type=int, default=1, help="steps of a season, by which MASE is scaled")
     parser.add_argument("--batch_size", type=int, default=256, help="series at once")
     add_device(parser)
     arguments = parser.parse_args(argv)
@@ -40,38 +47,41 @@ def main(argv: list[str]) -> None:
     if output.suffix != ".csv" or not output.absolute().parent.is_dir():
         raise ValueError(f"output: expected a .csv in a folder that is there, got {output}")
     picture = output.with_suffix(".png") if arguments.picture is None else Path(arguments.picture)
-    check_picture(picture, "picture")
-    if arguments.backtest is not None and arguments.backtest < 1:
-        raise ValueError(f"backtest: expected at least 1 forecast of each series, got {arguments.backtest}")
+    if arguments.picture != "none":
+        check_picture(picture, "picture")
+    if arguments.backtest < 0:
+        raise ValueError(f"backtest: expected a number of horizons, got {arguments.backtest}")
+    quantiles = _quantiles(arguments.quantiles)
+    past = arguments.past_covariates.split(",") if arguments.past_covariates else []
     columns = Columns(arguments.id_column, arguments.time_column, arguments.value_column)
-    frame, future, known = read_series_file("data", arguments.data, columns), None, []
+    frame, future, known = read_table("data", arguments.data, columns), None, []
     if arguments.future_covariates is not None:
-        future = read_series_file("future_covariates", arguments.future_covariates, columns._replace(value=VALUE))
+        future = read_table("future_covariates", arguments.future_covariates, columns._replace(value=VALUE))
         future = future.drop(columns=VALUE, errors="ignore")  # nothing is known of it, if a file has it
         known = list(cut_series("future_covariates", future).values)
-    past = arguments.past_covariates or []
     read = cut_series("data", frame, [VALUE, *past, *known])
-    device = find_device(arguments.device)
-    model = load_forecaster(arguments.model).to(device)
+    model = load_forecaster(arguments.model).to(find_device(arguments.device))
     horizon = model.config.prediction_length if arguments.horizon is None else arguments.horizon
-    options = dict(batch_size=arguments.batch_size, progress=True)
+    options = dict(quantiles=quantiles, batch_size=arguments.batch_size, progress=True)
+    quantiles = quantiles or list(model.config.quantiles)
 
-    found = model.predict(frame, horizon, arguments.past_covariates, future, arguments.quantiles, **options)
-    found.rename(columns={ID: columns.id, TIME: columns.time}).to_csv(output, index=False, float_format="%.9g")
-    print(f"{len(read.ids)} series, {horizon} steps: {output}")
-    names = [name for name in found.columns if name not in (ID, TIME, FORECAST)]
-    forecasts = [[one] for one in ahead(cut_series("forecast", found), names)]
-    drawn = draw_forecasts(
-        panels(read, forecasts), [float(name) for name in names], picture, columns.value, columns.time
-    )
-    if arguments.backtest is not None:
-        covariates = [side_by_side(read, names) for names in (past, known)]
-        tested = backtest(model, read.values[VALUE], horizon, arguments.backtest, *covariates, **options)  # type: ignore[arg-type]
-        print_metrics(tested.metrics(arguments.season), "backtest")
-        over, calibration = (picture.with_stem(f"{picture.stem}_{what}") for what in ("backtest", "calibration"))
-        draw_backtest(tested, read, over, calibration, columns)
-    if drawn:
-        print(f"drawn in {picture}")
+    found = model.predict(frame, horizon, past or None, future, **options)
+    own = {ID: columns.id, TIME: columns.time}
+    found.rename(columns=own).to_csv(output, index=False, float_format="%.9g")
+    print(f"{len(read.ids)} series, {horizon} steps each: {output}")
+    if arguments.picture != "none":
+        forecasts = [[one] for one in ahead(cut_series("forecast", found), [f"{q:g}" for q in quantiles])]
+        if draw_forecasts(panels(read, forecasts), quantiles, picture, columns.value, columns.time):
+            print(f"picture: {picture}")
+    if not arguments.backtest:
+        return
+    covariates = [side_by_side(read, names) for names in (past, known)]
+    tested = backtest(model, read.values[VALUE], horizon, arguments.backtest, *covariates, **options)  # type: ignore[arg-type]
+    metrics = tested.metrics(arguments.season)
+    print("backtest: " + ", ".join(f"{name} {metrics[key]:.3f}" for key, name in _MEASURES.items() if key in metrics))
+    if arguments.picture != "none":
+        over, below = (picture.with_stem(f"{picture.stem}-{name}") for name in ("backtest", "calibration"))
+        draw_backtest(tested, read, over, below, columns)
 
 
 def ahead(found: LongFrame, names: Sequence[str]) -> list[Forecast]:
@@ -87,19 +97,20 @@ def side_by_side(read: LongFrame, names: Sequence[str]) -> list[numpy.ndarray] |
     return [numpy.stack(parts) for parts in zip(*(read.values[name] for name in names), strict=True)]
 
 
-def print_metrics(metrics: dict[str, float], where: str) -> None:
-    """MASE, WQL, sMAPE, then the coverage of intervals from the widest on."""
-    for name in sorted(metrics, key=["mase", "wql", "smape", *metrics].index):
-        print(f"{where} {name}: {metrics[name]:.4f}")
-
-
-def draw_backtest(tested: Backtest, read: LongFrame, over: Path, calibration: Path, columns: Columns) -> None:
+def draw_backtest(tested: Backtest, read: LongFrame, over: Path, below: Path, columns: Columns) -> None:
     """Forecasts over what came, and the calibration of their quantiles."""
     forecasts: list[list[Any]] = [[] for _ in read.ids]
     for number, start, predictions in zip(tested.series, tested.starts, tested.predictions, strict=True):
         times = read.times[number][start : start + len(predictions)]
         median = predictions[:, predictions.shape[1] // 2]
         forecasts[number].append(Forecast(times, median, predictions))
-    draw_forecasts(panels(read, forecasts), tested.quantiles, over, columns.value, columns.time)
-    if draw_calibration(tested.values, tested.predictions, tested.quantiles, calibration):
-        print(f"drawn in {over}, {calibration}")
+    if draw_forecasts(panels(read, forecasts), tested.quantiles, over, columns.value, columns.time):
+        draw_calibration(tested.values, tested.predictions, tested.quantiles, below)
+        print(f"pictures: {over}, {below}")
+
+
+def _quantiles(told: str | None) -> list[float] | None:
+    try:
+        return [float(x) for x in told.split(",")] if told else None
+    except ValueError:
+        raise ValueError(f"quantiles: expected numbers with commas between, got {told!r}") from None

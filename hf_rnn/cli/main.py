@@ -13,10 +13,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("train a model on your text, or series, and save a checkpoint", "train"),
+    "train": Command("train a model on your text and save a checkpoint", "train"),
     "predict": Command("labels, numbers or masked tokens for texts, of a checkpoint with such a head", "predict"),
-    "forecast": Command("what comes next in series, with quantiles: a csv and a picture", "forecast"),
+    "forecast": Command("what comes next in a table of series: a table and a picture", "forecast"),
     "generate": Command("continue a prompt, streamed to the terminal", "generate"),
+    "serve": Command("an HTTP server in OpenAI's manner, with sessions that keep their state", "serve"),
     "eval": Command("bits per byte of a checkpoint on a text", "evaluate"),
     "compress": Command("quantise a checkpoint and code it in few bits; it loads like any other", "compress"),
     "inspect": Command("a table of a checkpoint's tensors: shape, nu, bits, zeros", "inspect"),

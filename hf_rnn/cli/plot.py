@@ -3,8 +3,8 @@
 from pathlib import Path
 
 
-def plot_losses(log_history: list[dict], path: str | Path) -> Path | None:
-    """Draw training and held-out loss (nats per token) over steps; None where matplotlib is missing."""
+def plot_losses(log_history: list[dict], path: str | Path, what: str = "loss (nats per token)") -> Path | None:
+    """Draw training and held-out loss over steps; None where matplotlib is missing."""
     axes = _axes()
     if axes is None:
         return None
@@ -13,7 +13,7 @@ def plot_losses(log_history: list[dict], path: str | Path) -> Path | None:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker=marker)
             axes.legend()
-    return _save(axes, "optimizer step", path)
+    return _save(axes, "optimizer step", path, what)
 
 
 def plot_positions(losses: dict[int, float], trained: int | None, path: str | Path) -> Path | None:
@@ -50,9 +50,9 @@ def _axes():
     return Figure(figsize=(7, 4), layout="constrained").subplots()
 
 
-def _save(axes, across: str, path: str | Path) -> Path:
+def _save(axes, across: str, path: str | Path, what: str = "loss (nats per token)") -> Path:
     axes.set_xlabel(across)
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(what)
     axes.grid(alpha=0.3)
     axes.figure.savefig(path, dpi=120)
     return Path(path)

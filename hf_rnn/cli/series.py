@@ -1,4 +1,4 @@
-"""Series for the command line: csv and parquet files in the long format, and models that forecast them."""
+"""Tables of series in files, and models that forecast them, as `hf-rnn forecast` and `hf-rnn train` read them."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Columns(NamedTuple):
     value: str = VALUE
 
 
-def read_series_file(name: str, path: str, columns: Columns = Columns()) -> Any:  # noqa: B008
+def read_table(name: str, path: str, columns: Columns = Columns()) -> Any:  # noqa: B008
     """A csv or parquet file as a pandas DataFrame with `ds` and, where there are several series, `unique_id`; `y` and
     others under the names that `hf_rnn.forecasting.frames` knows. Times of a time zone become UTC's.
 

@@ -19,7 +19,6 @@ from transformers import (
 
 from hf_rnn import (
     ARCHITECTURES,
-    FORECASTERS,
     DMTConfig,
     DMTTrainer,
     RateConstrainedConfig,
@@ -33,11 +32,10 @@ from hf_rnn import (
     byte_tokenizer,
 )
 from hf_rnn.cli.data import blocks, cut_documents, read_documents, tokenize
-from hf_rnn.cli.forecast import print_metrics
-from hf_rnn.cli.forecaster import build_forecaster, train_forecaster
 from hf_rnn.cli.plot import plot_losses
 from hf_rnn.cli.settings import read_settings
 from hf_rnn.cli.tasks import MODELS, answers, prepare
+from hf_rnn.cli.train_forecaster import train_forecaster
 from hf_rnn.forecasting.frames import ID, TIME, VALUE
 from hf_rnn.skeleton.configuration_hybrid import HybridConfig
 from hf_rnn.tasks.evaluation import bits_per_byte
@@ -49,8 +47,8 @@ class ModelArguments:
     task: str = field(
         default="causal-lm",
         metadata={
-            "help": f"causal-lm; forecasting, not with smt and dmt; or one of {', '.join(MODELS)}, by backpropagation, "
-            "whose new models read both ways, unless --config says bidirectional=False"
+            "help": f"causal-lm, or one of {', '.join(MODELS)}, by backpropagation; new models of these read both "
+            "ways, unless --config says bidirectional=False; or forecasting, by backpropagation, zo or rate"
         },
     )
     trainer: str = field(
@@ -64,13 +62,23 @@ class ModelArguments:
     model: str | None = field(
         default=None,
         metadata={
-            "help": f"an architecture ({', '.join(ARCHITECTURES.values())}; of forecasters also "
-            f"{', '.join(FORECASTERS.values())}) to train from scratch, or a checkpoint; "
+            "help": f"an architecture ({', '.join(ARCHITECTURES.values())}) to train from scratch, or a checkpoint; "
             "default: mingru, with smt memory, with dmt the checkpoint that has the teacher"
         },
     )
     teacher: str | None = field(
-        default=None, metadata={"help": "dmt (smt: to go on with): the folder that an smt run saved, or its teacher's"}
+        default=None,
+        metadata={
+            "help": "dmt (smt: to go on with): the folder that an smt run saved, or its teacher's; none (dmt with "
+            "--readout_steps): truncated backpropagation without one"
+        },
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "smt, dmt: settings for what is to be learned, dense (text, pixels: every token has a label), rare "
+            "(few labels, far from what they depend on) or paper; other options still count"
+        },
     )
     config: str = field(
         default="",
@@ -84,15 +92,19 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        if self.task not in ("causal-lm", "forecasting", *MODELS):
-            raise ValueError(f"task: expected one of {['causal-lm', 'forecasting', *MODELS]}, got {self.task!r}")
-        if self.task == "forecasting" and self.trainer in ("smt", "dmt"):
-            raise ValueError(f"trainer: forecasting trains by backpropagation, rate or zo, got {self.trainer!r}")
+        if self.task not in (tasks := ["causal-lm", "forecasting", *MODELS]):
+            raise ValueError(f"task: expected one of {tasks}, got {self.task!r}")
+        if self.task == "forecasting" and self.trainer not in ("backpropagation", "zo", "rate"):
+            raise ValueError(f"trainer: forecasting trains by backpropagation, zo or rate, got {self.trainer!r}")
         if self.task in MODELS and self.trainer != "backpropagation":
             raise ValueError(f"trainer: {self.task} trains by backpropagation, got {self.trainer!r}")
         if self.teacher is not None and self.trainer not in ("smt", "dmt"):
             raise ValueError(f"teacher: only smt and dmt have one, got --trainer {self.trainer}")
-        if self.model is None:
+        if self.preset is not None and self.trainer not in ("smt", "dmt"):
+            raise ValueError(f"preset: only smt and dmt have some, got --trainer {self.trainer}")
+        if self.teacher == "none":
+            self.model = self.model or "memory"
+        elif self.model is None:
             # Beside a teacher lies its student: in the folder given, or in the one that this is the `teacher` of
             student = self.teacher if self.teacher is None or (Path(self.teacher) / "teacher").is_dir() else None
             if student is None and self.teacher is not None:
@@ -109,7 +121,7 @@ class DataArguments:
     data: str = field(
         metadata={
             "help": "a text file, a folder saved by `datasets`, or a dataset's name on the Hub; with labels also a "
-            "csv, json, jsonl or parquet file; of series a csv or parquet file, a row for each time of each series"
+            "csv, json, jsonl or parquet file; to forecast a csv or parquet file, a row for each series and time"
         }
     )
     split: str = field(default="train", metadata={"help": "split of a dataset"})
@@ -130,14 +142,14 @@ class DataArguments:
     held_out: float = field(
         default=0.05,
         metadata={
-            "help": "share of the text, at its end, or of rows by chance, to evaluate on; of each series, at its end, "
-            "at least one forecast"
+            "help": "share of the text, at its end, or of rows by chance, to evaluate on; of series the last "
+            "prediction_length steps, unless it is 0"
         },
     )
-    id_column: str = field(default=ID, metadata={"help": "column of which series a row is of"})
+    id_column: str = field(default=ID, metadata={"help": "column of the series that a row is of"})
     time_column: str = field(default=TIME, metadata={"help": "column of a series' times"})
     value_column: str = field(default=VALUE, metadata={"help": "column of a series' values"})
-    season: int = field(default=1, metadata={"help": "steps of a series' season, which MASE is told"})
+    season: int = field(default=1, metadata={"help": "steps of a season of the series, by which MASE is scaled"})
 
     def __post_init__(self):
         if self.block_size < 2:
@@ -199,11 +211,11 @@ class SMTTrainArguments(RunDefaults, SMTConfig):
 
 @dataclass
 class DMTTrainArguments(RunDefaults, DMTConfig):
-    """A DMTConfig, with defaults for a small model that an smt run trained."""
+    """A DMTConfig, with defaults for a small model that an smt run trained: a tenth of its rate."""
 
     per_device_train_batch_size: int = 16
     num_train_epochs: float = 1.0
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
 
 
 TRAINERS: dict[str, tuple[Any, Any]] = {
@@ -367,20 +379,24 @@ def check_output(folder: Path) -> None:
 def main(argv: list[str]) -> None:
     choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     choice.add_argument("--trainer", default="backpropagation")
-    trainer = choice.parse_known_args(argv)[0].trainer
+    choice.add_argument("--preset")
+    chosen = choice.parse_known_args(argv)[0]
+    trainer = chosen.trainer
     if trainer not in TRAINERS:
         raise ValueError(f"trainer: expected one of {list(TRAINERS)}, got {trainer!r}")
     parser = HfArgumentParser([ModelArguments, DataArguments, TRAINERS[trainer][1]], prog="hf-rnn train")  # type: ignore
+    if chosen.preset is not None and trainer in ("smt", "dmt"):
+        parser.set_defaults(**TRAINERS[trainer][1].preset_settings(chosen.preset))
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)
     check_output(Path(str(arguments.output_dir)))
     set_seed(arguments.seed)
     if model_arguments.task == "forecasting":
-        model = build_forecaster(str(model_arguments.model), model_arguments.config)
-        print(f"{type(model).__name__}: {model.num_parameters():,} parameters")
-        if arguments.learning_rate is None:
-            arguments.learning_rate = default_learning_rate(model.config)
-        print_metrics(train_forecaster(model, data, arguments, TRAINERS[trainer][0]), "held-out")
-        print(f"saved {arguments.output_dir}; try: hf-rnn forecast {data.data} --model {arguments.output_dir}")
+        metrics = train_forecaster(model_arguments, data, arguments, TRAINERS[trainer][0])
+        for name in ("loss", "mase", "wql", "smape", "coverage_80"):
+            if f"eval_{name}" in metrics:
+                print(f"held-out {name}: {metrics[f'eval_{name}']:.4f}")
+        again = f"hf-rnn forecast {data.data} --model {arguments.output_dir}"
+        print(f"saved {arguments.output_dir}; try: {again}")
         return
     if model_arguments.task != "causal-lm":
         for name, value in train_task(model_arguments, data, arguments).items():
@@ -393,7 +409,9 @@ def main(argv: list[str]) -> None:
     model = build_model(model_arguments, tokenizer)
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters")
     documents = read_documents(data.data, data.split, data.text_column)
-    options = {"teacher": model_arguments.teacher} if trainer in ("smt", "dmt") else {}
+    options: dict[str, Any] = {}
+    if trainer in ("smt", "dmt"):
+        options["teacher"] = False if model_arguments.teacher == "none" else model_arguments.teacher
     metrics = train(model, tokenizer, documents, data, arguments, **options)
     if "bits_per_byte" in metrics:
         print(f"held-out bits per byte: {metrics['bits_per_byte']:.3f}")

@@ -16,7 +16,7 @@ class Backtest(NamedTuple):
         starts: (N,), the step that is forecast first.
         past_values: of each window what lies before it, (start,).
         values: (N, horizon), what came, NaN where missing.
-        predictions: (N, horizon, Q), the model's quantiles.
+        predictions: (N, horizon, Q).
         quantiles: Q numbers.
     """
 
@@ -43,6 +43,7 @@ def backtest(
     origins: int | Sequence[int] = 1,
     past_covariates: Sequence[numpy.ndarray] | None = None,
     future_covariates: Sequence[numpy.ndarray] | None = None,
+    quantiles: Sequence[float] | None = None,
     **options: Any,
 ) -> Backtest:
     """Forecast the last `origins` pieces of `horizon` steps of each series, each from all that lies before it.
@@ -53,6 +54,7 @@ def backtest(
         horizon: steps of a forecast, and from one origin to the next.
         origins: how many forecasts of all series, or of each.
         past_covariates, future_covariates: (T,) or (C, T) of each series; both of what has been.
+        quantiles: which to give; None: the model's own.
         options: of `predict`.
 
     Raises:
@@ -74,12 +76,12 @@ def backtest(
         for given, more in ((past_covariates, 0), (future_covariates, horizon))
     )
     pasts = [numpy.asarray(series[number][:start], numpy.float64) for number, start in windows]
-    found = model.predict(pasts, horizon, past, future, **options)
+    found = model.predict(pasts, horizon, past, future, quantiles, **options)
     return Backtest(
         numpy.array([number for number, _ in windows]),
         numpy.array([start for _, start in windows]),
         pasts,
         numpy.stack([series[number][start : start + horizon] for number, start in windows]),
         numpy.stack(found.full_predictions),
-        list(model.config.quantiles),
+        list(model.config.quantiles if quantiles is None else quantiles),
     )

@@ -22,11 +22,9 @@ class PredictionMixin(StreamMixin):
     Attributes:
         reads_variates: `forward` takes `future_covariates`, `group_ids`, `target_mask` and `pad_context`, too. Others
             read each variate of a series by itself, and no covariates.
-        difference_band: see `hf_rnn.forecasting.trend.levels`.
     """
 
     reads_variates = False
-    difference_band = (1.0, 0.0)
 
     @torch.no_grad()
     def predict(
@@ -118,6 +116,10 @@ class PredictionMixin(StreamMixin):
             mean_predictions=like(series, found, medians), full_predictions=like(series, found, predictions)
         )
 
+    def accumulate(self, steps: Tensor, last: Tensor) -> Tensor:
+        """Quantiles of differences (R, T, Q) behind the value `last` (R,) to quantiles of values."""
+        return levels(self.calibrate(steps), last)
+
     def _forecast(self, rows: Rows, difference: bool, flip: bool, pad_context: bool) -> Tensor:
         """(R, horizon, Q) of the targets among the rows."""
         values, futures, series, targets, starts = rows
@@ -135,7 +137,7 @@ class PredictionMixin(StreamMixin):
             options["future_covariates"] = None if bool(futures.isnan().all()) else futures
         forecast = self(past_values=values, horizon=horizon, **options)  # type: ignore[operator]
         steps, trend, last = forecast.full_predictions[targets], trend[targets], last[targets]
-        y = torch.where(trend[:, None, None], levels(steps, last, self.difference_band), self.calibrate(steps))
+        y = torch.where(trend[:, None, None], self.accumulate(steps, last), self.calibrate(steps))
         if not flip:
             return y
         y, negated = y.chunk(2)

@@ -50,7 +50,7 @@ def last_values(x: Tensor) -> Tensor:
     return x.gather(1, last[:, None])[:, 0].nan_to_num(0.0)
 
 
-def levels(steps: Tensor, last: Tensor, band: tuple[float, float] = DIFFERENCE_BAND) -> Tensor:
+def levels(steps: Tensor, last: Tensor, band: tuple[float, float] = (1.0, 0.0)) -> Tensor:
     """Quantiles of differences (R, T, Q) behind the value `last` (R,) to quantiles of values.
 
     Medians add up; distances from them as deviations of independent steps do, times band[0] t^band[1] at step t.

@@ -8,6 +8,7 @@ they lie.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy
@@ -34,6 +35,7 @@ class Sampling(NamedTuple):
     top_p: float | None = None
     min_p: float | None = None
 
+    @lru_cache(maxsize=256)  # noqa: B019, of values, and not of ever more of them
     def processors(self) -> LogitsProcessorList:
         found = LogitsProcessorList()
         if self.temperature not in (None, 1.0):
@@ -94,6 +96,7 @@ class Request:
             raise ValueError(f"max_new_tokens: expected at least 0, got {self.max_new_tokens}")
         self.unread = list(self.unread)
         self.random = numpy.random.default_rng(self.seed)
+        self.read_in_step = 0  # the last one that has read a piece of its prompt
 
 
 class ContinuousBatch:
@@ -118,7 +121,7 @@ class ContinuousBatch:
         self.rows: list[Request] = []  # the first `decoding` of them are decoded, the others read
         self.decoding = 0
         self.waiting: deque[Request] = deque()
-        self._processors: dict[Sampling, LogitsProcessorList] = {}
+        self._step = 0
 
     @property
     def busy(self) -> bool:
@@ -147,6 +150,17 @@ class ContinuousBatch:
         elif request in self.waiting:
             self.waiting.remove(request)
 
+    def initial_state(self) -> RecurrentCache:
+        """Of a text before its first token, one row."""
+        cache = RecurrentCache(len(self.initial))
+        cache.states = [tuple(x.detach().clone() for x in state) for state in self.initial]
+        cache.model_type = self.model.config.model_type
+        return cache
+
+    def snapshot(self, request: Request) -> RecurrentCache:
+        """A copy of the state of a text that has a row: behind all but its `unread`."""
+        return self._snapshot(self.rows.index(request), request)
+
     @torch.no_grad()
     def step(self) -> list[Request]:
         """A token of every text that is decoded and a piece of the prompts that are read.
@@ -158,6 +172,7 @@ class ContinuousBatch:
         for request in ended:
             self.pause(request)
             request.finish_reason = "cancelled"
+        self._step += 1
         self._admit()
         moved = self._decode() + self._read()
         for request in moved:
@@ -170,7 +185,7 @@ class ContinuousBatch:
     def _admit(self) -> None:
         while self.waiting and len(self.rows) < self.max_rows:
             request, row = self.waiting.popleft(), len(self.rows)
-            request.read_tokens = 0
+            request.read_tokens, request.read_in_step = 0, self._step
             states = self.initial if request.state is None else request.state.states
             for mine, theirs in zip(self.buffer, states, strict=True):
                 for x, y in zip(mine, theirs, strict=True):  # type: ignore[arg-type]
@@ -189,10 +204,13 @@ class ContinuousBatch:
         return requests
 
     def _read(self) -> list[Request]:
-        """A piece of the prompts of the first rows behind, as many as fit; those that are through are decoded."""
-        reading = self.rows[self.decoding :]
-        if not reading:
+        """A piece of the prompt that waits longest for one, and of those behind its row, as many as fit; those that are
+        through are decoded."""
+        if self.decoding == len(self.rows):
             return []
+        waiting = range(self.decoding, len(self.rows))
+        self._swap(self.decoding, min(waiting, key=lambda row: self.rows[row].read_in_step))
+        reading = self.rows[self.decoding :]
         length = min(len(reading[0].unread), self.prompt_tokens)
         reading = reading[: max(self.prompt_tokens // length, 1)]
         pieces = [request.unread[:length] for request in reading]
@@ -203,6 +221,7 @@ class ContinuousBatch:
         through = [n for n, request in enumerate(reading) if len(request.unread) <= length]
         for request, piece in zip(reading, pieces, strict=True):
             request.read_tokens += len(piece)
+            request.read_in_step = self._step
             request.unread = request.unread[length:]
         done = [reading[n] for n in through]
         for request in done:
@@ -239,9 +258,7 @@ class ContinuousBatch:
             if not sampling.do_sample:
                 chosen[rows] = part.argmax(-1)
                 continue
-            if sampling not in self._processors:
-                self._processors[sampling] = sampling.processors()
-            weights = self._processors[sampling](None, part).softmax(-1).cumsum(-1)  # type: ignore[arg-type]
+            weights = sampling.processors()(None, part).softmax(-1).cumsum(-1)  # type: ignore[arg-type]
             chance = torch.tensor([[requests[row].random.random()] for row in rows], dtype=weights.dtype)
             chosen[rows] = torch.searchsorted(weights, chance.to(weights.device) * weights[:, -1:]).squeeze(1)
         finite = logits.isfinite().any(-1) & ~logits.isnan().any(-1)

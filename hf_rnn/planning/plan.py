@@ -113,7 +113,7 @@ def measure(config: Any, trainer: str, gradient_checkpointing: bool = False) -> 
     networks, waits = [model], 0.0
     if trainer == "smt":
         options = SMTConfig(output_dir="unused", report_to="none")
-        paper = dict(encoder_layers=8, decoder_layers=4)
+        paper = dict(hidden_size=config.hidden_size, encoder_layers=8, decoder_layers=4)
         teacher = on_meta(lambda: SMTTeacher.for_student(model, **paper), torch.bfloat16)
         networks.append(teacher)
         run = counting.memory_training(model, teacher, options.context_size, options.future_size)

@@ -9,6 +9,7 @@ from hf_rnn.tasks.series import SyntheticSeries
 from hf_rnn.tasks.sources import byte_labels, python_sources
 from hf_rnn.tasks.synthetic import (
     KeysValues,
+    LinearRule,
     ModularArithmetic,
     Parity,
     Retrieval,
@@ -21,6 +22,7 @@ from hf_rnn.tasks.synthetic import (
 __all__ = [
     "DigitStrings",
     "KeysValues",
+    "LinearRule",
     "ListOps",
     "ModularArithmetic",
     "Parity",

@@ -83,12 +83,33 @@ def test_smt_then_dmt(tmp_path, capsys):
     assert "DAgger Memory Training" in (tmp_path / "dmt" / "README.md").read_text()
     assert main(["generate", str(tmp_path / "dmt"), "--prompt", "the", "--max_new_tokens", "5"]) == 0
     assert "the" in capsys.readouterr().out
+    assert main([*dmt, "--teacher", "none", "--readout_steps", "2", *small[:2]]) == 0
+    assert "backpropagation truncated to 2 steps" in (tmp_path / "dmt" / "README.md").read_text()
     assert main(dmt) == 1
     assert "teacher: expected the folder that `hf-rnn train --trainer smt` saved" in capsys.readouterr().err
     assert main([*arguments, "--teacher", str(tmp_path / "smt")]) == 1
     assert "teacher: only smt and dmt have one" in capsys.readouterr().err
     assert main([*arguments, "--trainer", "smt", "--model", "mingru", "--output_dir", str(tmp_path / "no")]) == 1
     assert "MinGRU: nothing to gain from training by memories" in capsys.readouterr().err
+
+
+def test_presets_of_memory_training(tmp_path, capsys):
+    """Options given beside a preset count; DMT takes the optimizer of the checkpoint over."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    common = ["train", "--data", str(tmp_path / "text.txt"), "--use_cpu", "--block_size", "32", "--max_steps", "2"]
+    smt, dmt = str(tmp_path / "smt"), str(tmp_path / "dmt")
+    model = ["--config", "hidden_size=16,num_memory_tokens=2,updater=mlp", "--teacher_encoder_layers", "1"]
+    dense = ["--preset", "dense", "--student_steps", "3", "--save_steps", "2"]
+    assert main([*common, *model, "--trainer", "smt", *dense, "--output_dir", smt]) == 0
+    settings = torch.load(tmp_path / "smt" / "training_args.bin", weights_only=False)
+    assert (settings.student_steps, settings.coef_first, settings.all_positions) == (3, 1.0, True)
+    assert '"decoder_layers": 0' in (tmp_path / "smt" / "teacher" / "config.json").read_text()
+    more = ["--trainer", "dmt", "--teacher", smt, "--preset", "dense", "--optimizer_from", f"{smt}/checkpoint-2"]
+    assert main([*common, *more, "--output_dir", dmt]) == 0
+    assert main([*common, *model[:2], "--trainer", "smt", "--preset", "sparse", "--output_dir", dmt]) == 1
+    assert "preset: expected one of dense, rare, paper, got 'sparse'" in capsys.readouterr().err
+    assert main([*common, "--preset", "dense", "--output_dir", dmt]) == 1
+    assert "preset: only smt and dmt have some" in capsys.readouterr().err
 
 
 def test_zero_order(tmp_path, capsys):

@@ -17,7 +17,7 @@ class Naive:
     class config:
         quantiles = QUANTILES
 
-    def predict(self, series, horizon, past_covariates=None, future_covariates=None):
+    def predict(self, series, horizon, past_covariates=None, future_covariates=None, quantiles=None):
         self.told = series, past_covariates, future_covariates
         last = [np.full(horizon, x[-1]) for x in series]
         return ForecastOutput(mean_predictions=last, full_predictions=[np.stack([x - 1, x, x + 1], 1) for x in last])

@@ -36,6 +36,8 @@ def compute(folder, causal, masked, classifier, base):
     positions = torch.cat([torch.arange(9), torch.arange(8)])[None]
     results = {"greedy": causal.generate(ids[:2], attention_mask=mask[:2], max_new_tokens=20, do_sample=False)}
     results["beams"] = causal.generate(ids[:2], max_new_tokens=8, do_sample=False, num_beams=3)
+    lookup = dict(prompt_lookup_num_tokens=3, max_new_tokens=12, do_sample=False)
+    results["candidates"] = causal.generate(ids[:1], **lookup)
     with torch.no_grad():
         results["logits"] = causal(ids, attention_mask=mask).logits * mask[..., None]
         results["packed"] = causal(ids[:1], position_ids=positions).logits
@@ -117,9 +119,9 @@ def results(tmp_path_factory, bare_python):
 def test_same_as_with_the_package(case, results):
     expected, alone = load_file(results / f"{case}-package.safetensors"), load_file(results / f"{case}.safetensors")
     assert expected.keys() == alone.keys()
-    for name in expected.keys() & {"greedy", "beams"}:
+    for name in expected.keys() & {"greedy", "beams", "candidates"}:
         assert torch.equal(alone[name], expected[name]), name
-    for name in expected.keys() - {"greedy", "beams"}:
+    for name in expected.keys() - {"greedy", "beams", "candidates"}:
         assert relative_error(alone[name], expected[name]) < 1e-5, name
 
 

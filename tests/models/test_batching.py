@@ -178,3 +178,38 @@ def test_what_is_refused(small):
     with pytest.raises(TypeError, match=r"unknown arguments \['max_tokens'\]"):
         small.generate_batch([[1]], max_tokens=3)
     assert small.generate_batch([], max_new_tokens=3) == {}
+
+
+def test_prompts_are_read_in_turn(small):
+    """A short prompt does not wait for a long one, nor a long one for those that keep coming."""
+    batch = ContinuousBatch(small, 6, prompt_tokens=8)
+    texts = {name: [n % 6] * size for n, (name, size) in enumerate([("a", 800), ("b", 640), ("c", 5), ("d", 400)])}
+    requests = {name: batch.add(Request(text, 3)) for name, text in texts.items()}
+    for _ in range(5):
+        batch.step()
+    assert requests["c"].tokens and all(len(requests[name].unread) < len(texts[name]) for name in "abd")
+    steps, late = 0, []
+    while not requests["a"].finish_reason:
+        steps += 1
+        late += [batch.add(Request([1, 2], 1))] if len(batch.rows) < 6 else []
+        batch.step()
+    assert steps < 3 * (800 + 640 + 400) / 8
+    while batch.busy:
+        batch.step()
+    for name, request in requests.items():
+        assert request.tokens == alone(small, texts[name], 3)
+    assert {tuple(r.tokens) for r in late} == {tuple(alone(small, [1, 2], 1))}
+
+
+def test_a_snapshot_is_where_the_text_is(small):
+    batch = ContinuousBatch(small, 2)
+    request = batch.add(Request([1, 2, 3], 5))
+    first = batch.add(Request([2], 1, state=batch.initial_state()))
+    batch.step(), batch.step()
+    state, unread = batch.snapshot(request), request.unread
+    while batch.busy:
+        batch.step()
+    rest = batch.add(Request(unread, 3, state=state))
+    while batch.busy:
+        batch.step()
+    assert request.tokens[2:] == rest.tokens and first.tokens == alone(small, [2], 1)

@@ -21,7 +21,7 @@ import hf_rnn
 from hf_rnn.cli.convert import convert
 from hf_rnn.forecasting.quantiles import at_quantiles, pinball_loss
 from hf_rnn.forecasting.scaling import standardize
-from hf_rnn.forecasting.trend import differences, has_trend, last_values, levels
+from hf_rnn.forecasting.trend import DIFFERENCE_BAND, differences, has_trend, last_values, levels
 from hf_rnn.models.tirex2.tirex_config import from_tirex_config, to_tirex_config
 from hf_rnn.remote_code.bundle import write_bundle
 
@@ -187,7 +187,7 @@ def test_differences_add_up():
     assert not d[0, 0] and not d[2, 5] and torch.equal(d[0, 1:], x[0, 1:] - x[0, :-1])
     assert last_values(x).tolist() == [x[0, -1], x[1, -4], x[2, -1]] and last_values(x * NAN).tolist() == [0.0] * 3
     steps = walk(2, 6, 5, seed=3).sort(-1).values
-    found, last = levels(steps, x[:2, 0]), x[:2, 0]
+    found, last = levels(steps, x[:2, 0], DIFFERENCE_BAND), x[:2, 0]
     for row in range(2):
         for t in range(6):
             median = last[row] + steps[row, : t + 1, 2].sum()

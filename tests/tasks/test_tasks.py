@@ -40,7 +40,7 @@ def stack(task, x):
 def keys_values(task, x):
     pairs, key = {}, None
     answers, first = {}, 1 + task.values
-    count = min(task.keys, len(x) // 3)
+    count = min(task.keys, (len(x) - 1) // 2 if task.one_query else len(x) // 3)
     for t, token in enumerate(x):
         if t < 2 * count:
             if token >= first:
@@ -49,7 +49,20 @@ def keys_values(task, x):
                 pairs[key] = token
         elif token >= first:
             answers[t] = pairs[token]
-    assert len(pairs) == len(answers) == count
+    assert len(pairs) == count and len(answers) == (1 if task.one_query else count)
+    return answers
+
+
+def linear_rule(task, x):
+    """All rules tried on all pairs."""
+    answers, p = {}, task.modulus
+    for t in range(0, len(x), 2):
+        pairs = [(x[i], x[i + 1]) for i in range(0, t, 2)]
+        rules = [(a, b) for a in range(p) for b in range(p) if all((a * u + b) % p == v for u, v in pairs)]
+        said = {(a * x[t] + b) % p for a, b in rules}
+        assert said and (t + 1 == len(x) or x[t + 1] in said)
+        if len(said) == 1:
+            answers[t] = said.pop()
     return answers
 
 
@@ -77,6 +90,7 @@ SOLVERS = {
     tasks.StringCopy: string_copy,
     tasks.Stack: stack,
     tasks.KeysValues: keys_values,
+    tasks.LinearRule: linear_rule,
     tasks.ModularArithmetic: modular_arithmetic,
     tasks.Parity: parity,
     tasks.SelectiveCopying: selective_copying,
@@ -103,6 +117,28 @@ def test_labels(cls, length):
 def test_last_only_parity():
     task = tasks.Parity(length=9, last_only=True)
     assert [t for t, y in enumerate(task[0]["labels"].tolist()) if y != -100] == [9]
+
+
+@pytest.mark.parametrize("length", [4, 8, 13, 32])
+def test_one_query(length):
+    task = tasks.KeysValues(length=length, one_query=True)
+    for i in range(40):
+        row = task[i]
+        ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
+        found = {t - 1: y for t, y in enumerate(labels) if y != -100}
+        assert found == keys_values(task, ids[:-1]) and [*found] == [length - 1]
+
+
+@pytest.mark.parametrize("cls", [tasks.Retrieval, tasks.StringCopy])
+def test_noise_is_in_answers_alone(cls):
+    clean, noisy, count, wrong = cls(length=16), cls(length=16, noise=0.3), 0, 0
+    for i in range(400):
+        ids, labels = clean[i]["input_ids"][:-1], clean[i]["labels"]
+        assert torch.equal(noisy[i]["input_ids"][:-1], ids)
+        given, asked = noisy[i]["labels"], labels != -100
+        assert torch.equal(given != -100, asked) and given[asked].min() > 0 and given.max() < clean.vocab_size
+        count, wrong = count + int(asked.sum()), wrong + int((given != labels).sum())
+    assert wrong / count == pytest.approx(0.3 * (clean.symbols - 1) / clean.symbols, abs=0.06)
 
 
 def test_rows_are_a_function_of_seed_and_index(cls):
@@ -160,6 +196,7 @@ def test_simple_rules():
     assert 0.37 < share_right(tasks.StringCopy(length=24), lambda x: mode(x[: x.index(0)])) < 0.43
     assert 0.30 < share_right(tasks.StringCopy(length=96), lambda x: mode(x[: x.index(0)])) < 0.36
     assert 0.29 < share_right(tasks.KeysValues(), lambda x: mode([token for token in x if 0 < token <= 8])) < 0.37
+    assert 0.33 < share_right(tasks.LinearRule(), lambda x: mode(x[1::2])) < 0.40
     assert 0.36 < share_right(tasks.SelectiveCopying(), lambda x: mode([token for token in x if 0 < token <= 8])) < 0.46
 
 
@@ -170,6 +207,7 @@ def test_simple_rules():
         (lambda: tasks.Stack(depth=0), "depth"),
         (lambda: tasks.Parity(seed=-1), "seed"),
         (lambda: tasks.KeysValues(keys=1.5), "keys"),
+        (lambda: tasks.Retrieval(noise=1.5), r"noise: expected a share in \[0, 1\], got 1.5"),
         (lambda: tasks.Retrieval(length=True), "length"),
         (lambda: tasks.Parity(last_only="no"), "last_only: expected True or False"),
         (lambda: tasks.SelectiveCopying(length=7), "length: expected at least 8"),

@@ -24,10 +24,10 @@ def projected_lstm(
     """
     if layout.recorded:
 
-        def run(layout, inputs, states):
+        def read_piece(layout, inputs, states):
             return projected_lstm(inputs[0], weights, states[0], states[1], layout)
 
-        y, (h, c) = record(layout, [x], (h0, c0), run)
+        y, (h, c) = record(layout, [x], (h0, c0), read_piece)
         return y, (h, c)
     state_dtype = torch.promote_types(x.dtype, torch.float32)
     first = [

@@ -17,7 +17,7 @@ from hf_rnn.forecasting.forecaster import ForecasterMixin
 from hf_rnn.forecasting.output import ForecastOutput, find_horizon, forecast_output
 from hf_rnn.forecasting.scaling import Scaling, standardize
 from hf_rnn.forecasting.series import check_values
-from hf_rnn.forecasting.trend import DIFFERENCE_BAND, calibrated
+from hf_rnn.forecasting.trend import DIFFERENCE_BAND, calibrated, levels
 from hf_rnn.layers import GatedFeedForward, ResidualMLP, RMSNorm
 from hf_rnn.models.tirex2.cells import PatchMLSTM, PatchSLSTM
 from hf_rnn.models.tirex2.configuration_tirex2 import TiRex2Config
@@ -188,7 +188,6 @@ class TiRex2ForPrediction(ForecasterMixin, TiRex2PreTrainedModel):
     """Quantiles of the values to come."""
 
     reads_variates = True
-    difference_band = DIFFERENCE_BAND
 
     def __init__(self, config: TiRex2Config):
         super().__init__(config)
@@ -258,6 +257,9 @@ class TiRex2ForPrediction(ForecasterMixin, TiRex2PreTrainedModel):
 
     def calibrate(self, quantiles: Tensor) -> Tensor:
         return calibrated(quantiles)
+
+    def accumulate(self, steps: Tensor, last: Tensor) -> Tensor:
+        return levels(steps, last, DIFFERENCE_BAND)
 
     def _window(
         self, past: Tensor, future: Tensor | None, targets: Tensor, horizon: int, pad_context: bool

@@ -36,11 +36,11 @@ def causal_conv(
     check_layout(layout)
     if layout.recorded:
 
-        def run(layout, inputs, states):
+        def read_piece(layout, inputs, states):
             y, last = causal_conv(inputs[0], states[0], weight, bias, layout)
             return y, (last,)
 
-        y, (ends,) = record(layout, [x], (state,), run)
+        y, (ends,) = record(layout, [x], (state,), read_piece)
         return y, ends
     check_inputs({"x": x}, layout.mask, layout.offsets)
     batch, _, channels = x.shape

@@ -99,11 +99,11 @@ def _scan(gates: str, inputs: dict[str, Tensor], h0: Tensor | None, layout: Sequ
     refuse_forward_mode(*tensors, h0)
     if layout.recorded:
 
-        def run(layout, tensors, state):
+        def read_piece(layout, tensors, state):
             h, last = _scan(gates, dict(zip(inputs, tensors, strict=True)), state[0], layout)
             return h, (last,)
 
-        h, (last,) = record(layout, tensors, (h0,), run)
+        h, (last,) = record(layout, tensors, (h0,), read_piece)
         return h, last
 
     def one_token(states):

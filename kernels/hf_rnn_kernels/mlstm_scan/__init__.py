@@ -54,10 +54,10 @@ def mlstm_scan(
     check_layout(layout)
     if layout.recorded:
 
-        def run(layout, inputs, states):
+        def read_piece(layout, inputs, states):
             return mlstm_scan(*inputs, *states, layout=layout, eps=eps)
 
-        h, (C, n, m) = record(layout, (q, k, v, i, f), (C0, n0, m0), run)
+        h, (C, n, m) = record(layout, (q, k, v, i, f), (C0, n0, m0), read_piece)
         return h, (C, n, m)
     given = {name: s for name, s in (("C0", C0), ("n0", n0), ("m0", m0)) if s is not None}
     op.check_shapes(q, k, v, i, f, given, layout.mask, layout.offsets)

@@ -146,11 +146,11 @@ def _scan(
     check_layout(layout)
     if layout.recorded:
 
-        def run(layout, inputs, states):
+        def read_piece(layout, inputs, states):
             return _scan(cell, inputs[0], weight, bias, dict(zip(initial, states, strict=True)), layout)
 
         whole = x if input_weight is None else linear(x, input_weight, input_bias)
-        return record(layout, [whole], initial.values(), run)
+        return record(layout, [whole], initial.values(), read_piece)
     states: list[Tensor] = [state for state in initial.values() if state is not None]
     weights = None if input_weight is None else library.Weights(input_weight, input_bias, weight, bias)
 

@@ -52,7 +52,8 @@ class MemoryTrainer(RecurrentTrainer, ABC):
     """Trainer of a student by a teacher's memories. A subclass makes `losses`, the module that is trained.
 
     Attributes:
-        teacher: the `SMTTeacher`, saved in the folder `teacher` of every checkpoint, never inside the student's.
+        teacher: the `SMTTeacher`, saved in the folder `teacher` of every checkpoint, never inside the student's; or
+            None, of a `DMTTrainer` with `teacher=False`.
     """
 
     args: Any
@@ -62,7 +63,7 @@ class MemoryTrainer(RecurrentTrainer, ABC):
     card_papers = ("kumar2026smt",)
     no_pieces = "each step is trained by itself, from a memory that a teacher made: no gradient runs through time"
 
-    def __init__(self, model=None, args=None, teacher: SMTTeacher | str | Path | None = None, **kwargs):
+    def __init__(self, model=None, args=None, teacher: SMTTeacher | str | Path | bool | None = None, **kwargs):
         if model is not None:
             memory_shape(model)
         if kwargs.get("model_init") is not None:
@@ -74,18 +75,25 @@ class MemoryTrainer(RecurrentTrainer, ABC):
             raise ValueError("compute_loss_func: this trainer has its own loss; leave it out")
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel: start a process for each GPU instead (accelerate launch)")
-        teacher = self.new_teacher() if teacher is None else teacher
-        self.teacher = teacher if isinstance(teacher, SMTTeacher) else load_teacher(teacher)
-        self.teacher.check_fits(self.model)
-        self.teacher.to(self.args.device)
+        self.teacher = self._find_teacher(teacher)
         self.losses = self.make_losses()
-        if self.optimizer is not None:
+        if self.optimizer is not None and self.teacher is not None:
             given = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
             if any(p.requires_grad and id(p) not in given for p in self.teacher.parameters()):
                 raise ValueError("optimizers: expected an optimizer of the teacher's parameters as well as the model's")
         self.model_accepts_loss_kwargs = False  # the loss is a mean, divided by the accumulation steps
         self._count_terms_anew()
         self._measured: list[tuple[int, dict[str, Tensor]]] = []  # rows and terms of the evaluation going on
+
+    def _find_teacher(self, teacher: SMTTeacher | str | Path | bool | None) -> SMTTeacher | None:
+        if teacher is False:
+            return None
+        if teacher is True:
+            raise ValueError("teacher: expected an SMTTeacher, where one was saved, None or False, got True")
+        teacher = self.new_teacher() if teacher is None else teacher
+        found = teacher if isinstance(teacher, SMTTeacher) else load_teacher(teacher)
+        found.check_fits(self.model)
+        return found.to(self.args.device)
 
     def _count_terms_anew(self) -> None:
         self._draws = (-1, 0)  # the step, and batches of it so far
@@ -125,7 +133,7 @@ class MemoryTrainer(RecurrentTrainer, ABC):
     def _clip_grad_norm(self, model):
         """Each network for itself, as the paper has it: the teacher's gradients are the larger ones."""
         self.accelerator.unscale_gradients()
-        networks = [self.model, self.teacher]
+        networks = [self.model] if self.teacher is None else [self.model, self.teacher]
         norms = [nn.utils.clip_grad_norm_(network.parameters(), self.args.max_grad_norm) for network in networks]
         return norms[0]
 
@@ -168,7 +176,7 @@ class MemoryTrainer(RecurrentTrainer, ABC):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        if self.args.should_save:
+        if self.args.should_save and self.teacher is not None:
             self.teacher.save_pretrained(Path(output_dir or self.args.output_dir) / TEACHER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -180,6 +188,8 @@ class MemoryTrainer(RecurrentTrainer, ABC):
         self._load_teacher(Path(self.state.best_model_checkpoint))
 
     def _load_teacher(self, checkpoint: Path) -> None:
+        if self.teacher is None:
+            return
         path = checkpoint / TEACHER / SAFE_WEIGHTS_NAME
         if not path.is_file():
             raise ValueError(f"resume_from_checkpoint: {checkpoint} has no teacher, {path} is missing")
@@ -200,17 +210,17 @@ class MemoryTrainer(RecurrentTrainer, ABC):
         self.losses.eval()
         with self.compute_loss_context_manager():
             terms = self.losses(*batch, torch.Generator().manual_seed(self.args.seed + len(self._measured)))
-            if not self._measured:
-                terms |= self._drift(batch)
+            if not self._measured and self.teacher is not None:
+                terms |= self._drift(batch, self.teacher)
         del terms["loss"]
         known = {name: value.detach().cpu() for name, value in terms.items() if value.isfinite()}
         self._measured.append((len(batch.x), known))
 
-    def _drift(self, batch: Sequences) -> dict[str, Tensor]:
+    def _drift(self, batch: Sequences, teacher: SMTTeacher) -> dict[str, Tensor]:
         x, lengths = batch.x[:MEASURED], batch.lengths[:MEASURED]
         every, last = self.args.label_every, x.shape[1] - 1
         positions = torch.tensor(sorted({*range(every - 1, last, every), last}), device=x.device)
-        error = errors(self.model, self.teacher, x, positions, self.args.context_size)
+        error = errors(self.model, teacher, x, positions, self.args.context_size)
         real = positions < lengths[:, None]
         at_end = (real.sum(1, keepdim=True) - 1).clamp(min=0)
         return {"drift": error[real].mean(), "drift_last": error.gather(1, at_end)[real.any(1)].mean()}

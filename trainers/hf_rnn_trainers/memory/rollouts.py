@@ -19,6 +19,33 @@ def rollout(student: MemoryProtocol, x: Tensor) -> Tensor:
     return torch.stack(memories, 1)
 
 
+def run_chunks(
+    student: MemoryProtocol, x: Tensor, before: Tensor, rows: Tensor, start: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The student's memories within chunks (`windows.chunks`) of x (B, T), each from the memory before it, side by
+    side.
+
+    Args:
+        before: (N, K, D).
+        rows, start, end: (N,).
+
+    Returns:
+        Memories (M, K, D), one after each token of a chunk, and (M,) of which chunk and how many steps into it.
+    """
+    memories, chunk, step = [], torch.arange(len(rows), device=x.device), 0
+    found = []
+    while len(chunk):
+        before = student.update_memory(before, x[rows[chunk], start[chunk] + step])
+        memories.append(before)
+        found.append(torch.stack([chunk, torch.full_like(chunk, step)]))
+        step += 1
+        going_on = start[chunk] + step < end[chunk]
+        before, chunk = before[going_on], chunk[going_on]
+    if not memories:
+        return before, chunk, chunk
+    return torch.cat(memories), *torch.cat(found, 1)
+
+
 @torch.no_grad()
 def labels(student: MemoryProtocol, teacher: SMTTeacher, x: Tensor, rows: Tensor, t: Tensor, size: int) -> Tensor:
     """The teacher's memories of the last `size` tokens at (rows, t), (N,) each: (B, T) to (N, K, D)."""

@@ -61,6 +61,23 @@ def _share(weights: Tensor) -> Tensor:
     return weights / weights.sum(1, keepdim=True).clamp(min=1)
 
 
+def chunks(lengths: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The real tokens of every row in chunks of at most `size`: rows, first tokens and ends (N,) each.
+
+    The first chunk of a row, from the empty memory, has 1 to `size` tokens by chance, so that every position begins a
+    chunk as often.
+    """
+    if size == 1:  # which draws nothing: the paper's steps
+        offset = torch.ones_like(lengths)
+    else:
+        offset = torch.randint(1, size + 1, lengths.shape, generator=generator).to(lengths.device)
+    position = torch.arange(max(lengths.tolist(), default=0), device=lengths.device)
+    begins = (position == 0) | ((position - offset[:, None]) % size == 0)
+    rows, start = (begins & (position < lengths[:, None])).nonzero().unbind(1)
+    end = torch.where(start == 0, offset[rows], start + size)
+    return rows, start, end.minimum(lengths[rows])
+
+
 def contexts(x: Tensor, rows: Tensor, t: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The `size` tokens up to and with x_t of rows, (N, size), and which of them there are: padded on the left."""
     index = t[:, None] + torch.arange(1 - min(size, x.shape[1]), 1, device=x.device)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from hf_rnn_trainers.memory.losses import dynamics_loss, known, prediction_loss, uniformity_loss
 from hf_rnn_trainers.memory.memory_trainer import Losses, MemoryTrainer
+from hf_rnn_trainers.memory.rollouts import run_chunks
 from hf_rnn_trainers.memory.teacher import SMTTeacher
-from hf_rnn_trainers.memory.windows import Sequences, contexts, futures, sample_positions
+from hf_rnn_trainers.memory.windows import Sequences, chunks, contexts, futures, sample_positions
 from hf_rnn_trainers.smt.smt_config import SMTConfig
 
 
@@ -18,6 +19,11 @@ class SMTLosses(Losses):
     With m_t = E(x_..t), the empty memory before the first token:
     L_decoder = CE(y_t.., D(m_t, x_t+1..)), L_dynamics = MSE(f(m_{t-1}, x_t), m_t). The network is evaluated once,
     whatever T is.
+
+    With `student_steps` = k it makes k steps in a row from m_{t-1}, each held against the teacher's memory there, and
+    with `coef_student` is told what it should have read from them: k evaluations, whatever T is. With all positions a
+    row is cut into chunks of k from an offset by chance, the first from the empty memory; else each position sampled
+    begins one.
     """
 
     def __init__(self, student: Any, teacher: SMTTeacher, args: SMTConfig):
@@ -35,34 +41,43 @@ class SMTLosses(Losses):
                     f"{x.shape[1]} tokens, got {args.context_size}"
                 )
             memories = self.student.to_memory(self.teacher.encode_all(x).flatten(0, 1)).unflatten(0, x.shape)
-            decoded = memories[rows, t]
-            rows_all, t_all = (torch.arange(x.shape[1], device=x.device) < lengths[:, None]).nonzero().unbind(1)
-            before, after = memories[rows_all, t_all - 1], memories[rows_all, t_all]
+            row, start, end = chunks(lengths, args.student_steps, generator)
+            decoded, before = memories[rows, t], memories[row, start - 1]  # one that predicts for each (rows, t)
         else:
-            rows_all, t_all = rows, t
-            ids, mask = contexts(x, rows.repeat(2), torch.cat([t - 1, t]), args.context_size)
-            before, after = self.student.to_memory(self.teacher.encode(ids, mask)).chunk(2)
-            decoded = after
-        before = torch.where((t_all == 0)[:, None, None], self.student.initial_memory(len(t_all)), before)
-        labels = (before.detach(), after.detach()) if args.detach_labels else (before, after)
-        token, target = x[rows_all, t_all], y[rows_all, t_all]
-        future, targets = futures(batch, rows, t, args.future_size)
+            row, start, end = rows, t, (t + args.student_steps).minimum(lengths[rows]).maximum(t + 1)
+            at = (t + torch.arange(-1, args.student_steps, device=x.device)[:, None]).clamp(max=x.shape[1] - 1)
+            ids, mask = contexts(x, rows.repeat(len(at)), at.flatten(), args.context_size)
+            memories = self.student.to_memory(self.teacher.encode(ids, mask)).unflatten(0, at.shape)
+            before = memories[0]
+        before = torch.where((start == 0)[:, None, None], self.student.initial_memory(len(start)), before)
+        if args.detach_labels:
+            before = before.detach()
+        own, chunk, step = run_chunks(self.student, x, before, row, start, end)
+        row, at = row[chunk], start[chunk] + step
+        after = memories[row, at] if self.teacher.config.all_positions else memories[step + 1, chunk]
+        token, target = x[row, at], y[row, at]
 
-        dynamics = dynamics_loss(self.student.update_memory(labels[0], token), labels[1])
-        logits = self.teacher.decode(decoded, future)
+        dynamics = dynamics_loss(own, after.detach() if args.detach_labels else after)
+        if not self.teacher.config.all_positions:
+            decoded = after[step == 0]
+        future, targets = futures(batch, rows, t, args.future_size)
+        logits = self.teacher.decode(decoded, future) if self.teacher.config.decoder_layers else None
         uniformity = uniformity_loss(after, generator=generator)
-        readout = prediction_loss(self.student.read_memory(after.detach(), token), target)
-        decoder = prediction_loss(logits, targets)
-        first = prediction_loss(logits[:, 0], targets[:, 0])
+        seen = torch.lerp(after.detach(), after, args.coef_first) if args.coef_first else after.detach()
+        readout = prediction_loss(self.student.read_memory(seen, token), target)
+        terms = dict(dynamics=dynamics, uniformity=uniformity, readout=known(readout, target))
+        decoder: Tensor | float = 0.0
+        if logits is not None:
+            decoder = prediction_loss(logits, targets)
+            first = prediction_loss(logits[:, 0], targets[:, 0])
+            terms = dict(decoder=known(decoder, targets), decoder_first=known(first, targets[:, 0])) | terms
         loss = args.coef_decoder * decoder + args.coef_dynamics * dynamics + args.coef_uniformity * uniformity
-        return dict(
-            loss=loss + args.coef_readout * readout,
-            decoder=known(decoder, targets),
-            decoder_first=known(first, targets[:, 0]),
-            dynamics=dynamics,
-            uniformity=uniformity,
-            readout=known(readout, target),
-        )
+        loss = loss + args.coef_readout * readout
+        if args.coef_student:
+            student = prediction_loss(self.student.read_memory(own, token), target)
+            loss = loss + args.coef_student * student
+            terms["student"] = known(student, target)
+        return dict(loss=loss) | terms
 
 
 class SMTTrainer(MemoryTrainer):
@@ -70,8 +85,9 @@ class SMTTrainer(MemoryTrainer):
     learns memories that predict the future, the student to make each from the one before. No step waits for another.
 
     Logged: `decoder` (cross-entropy of the future), `decoder_first` (of the next target from the memory alone: what
-    the student can reach), `dynamics` (its one-step error), `uniformity`, `readout`. `eval_loss` is that of the
-    student's own rollout from the empty memory, without the teacher; with it come the same terms and `eval_drift`,
+    the student can reach), `dynamics` (the error of its steps), `uniformity`, `readout` (the next target from the
+    teacher's memories), with `coef_student` also `student` (from its own). `eval_loss` is that of the student's own
+    rollout from the empty memory, without the teacher; with it come the same terms and `eval_drift`,
     `eval_drift_last`: the mean square between its memories and the teacher's, over the rollout and at its end.
 
     Args:
@@ -84,21 +100,29 @@ class SMTTrainer(MemoryTrainer):
     config_class = SMTConfig
 
     def card_method(self) -> str:
-        return "Supervised Memory Training (one step at a time, from the memories of a transformer, in `teacher`)"
+        steps = "one step at a time" if self.args.student_steps == 1 else f"{self.args.student_steps} steps in a row"
+        return f"Supervised Memory Training ({steps}, from the memories of a transformer, in `teacher`)"
 
     def new_teacher(self) -> SMTTeacher:
-        args, settings = self.args, {}
-        if args.teacher_hidden_size is not None:
-            settings["hidden_size"] = args.teacher_hidden_size
+        args = self.args
+        chosen = dict(hidden_size=args.teacher_hidden_size, queries=args.teacher_queries)
         return SMTTeacher.for_student(
             self.model,
             encoder_layers=args.teacher_encoder_layers,
             decoder_layers=args.teacher_decoder_layers,
             num_heads=args.teacher_heads,
             all_positions=args.all_positions,
-            **settings,
+            conv_kernel=args.teacher_conv_kernel,
+            timestamps=args.context_size if args.teacher_timestamps else 0,
+            **{name: value for name, value in chosen.items() if value is not None},
         )
 
     def make_losses(self) -> SMTLosses:
+        if self.teacher is None:
+            raise ValueError("teacher: memories are what this trainer teaches; expected one, got False")
+        if self.args.coef_decoder and not self.teacher.config.decoder_layers:
+            raise ValueError(
+                f"coef_decoder: expected 0, since the teacher has no decoder, got {self.args.coef_decoder}"
+            )
         self.teacher.requires_grad_(True)  # DMT may have frozen it
         return SMTLosses(self.model, self.teacher, self.args)

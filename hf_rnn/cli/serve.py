@@ -1,0 +1,67 @@
+"""`hf-rnn serve CHECKPOINT`: a server in OpenAI's manner, with sessions that keep their state."""
+
+import argparse
+import os
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+from hf_rnn.cli.device import add_device, find_device
+from hf_rnn.serving.limits import Limits
+from hf_rnn.skeleton.pretrained import RecurrentPreTrainedModel
+from hf_rnn.tokenization.reading import read_tokenizer
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="hf-rnn serve",
+        description=__doc__,
+        epilog="Keys: HF_RNN_API_KEYS=key1,key2 in the environment; without them on this machine alone.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="a checkpoint's folder, or its name on the Hub")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--name", help="of the model, to clients; default: the checkpoint's, without its folder")
+    parser.add_argument(
+        "--sessions_dir", type=Path, help="folder of parked sessions; without it they end with the server"
+    )
+    parser.add_argument(
+        "--grace_seconds", type=int, default=10, help="for texts that are on their way when the server is to end"
+    )
+    for limit in fields(Limits):
+        parser.add_argument(f"--{limit.name}", type=int, default=limit.default, help=limit.metadata["help"])
+    add_device(parser)
+    arguments = parser.parse_args(argv)
+    for package in ("fastapi", "uvicorn"):
+        if find_spec(package) is None:
+            raise ValueError(f"{package} is missing: pip install 'hf-rnn[serve]'")
+    import uvicorn
+
+    from hf_rnn.serving.app import make_app
+    from hf_rnn.serving.server import Server, is_loopback
+    from hf_rnn.serving.text import Texts
+
+    limits = Limits(**{limit.name: getattr(arguments, limit.name) for limit in fields(Limits)})
+    keys = [key for key in (x.strip() for x in os.environ.get("HF_RNN_API_KEYS", "").split(",")) if key]
+    if not keys and not is_loopback(arguments.host):
+        raise ValueError(f"host: {arguments.host} can be reached by others; expected keys in HF_RNN_API_KEYS")
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.checkpoint)
+    if not isinstance(model, RecurrentPreTrainedModel):
+        raise ValueError(f"checkpoint: expected one of this package's models, got a {type(model).__name__}")
+    model.to(find_device(arguments.device)).eval()  # type: ignore[arg-type]
+    texts = Texts(read_tokenizer(arguments.checkpoint))
+    name = arguments.name or Path(arguments.checkpoint).resolve().name
+    app = make_app(Server(model, texts, name, keys, arguments.sessions_dir, limits))
+    uvicorn.run(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        limit_concurrency=2 * (limits.max_rows + limits.max_waiting) + 64,  # connections; more are refused
+        timeout_graceful_shutdown=arguments.grace_seconds,
+        access_log=False,
+        server_header=False,
+    )
