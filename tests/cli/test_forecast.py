@@ -12,6 +12,7 @@ import torch
 
 import hf_rnn
 from hf_rnn.cli.main import main
+from hf_rnn.forecasting.backtest import backtest
 from hf_rnn.forecasting.metrics import forecast_metrics
 from hf_rnn_trainers.model_card.files import others
 
@@ -132,9 +133,9 @@ def test_other_trainers(here, capsys, trainer):
     assert json.loads(Path("out/config.json").read_text())["architectures"] == ["MinGRUForPrediction"]
 
 
-def test_covariates(forecaster):
+def test_covariates(forecaster, capsys):
     """Known until now, and beforehand, as the model's `predict` has them; in parquet, with whole numbers for times."""
-    frame = waves().assign(ds=lambda f: f.groupby("unique_id").cumcount(), heat=1.5)
+    frame = waves().assign(ds=lambda f: f.groupby("unique_id").cumcount(), heat=lambda f: f.load * f.ds % 7 + 0.5)
     frame.to_parquet("series.parquet")
     coming = frame.groupby("unique_id").tail(5).assign(ds=lambda f: f.ds + 5)[["unique_id", "ds", "load"]]
     coming.assign(y=0.0).to_csv("coming.csv", index=False)
@@ -144,6 +145,10 @@ def test_covariates(forecaster):
     pd.testing.assert_frame_equal(pd.read_csv("forecast.csv"), expected, rtol=1e-6, check_dtype=False)
     without = forecaster.predict(frame, 5)
     assert not np.allclose(without.prediction, expected.prediction, rtol=1e-3)
+    y, load, heat = ([part.to_numpy() for _, part in frame.groupby("unique_id")[x]] for x in ("y", "load", "heat"))
+    tested = backtest(forecaster, y, 5, 1, heat, load)
+    assert f"WQL {tested.metrics()['wql']:.3f}" in capsys.readouterr().out
+    assert not np.allclose(tested.predictions, backtest(forecaster, y, 5).predictions, rtol=1e-2)
 
 
 def test_one_series_of_a_time_zone_without_matplotlib(forecaster, monkeypatch, capsys):
