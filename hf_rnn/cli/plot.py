@@ -34,11 +34,11 @@ def plot_positions(losses: dict[int, float], trained: int | None, path: str | Pa
     return _save(axes, "tokens since the start", path)
 
 
-def check_picture(path: str | Path) -> None:
-    """Raise ValueError for a path that no picture can be written to."""
+def check_picture(path: str | Path, name: str = "positions") -> None:
+    """Raise ValueError, in which the argument has this name, for a path that no picture can be written to."""
     path = Path(path)
     if path.suffix not in (".png", ".svg", ".pdf") or not path.absolute().parent.is_dir():
-        raise ValueError(f"positions: expected a .png, .svg or .pdf in a folder that is there, got {path}")
+        raise ValueError(f"{name}: expected a .png, .svg or .pdf in a folder that is there, got {path}")
 
 
 def _axes():

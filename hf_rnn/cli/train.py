@@ -36,6 +36,7 @@ from hf_rnn.cli.plot import plot_losses
 from hf_rnn.cli.settings import read_settings
 from hf_rnn.cli.tasks import MODELS, answers, prepare
 from hf_rnn.cli.train_forecaster import train_forecaster
+from hf_rnn.forecasting.frames import ID, TIME, VALUE
 from hf_rnn.skeleton.configuration_hybrid import HybridConfig
 from hf_rnn.tasks.evaluation import bits_per_byte
 from hf_rnn.tokenization.reading import read_tokenizer
@@ -120,7 +121,7 @@ class DataArguments:
     data: str = field(
         metadata={
             "help": "a text file, a folder saved by `datasets`, or a dataset's name on the Hub; with labels also a "
-            "csv, json, jsonl or parquet file; to forecast a csv or parquet file with columns unique_id, ds and y"
+            "csv, json, jsonl or parquet file; to forecast a csv or parquet file, a row for each series and time"
         }
     )
     split: str = field(default="train", metadata={"help": "split of a dataset"})
@@ -145,6 +146,9 @@ class DataArguments:
             "prediction_length steps, unless it is 0"
         },
     )
+    id_column: str = field(default=ID, metadata={"help": "column of the series that a row is of"})
+    time_column: str = field(default=TIME, metadata={"help": "column of a series' times"})
+    value_column: str = field(default=VALUE, metadata={"help": "column of a series' values"})
     season: int = field(default=1, metadata={"help": "steps of a season of the series, by which MASE is scaled"})
 
     def __post_init__(self):
@@ -391,7 +395,7 @@ def main(argv: list[str]) -> None:
         for name in ("loss", "mase", "wql", "smape", "coverage_80"):
             if f"eval_{name}" in metrics:
                 print(f"held-out {name}: {metrics[f'eval_{name}']:.4f}")
-        again = f"hf-rnn forecast {data.data} --model {arguments.output_dir} --horizon 12"
+        again = f"hf-rnn forecast {data.data} --model {arguments.output_dir}"
         print(f"saved {arguments.output_dir}; try: {again}")
         return
     if model_arguments.task != "causal-lm":

@@ -7,11 +7,12 @@ import numpy
 from transformers import AutoConfig, AutoModelForTimeSeriesPrediction, PreTrainedModel
 
 from hf_rnn import ARCHITECTURES, FORECASTERS
+from hf_rnn.cli.forecast import draw_backtest
 from hf_rnn.cli.plot import plot_losses
-from hf_rnn.cli.series import read_series_of
+from hf_rnn.cli.series import Columns, cut_series, load_forecaster, read_table
 from hf_rnn.cli.settings import read_settings
-from hf_rnn.forecasting.metrics import forecast_metrics
-from hf_rnn.forecasting.pictures import Forecast, Panel, draw_forecasts
+from hf_rnn.forecasting.backtest import backtest
+from hf_rnn.forecasting.frames import VALUE
 from hf_rnn.forecasting.windows import ForecastWindows, Window, pad_past, split_series
 
 MIN_PAST = 16  # values that a window has before what is predicted, of fewer nothing is known of a scale
@@ -25,7 +26,7 @@ def build_forecaster(model: str, config: str) -> PreTrainedModel:
     if Path(model).is_dir() or "/" in model:
         if config:
             raise ValueError(f"config: the checkpoint {model} has its own settings")
-        return AutoModelForTimeSeriesPrediction.from_pretrained(model)
+        return load_forecaster(model)
     names = [*ARCHITECTURES.values(), *FORECASTERS.values()]
     if model not in names:
         raise ValueError(f"model: expected one of {names} or a checkpoint's folder, got {model!r}")
@@ -35,9 +36,13 @@ def build_forecaster(model: str, config: str) -> PreTrainedModel:
 
 
 def train_forecaster(arguments: Any, data: Any, training: Any, trainer_class: Any) -> dict[str, float]:
-    """Train on windows of all series but their last `prediction_length` steps, evaluate on these and save; returns the
+    """Train on windows of all series but their last `prediction_length` steps, forecast these and save; returns the
     measures of the field."""
-    ids, series = read_series_of("data", data.data)
+    if training.stream:
+        raise ValueError(f"stream: expected --task causal-lm, got {arguments.task}")
+    columns = Columns(data.id_column, data.time_column, data.value_column)
+    read = cut_series("data", read_table("data", data.data, columns), [VALUE])
+    series = read.values[VALUE]
     model = build_forecaster(arguments.model, arguments.config)
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {len(series)} series")
     config = model.config
@@ -45,30 +50,25 @@ def train_forecaster(arguments: Any, data: Any, training: Any, trainer_class: An
     cut, rows = _held_out(series, horizon if data.held_out else 0)
     windows = ForecastWindows(cut, config.context_length, horizon, seed=training.seed, min_past=MIN_PAST)
     windows.size = sum(map(len, windows.ends))  # an epoch has as many as there are places
-    pasts = [row["past_values"].numpy() for row in rows]
-
-    def measures(found: Any) -> dict[str, float]:
-        return forecast_metrics(found.predictions[1], found.label_ids, config.quantiles, pasts, data.season)
-
     if training.learning_rate is None:
         training.learning_rate = min(3e-3, 0.256 / config.hidden_size)
     trainer = trainer_class(
-        model=model,
-        args=training,
-        train_dataset=windows,
-        eval_dataset=rows or None,
-        data_collator=pad_past,
-        compute_metrics=measures if rows else None,
+        model=model, args=training, train_dataset=windows, eval_dataset=rows or None, data_collator=pad_past
     )
     resume = training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
-    metrics = trainer.evaluate() if rows else {}
     if not training.push_to_hub:
         trainer.save_model()
-    folder = Path(str(training.output_dir))
+    folder, metrics = Path(str(training.output_dir)), {}
+    if rows:  # measured on what `predict` says, which is more than the model's own forecast
+        tested = backtest(model.eval(), series, horizon, [int(_is_long(x, horizon)) for x in series], progress=True)
+        measures = {f"eval_{name}": value for name, value in tested.metrics(data.season).items()}
+        metrics = trainer.evaluate() | measures
+        trainer.log(measures)
+        if trainer.is_world_process_zero():
+            draw_backtest(tested, read, folder / "forecast.png", folder / "calibration.png", columns)
     if trainer.is_world_process_zero():
         plot_losses(trainer.state.log_history, folder / "loss.png", what="quantile loss")
-        _draw(model.eval(), ids, series, horizon if rows else 0, folder / "forecast.png")
     name = Path(data.data).name
     about = dict(dataset=f"{name}, the last {horizon} steps of each series held out" if rows else name)
     trainer.push_to_hub(**about) if training.push_to_hub else trainer.create_model_card(**about)
@@ -79,25 +79,15 @@ def _held_out(series: list[numpy.ndarray], horizon: int) -> tuple[list[numpy.nda
     """Series without their last `horizon` steps, and these; shorter ones are trained on as they are."""
     if not horizon:
         return series, []
-    long = [len(x) >= horizon + 2 * MIN_PAST for x in series]
-    if not any(long):
+    long = [x for x in series if _is_long(x, horizon)]
+    if not long:
         raise ValueError(
             f"data: expected a series of {horizon + 2 * MIN_PAST} steps at least, to hold out prediction_length = "
             f"{horizon}, got {max(map(len, series))}; choose --config prediction_length=..., or --held_out 0"
         )
-    split = split_series([x for x, is_long in zip(series, long, strict=True) if is_long], horizon, validation=0)
-    return split.train + [x for x, is_long in zip(series, long, strict=True) if not is_long], split.test
+    split = split_series(long, horizon, validation=0)
+    return split.train + [x for x in series if not _is_long(x, horizon)], split.test
 
 
-def _draw(model: Any, ids: list[Any], series: list[numpy.ndarray], horizon: int, path: Path) -> None:
-    """The held-out steps of the first series, or what comes behind them, as forecast."""
-    panels, steps = [], horizon or model.config.prediction_length
-    for one, x in list(zip(ids, series, strict=True))[:9]:
-        if len(x) <= horizon + 1:
-            continue
-        end = len(x) - horizon
-        found = model.predict(x[:end], steps)
-        forecast = Forecast(numpy.arange(end, end + steps), found.mean_predictions, found.full_predictions)
-        panels.append(Panel("" if one is None else str(one), numpy.arange(len(x)), x, [forecast]))
-    if panels:
-        draw_forecasts(panels, model.config.quantiles, path, time="step")
+def _is_long(x: numpy.ndarray, horizon: int) -> bool:
+    return len(x) >= horizon + 2 * MIN_PAST

@@ -85,7 +85,7 @@ def draw_forecasts(
 def _draw_panel(axes: Any, panel: Panel, quantiles: Sequence[float]) -> None:
     first = panel.forecasts[0].times[0]
     shown = max(0, int(numpy.searchsorted(panel.times, first)) - BEFORE * len(panel.forecasts[0].times))
-    axes.plot(panel.times[shown:], panel.values[shown:], color=BLACK, linewidth=1.1, label="values")
+    axes.plot(panel.times[shown:], panel.values[shown:], color=BLACK, linewidth=1.1, zorder=3, label="values")
     for number, one in enumerate(panel.forecasts):
         named = number == 0
         for low in range(len(quantiles) // 2):  # the outer ones below
@@ -104,7 +104,7 @@ def _draw_panel(axes: Any, panel: Panel, quantiles: Sequence[float]) -> None:
     if panel.times.dtype.kind == "M":
         from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
-        locator = AutoDateLocator(maxticks=9)
+        locator = AutoDateLocator(minticks=3, maxticks=7)
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 

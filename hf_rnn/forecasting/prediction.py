@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hf_rnn.forecasting.frames import forecast_frame, is_frame
 from hf_rnn.forecasting.output import ForecastOutput, check_horizon
@@ -38,6 +39,7 @@ class PredictionMixin(StreamMixin):
         sign_flip: bool | None = None,
         pad_context: bool = True,
         batch_size: int = 256,
+        progress: bool = False,
     ) -> Any:
         """Forecast series, each by what is known of it alone.
 
@@ -59,6 +61,7 @@ class PredictionMixin(StreamMixin):
             pad_context: see TiRex-2's `forward`, others need no padding; where False, a series' forecast depends on the
                 longest one of its batch.
             batch_size: so many series at once.
+            progress: a bar, where there is more than one batch.
 
         Returns:
             `mean_predictions`, the medians, (B, horizon) for series (B, T), and `full_predictions` (B, horizon, Q): as
@@ -84,9 +87,10 @@ class PredictionMixin(StreamMixin):
         if is_frame(series):
             wanted = list(config.quantiles if quantiles is None else quantiles)
             options: dict[str, Any] = dict(differencing=differencing, sign_flip=sign_flip, pad_context=pad_context)
+            options |= dict(batch_size=batch_size, progress=progress)
 
             def of_arrays(x, past, future):
-                return self.predict(x, horizon, past, future, quantiles, batch_size=batch_size, **options)
+                return self.predict(x, horizon, past, future, quantiles, **options)
 
             return forecast_frame(of_arrays, series, horizon, past_covariates, future_covariates, wanted)
         horizon = check_horizon(horizon, config.prediction_length)
@@ -100,7 +104,8 @@ class PredictionMixin(StreamMixin):
         difference = config.differencing if differencing is None else differencing
         found = read_series(series, past_covariates, future_covariates, horizon)
         parts = []
-        for first in range(0, len(found), batch_size):
+        hidden = not progress or len(found) <= batch_size
+        for first in tqdm(range(0, len(found), batch_size), "forecasting", disable=hidden):
             rows = side_by_side(found[first : first + batch_size], horizon)
             parts.append(self._forecast(Rows(*(x.to(self.device) for x in rows)), difference, flip, pad_context))
         predictions = torch.cat(parts)

@@ -122,6 +122,16 @@ def test_of_every_head(head, task, said, tmp_path):
         assert ("tensor(" if reads else said) in run(card)
 
 
+@pytest.mark.parametrize("stem", ["LSTM", "TiRex2"])
+def test_of_forecasters(stem, tmp_path):
+    sizes = dict(SMALL, patch_size=4, prediction_length=8, num_input_features=1)
+    model = getattr(hf_rnn, f"{stem}ForPrediction")(getattr(hf_rnn, f"{stem}Config")(**sizes))
+    model.save_pretrained(tmp_path)
+    card = make_card(str(tmp_path), model)
+    assert card.data.pipeline_tag == "time-series-forecasting" and "series as input, up to 8 steps ahead" in card.text
+    assert "text" not in re.sub(r"(?s)```.*?```", "", card.text) and run(card).count("[") == 9
+
+
 def test_of_both_directions():
     text = make_card("me/tagger", make_head("gru", "ForTokenClassification", bidirectional=True)).text
     assert "in both directions" in text and "state has the same size" not in text

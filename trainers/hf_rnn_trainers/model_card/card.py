@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from hf_rnn_kernels.packed_linear import PackedLinear, PackedMatrix
-from hf_rnn_trainers.model_card.papers import ARCHITECTURES, BIBTEX, Architecture
+from hf_rnn_trainers.model_card.papers import ARCHITECTURES, BIBTEX, FORECASTERS, Architecture
 
 TEMPLATE = Path(__file__).with_name("template.md")
 NO_LICENCE = "no licence is stated here; ask who shared them"
@@ -48,6 +48,12 @@ print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))""",
 model = AutoModelForCTC.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 print(model(**tokenizer("The text", return_tensors="pt")).logits.argmax(-1))""",
+    "time-series-forecasting": """import numpy as np
+from transformers import AutoModelForTimeSeriesPrediction
+
+model = AutoModelForTimeSeriesPrediction.from_pretrained("{name}")
+values = np.sin(np.arange(200) / 4)  # (T,), NaN where one is missing; or a list of such, or a frame
+print(model.predict(values, horizon=8).full_predictions)  # (horizon, quantiles)""",
     "feature-extraction": """from transformers import AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained("{name}")
@@ -67,10 +73,13 @@ print(model(input_features=values)[0])"""
 _TASKS = {
     "ForCTC": "automatic-speech-recognition",
     "ForMaskedLM": "fill-mask",
+    "ForPrediction": "time-series-forecasting",
     "ForQuestionAnswering": "question-answering",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
 }
+
+FORECASTS = _TASKS["ForPrediction"]
 
 _NOTE = (
     "Without the package, more slowly: `from_pretrained(..., trust_remote_code=True)`, where the checkpoint has been "
@@ -128,13 +137,16 @@ def task(model: PreTrainedModel) -> str:
 
 def snippet_of(model: PreTrainedModel, name: str) -> str:
     """How a model is used that is loaded by `name`."""
-    if (features := getattr(model.config, "num_input_features", None)) is None:
+    features = getattr(model.config, "num_input_features", None)
+    if features is None or task(model) == FORECASTS:
         return _SNIPPETS[task(model)].format(name=name)
     head = next((head for head in _TASKS if head in type(model).__name__), "")
     return _SNIPPET_OF_FEATURES.format(auto=f"AutoModel{head}", name=name, features=features)
 
 
 def reads(model: PreTrainedModel) -> str:
+    if task(model) == FORECASTS:
+        return f"series as input, up to {model.config.prediction_length:,} steps ahead"
     if (features := getattr(model.config, "num_input_features", None)) is None:
         return f"a vocabulary of {model.config.get_text_config().vocab_size:,} tokens"
     return f"{features:,} values a step as input"
@@ -142,7 +154,8 @@ def reads(model: PreTrainedModel) -> str:
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
     """What is known of a model's architecture; of those outside the package the name alone."""
-    return ARCHITECTURES.get(model.config.model_type) or Architecture(str(model.config.model_type), "", ())
+    known = ARCHITECTURES | FORECASTERS
+    return known.get(model.config.model_type) or Architecture(str(model.config.model_type), "", ())
 
 
 def count_parameters(model: PreTrainedModel) -> int:
@@ -199,7 +212,7 @@ def make_card(
         ValueError: metadata that the Hub does not take.
     """
     training, known, what = training or Training(), architecture_of(model), task(model)
-    ours = model.config.model_type in ARCHITECTURES
+    ours = model.config.model_type in ARCHITECTURES | FORECASTERS
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=what,
@@ -223,9 +236,10 @@ def make_card(
         evaluations,
         where + hardware(),
         installed_versions(),
-        limits(training),
+        limits(training, what),
         f"{CODE_LICENCE} Weights: {licence or NO_LICENCE}.",
         bool(getattr(model.config, "bidirectional", False)),
+        what == FORECASTS,
     )
 
 
@@ -243,6 +257,7 @@ def render(
     limits: str,
     licence: str,
     bidirectional: bool = False,
+    forecasts: bool = False,
 ) -> ModelCard:
     """Fill in the template: metadata, then the sections in the order of the arguments, then what is to be cited."""
     return ModelCard.from_template(
@@ -260,12 +275,18 @@ def render(
         limits=limits,
         licence=licence,
         bidirectional=bidirectional,
+        forecasts=forecasts,
         citations=citations([*architecture.papers, *training.papers]),
     )
 
 
-def limits(training: Training) -> str:
+def limits(training: Training, what: str) -> str:
     """What the model is not."""
+    if what == FORECASTS:
+        return (
+            "It knows the series above alone, and takes what comes for more of the kind. Its quantiles are no better "
+            "calibrated than the measurements say."
+        )
     known = "It knows the text above alone" if training.arguments else "It knows the text it was trained on alone"
     return (
         f"{known}, with that text's errors and prejudices, and it says what is likely, not what is true. What the text "

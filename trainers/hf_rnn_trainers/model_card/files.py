@@ -12,7 +12,7 @@ CHECKPOINT = [
     *("additional_chat_templates/*.jinja", "preprocessor_config.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", ".eval_results/hf_rnn.yaml"),
-    *("loss.png", "rate.png", "zo_replay.jsonl"),
+    *("loss.png", "rate.png", "forecast.png", "calibration.png", "zo_replay.jsonl"),
 ]
 # What Trainer and its callbacks leave beside it: arguments, measurements, TensorBoard's logs; or do not push
 _TRAINERS = ["training_args.bin", "trainer_state.json", "*_results.json", "emissions.csv", "events.out.tfevents.*"]

@@ -50,6 +50,15 @@ ARCHITECTURES = {
         ("kumar2026smt",),
     ),
 }
+# Those that forecast alone
+FORECASTERS = {
+    "hf_rnn_tirex2": Architecture(
+        "TiRex-2",
+        "Patches of series pass through mLSTMs and sLSTMs, and attention over the variates of a series "
+        "(arXiv 2607.01204).",
+        ("beck2024xlstm",),
+    ),
+}
 
 BIBTEX = {
     "hochreiter1997lstm": """@article{hochreiter1997lstm,

@@ -10,7 +10,7 @@ from huggingface_hub.utils import yaml_dump
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-from hf_rnn_trainers.model_card.card import Evaluation, Training, make_card, task
+from hf_rnn_trainers.model_card.card import FORECASTS, Evaluation, Training, make_card, task
 from hf_rnn_trainers.model_card.files import others
 
 logger = logging.get_logger(__name__)
@@ -105,6 +105,7 @@ class ModelCardMixin(Trainer):
 
     def _evaluated_on(self, what: str) -> str:
         unit = ", losses are nats per token" if what in ("text-generation", "fill-mask") else ""
+        unit = ", losses are quantile losses in each series' own scale" if what == FORECASTS else unit
         return f"After {self.state.global_step:,} steps; `eval_` is on held-out data{unit}."
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
