@@ -1,5 +1,6 @@
 """Series that go on: a state that new values cost their patches and nothing else."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,23 +48,25 @@ class ForecastState:
 
 
 class StreamMixin:
-    """For a model with `encode`, which reads patches and moves states on, and `quantiles_of`."""
+    """For a model with `encode`, which reads patches and moves states on, and a `quantile_head`."""
 
     config: Any
     device: Any
+    quantile_head: Any
 
+    @abstractmethod
     def new_cells(self) -> Any:
         """The state before the first patch, a `RecurrentCache`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, z: Tensor, cells: Any, series: Tensor, ahead: int = 0) -> Tensor:
         """Scaled values (R, L * patch_size), NaN where missing, to (R, L, D); `cells` move on, which the last `ahead`
         patches leave as they are."""
-        raise NotImplementedError
 
     def quantiles_of(self, x: Tensor) -> Tensor:
         """Each patch's output (R, L, D) to the quantiles of the next patch's scaled values, (R, L * patch_size, Q)."""
-        raise NotImplementedError
+        z = self.quantile_head(x).unflatten(-1, (len(self.config.quantiles), -1))
+        return z.transpose(2, 3).flatten(1, 2)
 
     def calibrate(self, quantiles: Tensor) -> Tensor:
         """Quantiles (R, T, Q) as they are told: in their order, which never makes their loss larger (Chernozhukov et

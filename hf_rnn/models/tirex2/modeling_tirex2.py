@@ -251,10 +251,6 @@ class TiRex2ForPrediction(ForecasterMixin, TiRex2PreTrainedModel):
         groups = Groups.of(series, torch.ones_like(series, dtype=torch.bool))
         return self.model.encode(z, None, groups, cells, ahead)
 
-    def quantiles_of(self, x: Tensor) -> Tensor:
-        z = self.quantile_head(x).unflatten(-1, (len(self.config.quantiles), -1))
-        return z.transpose(2, 3).flatten(1, 2)
-
     def calibrate(self, quantiles: Tensor) -> Tensor:
         return calibrated(quantiles)
 

@@ -101,10 +101,6 @@ class RecurrentForPrediction(ForecasterMixin, RecurrentPreTrainedModel):
             outputs.append(self._read(z[:, now:], copy.deepcopy(cells), 0).last_hidden_state)
         return torch.cat(outputs, 1)
 
-    def quantiles_of(self, x: Tensor) -> Tensor:
-        z = self.quantile_head(x).unflatten(-1, (len(self.config.quantiles), -1))
-        return z.transpose(2, 3).flatten(1, 2)
-
     def _read(self, z: Tensor, cells: RecurrentCache | None, more: int, **kwargs):
         """Scaled values (R, L * patch_size), of which the last `more` patches are to come. Without a state to go on
         from, whole patches without a value in front are padding."""
