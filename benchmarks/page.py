@@ -43,6 +43,7 @@ TITLES = {
     "forecasting": "Forecasts beside statsforecast's",
     "forecast_tuning": "A forecaster tuned on a series",
     "series_classification": "Series, classified",
+    "forecast_streams": "Series that go on",
 }
 
 
