@@ -360,6 +360,7 @@ def test_the_page_is_what_the_results_make():
     import page
 
     assert page.PAGE.read_text() == page.page(), "make performance"
+    assert page.README.read_text() == page.readme(), "make performance"
 
 
 def test_no_peer_is_faster_without_a_reason():
