@@ -24,10 +24,13 @@ from transformers import (
 
 from hf_rnn.skeleton.cache import RecurrentCache
 
+# Greedy but for logits that are equal to rounding; a smaller one makes infinities of them
+LEAST_TEMPERATURE = 1e-6
+
 
 class Sampling(NamedTuple):
     """How a token is chosen: the most likely one, or, where `do_sample`, by chance, by transformers' processors of
-    these names; None: without it."""
+    these names; None: without it. Temperatures below `LEAST_TEMPERATURE` are that one."""
 
     do_sample: bool = False
     temperature: float | None = None
@@ -39,7 +42,7 @@ class Sampling(NamedTuple):
     def processors(self) -> LogitsProcessorList:
         found = LogitsProcessorList()
         if self.temperature not in (None, 1.0):
-            found.append(TemperatureLogitsWarper(float(self.temperature)))  # type: ignore[arg-type]
+            found.append(TemperatureLogitsWarper(max(float(self.temperature), LEAST_TEMPERATURE)))  # type: ignore[arg-type]
         if self.top_k:
             found.append(TopKLogitsWarper(self.top_k))
         if self.top_p not in (None, 1.0):
@@ -261,7 +264,7 @@ class ContinuousBatch:
             weights = sampling.processors()(None, part).softmax(-1).cumsum(-1)  # type: ignore[arg-type]
             chance = torch.tensor([[requests[row].random.random()] for row in rows], dtype=weights.dtype)
             chosen[rows] = torch.searchsorted(weights, chance.to(weights.device) * weights[:, -1:]).squeeze(1)
-        finite = logits.isfinite().any(-1) & ~logits.isnan().any(-1)
+        finite = logits.amax(-1).isfinite()  # neither NaN nor infinite, and some token is possible
         for request, token, good in zip(requests, chosen.tolist(), finite.tolist(), strict=True):
             if not good:
                 request.finish_reason = "error: the model gave no numbers for the next token"

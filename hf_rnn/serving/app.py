@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
 from hf_rnn.serving.errors import APIError, BodyLimit, add_error_handlers, error_body
 from hf_rnn.serving.protocol import ChatBody, ChatShape, CompletionBody, CompletionShape, SessionBody, event
-from hf_rnn.serving.server import Generation, Server
+from hf_rnn.serving.server import Generation, Server, check_count
 from hf_rnn.serving.sessions import Session
 from hf_rnn.serving.text import PLAIN_STOP
 
@@ -88,6 +88,7 @@ def _check_model(server: Server, name: str) -> None:
 async def _generate(server: Server, owner: str, body: CompletionBody | ChatBody, request: Request) -> Response:
     """Answer a request for texts, at once or as a stream."""
     _check_model(server, body.model)
+    check_count(server, body)
     session = None if body.session is None else await server.sessions.take(owner, body.session)
     try:
         prompts = await asyncio.to_thread(_prompts, server, body, session)

@@ -31,7 +31,7 @@ class ModelThread(threading.Thread):
         super().__init__(name="model", daemon=True)
         self.batch, self.prompts, self.loop = batch, prompts, loop
         self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.choices: dict[Request, Choice] = {}
+        self.choices: dict[Request, Choice] = {}  # all of them, also those whose prompts are read
         self.readings: dict[Request, PromptReading] = {}
         self.tokens, self.remembered, self.seconds = 0, 0, 0.0
 
@@ -53,14 +53,27 @@ class ModelThread(threading.Thread):
                 command = self.commands.get()
                 if command is None:
                     return
-                command()
+                self._attempt(command)
             start = time.perf_counter()
-            pieces = self._step()
+            self._attempt(self._step)
             self.seconds += time.perf_counter() - start
-            if pieces:
-                self.loop.call_soon_threadsafe(_send, pieces)
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:  # out of memory, say: whoever is in the batch may be disturbed; sessions are not in it
+            log.exception("a step of the model failed")
+            lost, ending = list(self.choices.values()), Ending("error: the model failed", None, [])
+            self.batch = ContinuousBatch(self.batch.model, self.batch.max_rows, self.batch.prompt_tokens)
+            self.choices, self.readings = {}, {}
+            self._tell([(choice, Piece(choice.number, "", [], ending)) for choice in lost])
+
+    def _tell(self, pieces: list[tuple[Choice, Piece]]) -> None:
+        if pieces:
+            self.loop.call_soon_threadsafe(_send, pieces)
 
     def _add(self, choices: list[Choice], owner: str) -> None:
+        self.choices |= {choice.request: choice for choice in choices}
         reading = PromptReading(choices, owner, self.prompts)
         self.remembered += reading.position
         self._go_on(reading)
@@ -72,7 +85,6 @@ class ModelThread(threading.Thread):
             return
         for choice in reading.choices:
             choice.request.unread, choice.request.state = reading.ids[reading.position :], reading.state
-            self.choices[choice.request] = choice
             self.batch.add(choice.request)
 
     def _cancel(self, choices: list[Choice]) -> None:
@@ -83,16 +95,8 @@ class ModelThread(threading.Thread):
             choice.request.cancelled = True
             self.choices.pop(choice.request, None)
 
-    def _step(self) -> list[tuple[Choice, Piece]]:
-        try:
-            return self._moved(self.batch.step())
-        except Exception:  # out of memory, say: whoever is in the batch may be disturbed; sessions are not in it
-            log.exception("a step of the model failed")
-            lost = [*self.choices.values(), *(choice for some in self.readings.values() for choice in some.choices)]
-            self.batch = ContinuousBatch(self.batch.model, self.batch.max_rows, self.batch.prompt_tokens)
-            self.choices, self.readings = {}, {}
-            ending = Ending("error: the model failed", None, [])
-            return [(choice, Piece(choice.number, "", [], ending)) for choice in lost]
+    def _step(self) -> None:
+        self._tell(self._moved(self.batch.step()))
 
     def _moved(self, requests: list[Request]) -> list[tuple[Choice, Piece]]:
         pieces = []

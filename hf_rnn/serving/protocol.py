@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
@@ -26,14 +26,35 @@ _NEUTRAL: dict[str, tuple] = {
     "modalities": (["text"],),
 }
 
+# Validation ends with the first element of a list that is no good, and the first name that is not known: a complaint
+# about each of a million would take gigabytes
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+
 Integer = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=2**30)]  # with a bound pydantic looks at it: half of a surrogate pair is no text
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+TokenLists = Annotated[Many[Many[Integer]], Field(max_length=4096)]
 SessionName = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown_name(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        unknown = (x for x in values.items() if x[0] not in cls.model_fields and not cls.says_nothing(*x))
+        first = next(unknown, None)
+        return {name: x for name, x in values.items() if name in cls.model_fields} | dict([first] if first else [])
+
+    @classmethod
+    def says_nothing(cls, name: str, value: Any) -> bool:
+        """Of a parameter that is not known here, whether it is no matter."""
+        return False
 
 
 class StreamOptions(Body):
@@ -54,21 +75,14 @@ class GenerationBody(Body):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     n: Annotated[Integer, Field(ge=1)] | None = 1
     seed: Annotated[Integer, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[Many[StopString], Field(max_length=16)] | None = None
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
     session: SessionName | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _without_what_says_nothing(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {
-            name: value
-            for name, value in values.items()
-            if name not in _MEANINGLESS and not (name in _NEUTRAL and value in (None, *_NEUTRAL[name]))
-        }
+    def says_nothing(cls, name: str, value: Any) -> bool:
+        return name in _MEANINGLESS or (name in _NEUTRAL and value in (None, *_NEUTRAL[name]))
 
     @property
     def stops(self) -> list[str]:
@@ -81,7 +95,7 @@ class GenerationBody(Body):
 
 
 class CompletionBody(GenerationBody):
-    prompt: str | Annotated[list[str] | list[Integer] | list[list[Integer]], Field(min_length=1)]
+    prompt: Text | Annotated[Many[Text] | Many[Integer] | TokenLists, Field(min_length=1)]
     logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
 
     @property
@@ -97,12 +111,12 @@ class CompletionBody(GenerationBody):
 
 class TextPart(Body):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | Many[TextPart]
     name: None = None
 
     @property
@@ -112,7 +126,7 @@ class Message(Body):
 
 
 class ChatBody(GenerationBody):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Many[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[Integer, Field(ge=0)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 
@@ -29,6 +30,15 @@ def is_loopback(host: str | None) -> bool:
         return host == "localhost" or ip_address(host or "").is_loopback
     except ValueError:
         return False
+
+
+def host_of(request: Request) -> str | None:
+    """The name by which a client reached the server; None: none that can be read, for which `request.url` would have
+    the server's own address."""
+    try:
+        return urlsplit(f"//{request.headers.get('host', '')}").hostname
+    except ValueError:
+        return None
 
 
 class Server:
@@ -61,12 +71,14 @@ class Server:
         self.thread = ModelThread(self.batch, self.prompts, asyncio.get_running_loop())
         self.thread.start()
         sweeping = asyncio.create_task(self._sweep())
-        yield
-        sweeping.cancel()
-        self.thread.stop()
-        await asyncio.to_thread(self.thread.join)
-        if lost := await self.sessions.park_all():
-            log.error("%d sessions could not be parked and are lost", lost)
+        try:
+            yield
+        finally:  # a second Ctrl-C cancels the wait, and parks as well
+            sweeping.cancel()
+            self.thread.stop()
+            await asyncio.to_thread(self.thread.join)
+            if lost := await self.sessions.park_all():
+                log.error("%d sessions could not be parked and are lost", lost)
 
     async def _sweep(self) -> None:
         while True:
@@ -83,7 +95,7 @@ class Server:
             APIError: 401; 403 for a page of another name that leads here, since without keys this machine's own
                 programs alone are welcome.
         """
-        if not self.keys and not is_loopback(request.url.hostname):
+        if not self.keys and not is_loopback(host_of(request)):
             raise APIError(403, "Host: expected localhost; a server for others needs keys")
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
         found = [key for key in self.keys if hmac.compare_digest(key.encode(), given)]
@@ -123,6 +135,20 @@ class Server:
         }
 
 
+def check_count(server: Server, body: CompletionBody | ChatBody) -> None:
+    """How many texts are asked for, before their prompts are made tokens.
+
+    Raises:
+        APIError: 400.
+    """
+    prompts, most = len(body.prompts) if isinstance(body, CompletionBody) else 1, server.limits.max_choices
+    count = (body.n or 1) * prompts
+    if count > most:
+        raise APIError(400, f"n: expected at most {most} texts together, got {count}", "n")
+    if body.session is not None and count > 1:
+        raise APIError(400, "session: expected one prompt and n=1", "session")
+
+
 class Generation:
     """One request's texts, from their admission to the last piece.
 
@@ -143,10 +169,6 @@ class Generation:
         limits, n = server.limits, body.n or 1
         self.server, self.session, self.pieces = server, session, asyncio.Queue[Piece]()
         count, free = n * len(prompts), limits.max_rows + limits.max_waiting - server.running
-        if count > limits.max_choices:
-            raise APIError(400, f"n: expected at most {limits.max_choices} texts together, got {count}", "n")
-        if session is not None and count > 1:
-            raise APIError(400, "session: expected one prompt and n=1", "session")
         if most > limits.max_tokens:
             raise APIError(400, f"max_tokens: expected at most {limits.max_tokens}, got {most}", "max_tokens")
         if count > free:

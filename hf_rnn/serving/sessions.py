@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hf_rnn.serving.claims import Claims
 from hf_rnn.serving.errors import APIError, log
 from hf_rnn.serving.limits import Limits
 from hf_rnn.skeleton.cache import RecurrentCache
@@ -67,7 +68,8 @@ class Sessions:
     """All sessions of a server. Belongs to asyncio's thread; files are read and written in others, one at a time.
 
     A file is whole or not there. A session in memory whose file is older is written within a minute or two, when it
-    leaves the memory, and when the server ends.
+    leaves the memory, and when the server ends. Until then, and while it answers a request, it is claimed, and other
+    servers refuse it.
 
     Args:
         model: whose states they are.
@@ -83,9 +85,11 @@ class Sessions:
         self.busy: set[Path] = set()
         self.failures, self.last_failure = 0, ""
         self._disk = asyncio.Lock()
+        self.claims: Claims | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.files = self._scan()
+            self.claims = Claims(folder)
 
     def path(self, owner: str, name: str) -> Path:
         digest = hashlib.sha256(f"{owner}\0{name}".encode()).hexdigest()
@@ -95,28 +99,27 @@ class Sessions:
         """A session for a request, which alone has it until `give_back`.
 
         Raises:
-            APIError: 404 there is none of this owner's; 409 another request has it, or its file is no good; 503 it
-                cannot be read now.
+            APIError: 404 there is none of this owner's; 409 another request or another server has it, or its file is
+                no good; 503 it cannot be read now.
         """
-        path = self.path(owner, name)
-        if path in self.busy:
-            raise APIError(409, f"session: {name[:200]!r} is answering another request", "session", "session_busy")
-        self.busy.add(path)
+        path = self._occupy(owner, name)
         try:
             async with self._disk:
+                self._claim(path, name)
                 return await self._find(path, name)
         except BaseException:
-            self.busy.discard(path)
+            self._leave(path)
             raise
 
     def give_back(self, session: Session) -> None:
-        self.busy.discard(session.file)
+        self._leave(session.file)
 
     async def begin(self, owner: str, name: str, source: str | None = None) -> Session:
         """A new session, at the beginning of a text or where another one of this owner's is.
 
         Raises:
-            APIError: 409 there is one; 429 too many; 503 no room; and what `take` raises of `source`.
+            APIError: 409 there is one, or another server is about to begin it; 429 too many; 503 no room; and what
+                `take` raises of `source`.
         """
         path = self.path(owner, name)
         state, unread = self.initial, []
@@ -125,15 +128,19 @@ class Sessions:
             state, unread = other.state, other.unread
             self.give_back(other)
         async with self._disk:
-            if path in self.memory or self._mark(path) is not None:
+            if self._exists(path):
                 raise APIError(409, f"name: there is a session {name[:200]!r}", "name", "session_exists")
             most = self.limits.max_sessions
             if len(self.memory) + len(self.files) >= most and len(self._own(owner)) >= most:
                 raise APIError(429, f"expected at most {most} sessions", code="session_quota")
-            await self._make_room()
-            session = Session(name, path, state, time.time(), 0.0)
-            session.go_on(state.clone(), unread)
-            self.memory[path] = session
+            self._claim(path, name)
+            try:
+                await self._make_room()
+                session = Session(name, path, state, time.time(), 0.0)
+                session.go_on(state.clone(), unread)
+                self.memory[path] = session
+            finally:
+                self._release(path)
         return session
 
     async def delete(self, owner: str, name: str) -> None:
@@ -141,13 +148,15 @@ class Sessions:
         Raises:
             APIError: as `take`.
         """
-        path = self.path(owner, name)
-        if path in self.busy:
-            raise APIError(409, f"session: {name[:200]!r} is answering a request", "session", "session_busy")
-        async with self._disk:
-            if path not in self.memory and self._mark(path) is None:
-                raise _unknown(name)
-            self._forget(path)
+        path = self._occupy(owner, name)
+        try:
+            async with self._disk:
+                self._claim(path, name)
+                if not self._exists(path):
+                    raise _unknown(name)
+                self._forget(path)
+        finally:
+            self._leave(path)
 
     async def listed(self, owner: str) -> list[dict[str, Any]]:
         """What is known of each session of an owner's, the last used first."""
@@ -173,7 +182,10 @@ class Sessions:
         oldest = now - 86400 * self.limits.session_days
         for path, session in list(self.memory.items()):
             if session.used < oldest and path not in self.busy:
-                self._forget(path)
+                if session.mark in (None, self._mark(path)):
+                    self._forget(path)
+                else:
+                    self.memory.pop(path)  # another server has gone on with it
             elif session.used < now - SWEEP_SECONDS and self.folder is not None:
                 async with self._disk:
                     await self._park(session)
@@ -181,6 +193,31 @@ class Sessions:
             mark = self._mark(path)
             if mark is not None and mark[1] < oldest * 1e9:
                 self._forget(path)
+
+    # Who has a session: one request of one server
+
+    def _occupy(self, owner: str, name: str) -> Path:
+        path = self.path(owner, name)
+        if path in self.busy:
+            raise APIError(409, f"session: {name[:200]!r} is answering another request", "session", "session_busy")
+        self.busy.add(path)
+        return path
+
+    def _leave(self, path: Path) -> None:
+        self.busy.discard(path)
+        self._release(path)
+
+    def _claim(self, path: Path, name: str) -> None:
+        if self.claims is not None and not self.claims.take(path):
+            told = f"session: another server has {name[:200]!r}, and has not written its end yet"
+            raise APIError(409, told, "session", "session_elsewhere", retry_after=round(SWEEP_SECONDS))
+
+    def _release(self, path: Path) -> None:
+        """For other servers, unless it is busy or newer than its file."""
+        session = self.memory.get(path)
+        newer = session is not None and session.mark is None
+        if self.claims is not None and path not in self.busy and not newer:
+            self.claims.release(path)
 
     async def park_all(self) -> int:
         """Write every session that is newer than its file. Returns how many could not be written; without a folder none
@@ -253,6 +290,7 @@ class Sessions:
         self.files[path] = path.stat().st_size
         if session.state is state:
             session.mark = self._mark(path)
+            self._release(path)
         return session.state is state
 
     def _write(self, path: Path, state: RecurrentCache) -> None:
@@ -264,6 +302,7 @@ class Sessions:
         self.files.pop(path, None)
         if self.folder is not None:
             path.unlink(missing_ok=True)
+        self._release(path)
 
     def _mark(self, path: Path) -> tuple[int, int] | None:
         """Which file it is; None: there is none."""
@@ -274,6 +313,11 @@ class Sessions:
         except FileNotFoundError:
             return None
         return found.st_ino, found.st_mtime_ns
+
+    def _exists(self, path: Path) -> bool:
+        """What is as new as a file is there as long as that is."""
+        session = self.memory.get(path)
+        return self._mark(path) is not None or (session is not None and session.mark is None)
 
     def _own(self, owner: str) -> set[Path]:
         return {file for some in (self.memory, self.files) for file in some if file.parent.name == owner}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import openai
 import pytest
 from openai import OpenAI
 from served import alone, ids_of, small_model
@@ -80,6 +81,13 @@ def test_sessions_outlive_the_server(checkpoint, tmp_path):
         first.client.post("/sessions", body={"name": name}, cast_to=object)
         choice = first.complete(name, "Hello", max_tokens=3).choices[0]
         texts[name] = list(b"Hello") + ids_of(choice)
+    # What the first one has not written yet the second one neither answers from an older state nor begins anew
+    with pytest.raises(openai.ConflictError, match="another server has 's1'") as caught:
+        second.complete("s1", "!", max_tokens=2)
+    assert caught.value.code == "session_elsewhere" and int(caught.value.response.headers["retry-after"]) == 60
+    for method, path, body in (("post", "/sessions", {"name": "s1"}), ("delete", "/sessions/s1", None)):
+        with pytest.raises(openai.ConflictError, match="another server has 's1'"):
+            getattr(second.client, method)(path, body=body, cast_to=object)
     stream = first.complete("s0", "x", max_tokens=1_000_000, stream=True)
     next(iter(stream))
     first.process.send_signal(signal.SIGTERM)
@@ -102,7 +110,14 @@ def test_sessions_outlive_the_server(checkpoint, tmp_path):
     answers = {row["tokens"]: third.complete(row["id"], "?", max_tokens=2) for row in rows}
     assert all(answer.choices[0].text is not None for answer in answers.values())
     assert len(third.client.get("/sessions", cast_to=object)["data"]) == len(SESSIONS)
-    third.end()
+    # Ctrl-C, and again since a text does not end
+    next(iter(third.complete("s0", "x", max_tokens=1_000_000, stream=True)))
+    third.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    third.process.send_signal(signal.SIGINT)
+    third.log += third.process.communicate(timeout=60)[1]
+    after = {row["id"]: row["tokens"] for row in map(_read_about, tmp_path.glob("*/*.state")) if row}
+    assert after == {row["id"]: row["tokens"] + 3 for row in rows}, third.log
 
 
 def test_mistakes_are_told_in_a_line(checkpoint, tmp_path, capsys, monkeypatch):

@@ -14,10 +14,13 @@ import psutil
 import pytest
 import torch
 from openai import OpenAI
+from pydantic import ValidationError
 from served import alone, ids_of, serving, small_model
 
 from hf_rnn import byte_tokenizer
 from hf_rnn.generation.batching import ContinuousBatch
+from hf_rnn.generation.prompt_cache import PromptCache
+from hf_rnn.serving.protocol import ChatBody, CompletionBody
 
 decode = partial(byte_tokenizer().decode, skip_special_tokens=True)
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -208,6 +211,34 @@ def test_a_model_that_fails(served, client, monkeypatch):
     assert served.complete("x").text and served.server.running == 0
 
 
+def test_a_prompt_that_cannot_be_prepared(served, monkeypatch):
+    """Out of memory outside of a step: the request is told, and the model's thread lives on."""
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptCache, "find", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        assert served.call("POST", "/v1/completions", {"model": "tiny", "prompt": "x" * 99})[0] == 500
+    assert served.complete("x" * 99).text and served.server.running == 0
+
+
+def test_nobody_disturbs_others(served, model):
+    """The smallest temperature is the most likely token, and no number that is none."""
+    options = dict(model="tiny", prompt="Hello", max_tokens=9)
+    expected = decode(alone(model, list(b"Hello"), 9))
+    for temperature in (5e-324, 1e-39, 1e-6):
+        assert served.client().completions.create(temperature=temperature, **options).choices[0].text == expected
+
+
+def test_complaints_are_few():
+    """One about a list, however many of its elements are no good: each of a million would take a kilobyte."""
+    bad = {"content": [1] * 999, "role": "user"}
+    for kind, name, value in (
+        (CompletionBody, "prompt", [1.5] * 999), (CompletionBody, "stop", [1] * 9), (ChatBody, "messages", [1] * 999),
+        (ChatBody, "messages", [bad] * 999), (ChatBody, "messages", [dict.fromkeys(map(str, range(999)), 1)]),
+    ):  # fmt: skip
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate({"model": "tiny", "prompt": "x"} | {name: value} | dict.fromkeys("abcdefgh", 1))
+        assert caught.value.error_count() < 9
+
+
 BAD: list[tuple[dict, str]] = [
     ({"temperature": -1}, "temperature"),
     ({"temperature": "1"}, "temperature"),
@@ -232,6 +263,7 @@ BAD: list[tuple[dict, str]] = [
     ({"logprobs": 21}, "logprobs"),
     ({"stream": 1}, "stream"),
     ({"session": "nobody"}, "session"),
+    ({"prompt": "\ud800"}, "prompt"),
 ]
 
 
@@ -315,8 +347,9 @@ def test_pages_of_others_have_no_way_in(served):
         headers = {"Content-Type": content_type, "content_type": "x"}
         assert served.call("POST", "/v1/sessions", body, **headers)[0] == 400
     assert served.call("OPTIONS", "/v1/sessions", Origin="http://evil")[0] == 405
-    status, _, answer = served.call("GET", "/v1/sessions", Host="evil.example")
-    assert status == 403 and "Host: expected localhost" in answer["error"]["message"]
+    for host in ("evil.example", "evil.example:99999", "evil[.example"):
+        status, _, answer = served.call("GET", "/v1/sessions", Host=host)
+        assert status == 403 and "Host: expected localhost" in answer["error"]["message"]
     status, headers, page = served.call("GET", "/")
     assert status == 200 and b"<textarea" in page and "default-src 'none'" in headers["content-security-policy"]
 

@@ -14,6 +14,7 @@ import hf_rnn
 from hf_rnn import byte_tokenizer
 from hf_rnn.serving import app
 from hf_rnn.serving import sessions as store
+from hf_rnn.serving.limits import owner_of
 from hf_rnn.skeleton import cache
 
 STATE = 2 * 16 * 8  # bytes of one, at least
@@ -152,7 +153,7 @@ def test_sessions_belong_to_a_key(model, tmp_path):
         assert served.begin("mine", "two") == 200  # another one
         assert served.call("GET", "/v1/sessions/mine", key="two")[2]["tokens"] == 0
         assert served.call("GET", "/v1/sessions/mine", key="one")[2]["tokens"] == 14
-    names = [path.name for path in tmp_path.rglob("*")]
+    names = [path.name for path in tmp_path.rglob("*") if path.name != ".claims"]
     assert len(names) == 4 and not any(secret in name for name in names for secret in ("mine", "one", "two"))
 
 
@@ -229,23 +230,17 @@ def test_quotas(model, tmp_path):
     assert not list(tmp_path.glob("*/*"))  # and the log says that they are lost
 
 
-def test_expiry_and_writing_in_time(served, model, monkeypatch):
+def test_expiry_and_writing_in_time(served):
     """What rests is written; what nobody has used for long is deleted, in memory and on the disk."""
-    import asyncio
-
-    def sweep():
-        loop = served.server.thread.loop
-        asyncio.run_coroutine_threadsafe(served.server.sessions.sweep(), loop).result(20)
-
     for name in ("old", "parked", "new"):
         served.begin(name)
         served.complete("x", session=name)
-    sweep()
+    sweep(served)
     assert files(served) == []  # they have just been used
     held = served.server.sessions.memory
     for session in held.values():
         session.used -= 100
-    sweep()
+    sweep(served)
     assert len(files(served)) == 3 and all(session.mark for session in held.values())
     by_name = {session.name: session for session in list(held.values())}
     by_name["old"].used -= 31 * 86400
@@ -256,7 +251,7 @@ def test_expiry_and_writing_in_time(served, model, monkeypatch):
     left = parked.with_name(".killed")
     left.touch()
     os.utime(left, (long_ago, long_ago))
-    sweep()
+    sweep(served)
     assert [path.name for path in files(served)] == [by_name["new"].file.name] and list(held) == [by_name["new"].file]
     assert served.call("GET", "/v1/sessions/old")[0] == served.call("GET", "/v1/sessions/parked")[0] == 404
 
@@ -296,6 +291,46 @@ def test_two_servers_with_one_folder(model, tmp_path):
             park(server)
         assert second.call("DELETE", "/v1/sessions/tea")[0] == 200
         assert first.call("GET", "/v1/sessions/tea")[0] == 404
+
+
+def test_what_another_server_has_gone_on_with_is_not_old(model, tmp_path):
+    """A copy in memory that rests here for a month says nothing of a session that is used there."""
+    with serving(model, tmp_path) as first, serving(model, tmp_path) as second:
+        first.begin("tea")
+        park(first)
+        text = list(b"Hello") + ids_of(second.complete("Hello", 5, session="tea"))
+        park(second)
+        (session,) = first.server.sessions.memory.values()
+        session.used -= 31 * 86400
+        sweep(first)
+        assert ids_of(first.complete("!", 5, session="tea")) == alone(model, [*text, *b"!"], 5)
+        park(first)
+        assert second.call("DELETE", "/v1/sessions/tea")[0] == 200 and first.begin("tea") == 200
+
+
+def test_a_session_that_is_taken_while_it_is_to_be_deleted(served):
+    """One of both is refused; it does not come back."""
+    import asyncio
+
+    async def at_once():
+        store, owner = served.server.sessions, owner_of("")
+        async with store._disk:  # which both wait for
+            deleting = asyncio.create_task(store.delete(owner, "tea"))
+            taking = asyncio.create_task(store.take(owner, "tea"))
+            await asyncio.sleep(0.05)
+        return await asyncio.gather(deleting, taking, return_exceptions=True)
+
+    served.begin("tea")
+    deleted, taken = asyncio.run_coroutine_threadsafe(at_once(), served.server.thread.loop).result(20)
+    assert deleted is None and taken.code == "session_busy"
+    assert served.call("GET", "/v1/sessions/tea")[0] == 404 and served.begin("tea") == 200
+
+
+def sweep(served):
+    import asyncio
+
+    loop = served.server.thread.loop
+    asyncio.run_coroutine_threadsafe(served.server.sessions.sweep(), loop).result(20)
 
 
 def park(served):
