@@ -34,6 +34,7 @@ _MODULES = {
     "to_onnx_node": "hf_rnn.exchange.gate_order",
     "WeightOnlyConfig": "hf_rnn.compression.weight_only",
     "bits_per_byte": "hf_rnn.tasks.evaluation",
+    "pretrained": "hf_rnn.checkpoints",
     "CorruptPayloadError": "hf_rnn_kernels.coding",
     "byte_tokenizer": "hf_rnn.tokenization.byte_tokenizer",
     "compress": "hf_rnn.compression.checkpoint",
@@ -108,6 +109,7 @@ def _register() -> None:
 _register()
 
 if TYPE_CHECKING:
+    from hf_rnn.checkpoints import pretrained
     from hf_rnn.compression.checkpoint import compress, save_compressed
     from hf_rnn.compression.prune import prune
     from hf_rnn.compression.weight_only import WeightOnlyConfig

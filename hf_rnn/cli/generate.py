@@ -1,4 +1,4 @@
-"""`hf-rnn generate CHECKPOINT --prompt ...`: continue a prompt, streamed to the terminal."""
+"""`hf-rnn generate [CHECKPOINT] --prompt ...`: continue a prompt, streamed to the terminal."""
 
 import argparse
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from hf_rnn.checkpoints import DEFAULT, find_checkpoint, pretrained
 from hf_rnn.cli.device import add_device, find_device
 from hf_rnn.skeleton.cache import RecurrentCache
 from hf_rnn.tokenization.reading import read_tokenizer
@@ -46,7 +47,13 @@ def stream_on(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, file:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-rnn generate", description=__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint's folder, or its name on the Hub")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        default=DEFAULT,
+        help=f"a checkpoint's folder, its name on the Hub, or one that comes with the package: {', '.join(pretrained())}; "
+        f"default: {DEFAULT}",
+    )
     parser.add_argument("--prompt", default="", help="text to continue; default: begin a new one")
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
@@ -66,8 +73,9 @@ def main(argv: list[str]) -> None:
         from transformers import set_seed
 
         set_seed(arguments.seed)
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(device)  # type: ignore[arg-type]
-    tokenizer = read_tokenizer(arguments.checkpoint)
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).to(device)  # type: ignore[arg-type]
+    tokenizer = read_tokenizer(checkpoint)
     options: dict[str, Any] = {"do_sample": False}
     if arguments.temperature > 0:
         options = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
