@@ -162,26 +162,29 @@ def rounded(bits, inputs, group, x, x0):
 
 
 @row
-def packed_dot(bits, inputs, group, w, scale, o, x, x0, q, x_scale, start):
-    """Row `o` of the matrix times x, of which `q`, `x_scale` and `start` come; what is no vector stays float32."""
+def packed_dots(bits, inputs, group, w, scale, o, end, x, x0, q, x_scale, start, y, y0):
+    """y += rows `o` to `end` of the matrix times x, of which `q`, `x_scale` and `start` come.
+
+    What is no vector stays float32. The rows are inside: a call for each took as long as its products.
+    """
     each, whole = _block(bits, inputs, group)
     groups, bytes_ = inputs // group, inputs * bits // U(8)
-    w0, s0, step = o * bytes_, o * groups, U(groups > U(1))
-    if whole > U(0):
-        if bits == U(4):
-            return _halves_vectors(w, w0, scale, s0, step, q, x_scale, start, whole, each)
-        total = _bytes_vectors(w, w0, scale, s0, step, q, x_scale, start, whole, each)
-        if whole < inputs:
-            total += scale[s0] * _bytes_dot(inputs - whole, w, w0 + whole, x, x0 + whole)
-        return total
-    total, each = F32(0), group * bits // U(8)
-    for g in range(groups):
-        if bits == U(8):
-            dot = _bytes_dot(group, w, w0 + g * each, x, x0 + g * group)
-        else:
-            dot = _halves_dot(each, w, w0 + g * each, x, x0 + g * group)
-        total += scale[s0 + g] * dot
-    return total
+    step, rest = U(groups > U(1)), inputs - whole
+    while o < end:
+        w0, s0, total = o * bytes_, o * groups, F32(0)
+        if whole > U(0) and bits == U(4):
+            total = _halves_vectors(w, w0, scale, s0, step, q, x_scale, start, whole, each)
+        elif whole > U(0):
+            total = _bytes_vectors(w, w0, scale, s0, step, q, x_scale, start, whole, each)
+        if rest > U(0):
+            for g in range(groups):
+                at, to = w0 + (whole + g * group) * bits // U(8), x0 + whole + g * group
+                if bits == U(8):
+                    total += scale[s0 + g] * _bytes_dot(min(rest, group), w, at, x, to)
+                else:
+                    total += scale[s0 + g] * _halves_dot(group // U(2), w, at, x, to)
+        y[y0 + o] += total
+        o += U(1)
 
 
 @row
@@ -225,14 +228,14 @@ def times_panels(w, w0, count, inputs, laid, panels, block):
 
 @parallel
 def _dots(sizes, packed, scale, x, y):
-    """y (N, O), of few rows."""
+    """y (N, O), of few rows, added to."""
     bits, outputs, inputs, group = sizes
     for r in range(U(x.size) // inputs):
         q, x_scale, start = rounded(bits, inputs, group, x, r * inputs)
-        for o in prange(outputs):
-            y[r * outputs + U(o)] = packed_dot(
-                bits, inputs, group, packed, scale, U(o), x, r * inputs, q, x_scale, start
-            )
+        for part in prange((outputs + TILE - U(1)) // TILE):
+            o = U(part) * TILE
+            end = min(o + TILE, outputs)
+            packed_dots(bits, inputs, group, packed, scale, o, end, x, r * inputs, q, x_scale, start, y, r * outputs)
 
 
 @parallel
@@ -255,7 +258,7 @@ def _unpacked(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> T
 
 
 def forward(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
-    y = torch.empty(x.shape[0], packed.shape[0], dtype=torch.float32, device="cpu")
+    y = torch.zeros(x.shape[0], packed.shape[0], dtype=torch.float32, device="cpu")
     if x.shape[0] <= FEW:
         run(_dots, _sizes(packed, scale, bits), packed.reshape(-1).numpy(), flat(scale), flat(x), flat(y))
         return y.to(x.dtype)
