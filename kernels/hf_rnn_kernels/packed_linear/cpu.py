@@ -75,10 +75,12 @@ def _vector_dot(bits):
                 builder.store(begin, sums)
                 x_here = builder.mul(block.index, each)
                 w_here = builder.add(w0, builder.udiv(x_here, packing))
-                left = builder.sub(inputs, x_here)
-                here = builder.udiv(builder.select(builder.icmp_unsigned("<", left, each), left, each), packing)
-                with cgutils.for_range(builder, builder.udiv(here, size(_WORDS))) as turn:
-                    i = builder.mul(turn.index, size(_WORDS))
+                here = builder.udiv(each, packing)
+                if bits == 8:  # the last block may be smaller
+                    left = builder.sub(inputs, x_here)
+                    here = builder.select(builder.icmp_unsigned("<", left, each), left, each)
+
+                def turn(i, x_here=x_here, w_here=w_here, here=here):
                     byte, first = load(w_at, builder.add(w_here, i), narrow), builder.add(x_here, i)
                     if bits == 8:
                         add_products(builder.sext(byte, words), first)
@@ -86,6 +88,13 @@ def _vector_dot(bits):
                         byte = builder.zext(byte, words)
                         add_products(builder.and_(byte, ir.Constant(words, [15] * _WORDS)), first)
                         add_products(builder.lshr(byte, ir.Constant(words, [4] * _WORDS)), builder.add(first, here))
+
+                # Most groups of halves are one vector, for which a loop would cost more than what it does.
+                done = 8 // bits - 1
+                if done:
+                    turn(size(0))
+                with cgutils.for_range(builder, builder.udiv(here, size(_WORDS)), start=size(done)) as each_turn:
+                    turn(builder.mul(each_turn.index, size(_WORDS)))
                 scale_here = number(scale_at, builder.add(s0, builder.mul(block.index, s_step)))
                 both = builder.fmul(scale_here, number(x_scale_at, block.index))
                 both = pick(builder.insert_element(ir.Constant(floats, ir.Undefined), both, lane(0)), *[0] * LANES)
