@@ -110,17 +110,21 @@ def decay(keep, drop, x):
     return x - drop * x if drop < HALF else keep * x
 
 
+def ask_for(builder, pointer) -> None:
+    """Emit a prefetch of the cache line at an address, which need not exist."""
+    i32 = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+    builder.call(function, [pointer, i32(0), i32(3), i32(1)])  # to be read, kept in all caches, data
+
+
 @intrinsic
 def prefetch(typing_context, array, index):
     """Ask for the cache line of array[index], which need not exist."""
 
     def generate(context, builder, signature, arguments):
         data = context.make_array(array)(context, builder, arguments[0]).data
-        i32 = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [data.type, i32, i32, i32])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [data.type], kind)
-        # To be read, kept in all caches, data.
-        builder.call(function, [builder.gep(data, [arguments[1]]), i32(0), i32(3), i32(1)])
+        ask_for(builder, builder.gep(data, [arguments[1]]))
         return context.get_dummy_value()
 
     return types.void(array, types.uint64), generate

@@ -12,7 +12,7 @@ from hf_rnn_kernels.arrays import flat
 from hf_rnn_kernels.matrix_product import LANES, product
 from hf_rnn_kernels.packed_linear.reference import blocks
 from hf_rnn_kernels.threads import run
-from hf_rnn_kernels.vector_math import F32, ROUND, U, as_float, as_int, parallel, row, sums
+from hf_rnn_kernels.vector_math import F32, ROUND, U, as_float, as_int, ask_for, parallel, row, sums
 
 FEW = U(8)  # rows that are multiplied one by one; more go through `product`, which wants unpacked weights
 TILE = U(64)  # rows of the matrix that are unpacked at once
@@ -21,6 +21,7 @@ _FOUR, _EIGHT = np.int32(4), np.int32(8)
 
 BLOCK = U(256)  # numbers of x that share a scale where the weights' own groups are whole rows
 _WORDS = 2 * LANES  # of 16 bits in a vector
+_AHEAD = 4096  # bytes that are asked for ahead; the processor by itself asks for fewer (docs/log.md, 2026-12-01)
 _LARGEST = U(4096)  # numbers whose products of 8 and 16 bits, summed in 8 lanes of 32 bits, cannot overflow
 _MOST = F32(32767)
 _INFINITY, _TINY = np.int32(0x7F800000), np.int32(0x07000000)  # as bits; 9.6e-35, whose inverse times `_MOST` is finite
@@ -81,7 +82,9 @@ def _vector_dot(bits):
                     here = builder.select(builder.icmp_unsigned("<", left, each), left, each)
 
                 def turn(i, x_here=x_here, w_here=w_here, here=here):
-                    byte, first = load(w_at, builder.add(w_here, i), narrow), builder.add(x_here, i)
+                    at, first = builder.add(w_here, i), builder.add(x_here, i)
+                    ask_for(builder, builder.gep(w_at, [builder.add(at, size(_AHEAD))]))
+                    byte = load(w_at, at, narrow)
                     if bits == 8:
                         add_products(builder.sext(byte, words), first)
                     else:
