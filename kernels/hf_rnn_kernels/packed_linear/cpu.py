@@ -17,8 +17,6 @@ from hf_rnn_kernels.vector_math import F32, ROUND, U, as_float, as_int, ask_for,
 FEW = U(8)  # rows that are multiplied one by one; more go through `product`, which wants unpacked weights
 TILE = U(64)  # rows of the matrix that are unpacked at once
 _FOUR, _EIGHT = np.int32(4), np.int32(8)
-
-
 BLOCK = U(256)  # numbers of x that share a scale where the weights' own groups are whole rows
 _WORDS = 2 * LANES  # of 16 bits in a vector
 _AHEAD = 4096  # bytes that are asked for ahead; the processor by itself asks for fewer (docs/log.md, 2026-12-01)
