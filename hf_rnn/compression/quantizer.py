@@ -68,28 +68,22 @@ class _Base:
     def __init__(self, config: CodedConfig):
         self.config, self.folder = config, "."
         self._tensors: dict[str, Tensor] | None = None
-        self._error: OSError | ValueError | None = None
+        self._wrong = ""
 
     def __call__(self, model: PreTrainedModel, name: str) -> Tensor:
-        """The base's tensor of the model's name; ValueError where there is none, or another one."""
-        base = self.config.base
-        if not base:
-            raise ValueError(f"{name}: a difference, and config.json names no base")
-        if self._tensors is None and self._error is None:
+        """The base's tensor of the model's name; ValueError, each time the same, where something is wrong with it."""
+        if self._tensors is None and not self._wrong:
             try:
-                self._tensors = base_tensors(model, seen_from(base, self.folder))
+                self._tensors = base_tensors(model, seen_from(self.config.base or "", self.folder))
             except (OSError, ValueError) as error:
-                self._error = error
-        how = "say where it is in config.json, quantization_config, base"
-        if self._error is not None:
-            raise ValueError(f"base: cannot read {base!r}, whose fine-tune this is ({self._error}); {how}")
+                self._wrong = f"cannot read {self.config.base!r}, whose fine-tune this is ({error})"
         x, prefix = (self._tensors or {}).get(name), f"{model.base_model_prefix}."
         names = (name, name.removeprefix(prefix), prefix + name)
         expected = next((self.config.fingerprints[n] for n in names if n in self.config.fingerprints), None)
-        if x is None or fingerprint(x) != expected:
-            raise ValueError(
-                f"base: {base!r} is not the checkpoint that this was fine-tuned from: {name} differs; {how}"
-            )
+        if not self._wrong and (x is None or fingerprint(x) != expected):
+            self._wrong = f"{self.config.base!r} is not what this was fine-tuned from: {name} differs"
+        if self._wrong or x is None:
+            raise ValueError(f"base: {self._wrong}; config.json says where it is, quantization_config, base")
         return x
 
 
