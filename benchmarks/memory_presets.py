@@ -5,8 +5,7 @@ python benchmarks/memory_presets.py PART [--seeds 0 1 2] [--runs bptt dense:8 ..
 
 Parts: seconds (CPU milliseconds of a step of each), text (rows of 64, equal steps), long and longer (rows of 256 and
 1,024, equal CPU seconds, which needs `seconds` first), lstm and gru (text with students that have gates), pixels
-(digits). Without --data text is the documentation in CPython. On seed 0 every contestant learns at both of the part's
-rates, on the other seeds at the one that was better there. Rows that are there already are not run again.
+(digits). Without --data text is the documentation in CPython. Rows that are there already are not run again.
 """
 
 import argparse
@@ -39,7 +38,7 @@ class Part(NamedTuple):
     network: str
     tokens: int
     runs: Contestants
-    rates: tuple[float, float] = (2e-3, 3e-3)
+    rates: tuple[float, ...] = (2e-3,)
     steps: tuple[int, int] = (200, 50)
     seconds: bool = False
 
@@ -51,10 +50,29 @@ PARTS = {
     "text": Part("memory", 64, dict.fromkeys((*METHODS, "dense:0", "truncated:8"), SHORT)),
     "long": Part("memory", 256, dict.fromkeys(("dense:8", "bptt", "alone:8", "truncated:8"), LONG) | {"bptt 64": SHORT}, seconds=True),
     "longer": Part("memory", 1024, dict.fromkeys(("dense:8", "bptt", "alone:8", "truncated:8"), LONGER) | {"bptt 64": SHORT}, seconds=True),
-    "lstm": Part("lstm", 64, GATED, rates=(3e-3, 6e-3)),
-    "gru": Part("gru", 64, GATED, rates=(3e-3, 6e-3)),
+    "lstm": Part("lstm", 64, GATED, rates=(3e-3,)),
+    "gru": Part("gru", 64, GATED, rates=(3e-3,)),
     "pixels": Part("memory", 64, dict.fromkeys(("bptt", "alone:8", "dense:8"), SHORT)),
 }  # fmt: skip
+
+
+class Steps(Clock):
+    """CPU seconds of each step of the process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begun = time.process_time()
+        super().on_step_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.each.append(time.process_time() - self.begun)
+        super().on_step_end(args, state, control, **kwargs)
+
+
+Clocks = tuple[Clock, Clock]  # of SMT and of DMT; of what has one part, the first
 
 
 def network(kind: str, vocab_size: int, seed: int) -> Any:
@@ -71,19 +89,21 @@ def network(kind: str, vocab_size: int, seed: int) -> Any:
     return model(config(vocab_size=vocab_size, **sizes, **names))
 
 
-def train(preset: str, model: Any, data: Any, steps: tuple[int, int], smt: dict, dmt: dict, **both: Any) -> dict:
+def train(
+    preset: str, model: Any, data: Any, steps: tuple[int, int], smt: dict, dmt: dict, clocks: Clocks, **both: Any
+) -> dict:
     """SMT and DMT by a preset, DMT with the optimizer that SMT leaves; returns what SMT logged last."""
     common = {name: COMMON[name] for name in ("report_to", "use_cpu", "disable_tqdm", "dataloader_pin_memory")}
     common |= dict(logging_steps=max(1, steps[0] // 8)) | both
     with tempfile.TemporaryDirectory() as folder:
         kept = dict(save_strategy="steps", save_steps=steps[0])
         args = SMTConfig.preset(preset, folder, max_steps=steps[0], **smt | kept | common)
-        trainer = SMTTrainer(model, args, train_dataset=data)
+        trainer = SMTTrainer(model, args, train_dataset=data, callbacks=[clocks[0]])
         quietly(trainer).train()
         logged = [entry for entry in trainer.state.log_history if "dynamics" in entry][-1]
         kept = dict(save_strategy="no", optimizer_from=f"{folder}/checkpoint-{steps[0]}")
         args = DMTConfig.preset(preset, str(Path(folder) / "dmt"), max_steps=steps[1], **dmt | kept | common)
-        quietly(DMTTrainer(model, args, teacher=trainer.teacher, train_dataset=data)).train()
+        quietly(DMTTrainer(model, args, trainer.teacher, train_dataset=data, callbacks=[clocks[1]])).train()
     names = ("decoder_first", "dynamics", "readout", "student")
     return {name: float(logged[name]) for name in names if name in logged}
 
@@ -95,7 +115,7 @@ def quietly(trainer: Any) -> Any:
     return trainer
 
 
-def dense(model: Any, data: Any, k: int, steps: tuple[int, int], rate: float, **both: Any) -> dict:
+def dense(model: Any, data: Any, k: int, steps: tuple[int, int], rate: float, clocks: Clocks, **both: Any) -> dict:
     """With k steps of the student; 0: no label's gradient comes into the updater, which learns from the teacher's
     memories alone, by the paper's coefficients. DMT at half of SMT's rate."""
     if k:
@@ -104,24 +124,26 @@ def dense(model: Any, data: Any, k: int, steps: tuple[int, int], rate: float, **
         smt = dict(student_steps=1, coef_student=0.0, coef_dynamics=0.1)
         dmt = dict(readout_steps=0, coef_dynamics=10.0, label_every=4)
     smt, dmt = smt | dict(learning_rate=rate), dmt | dict(learning_rate=rate / 2)
-    return train("dense", model, data, steps, smt, dmt, context_size=4096, **both)
+    return train("dense", model, data, steps, smt, dmt, clocks, context_size=4096, **both)
 
 
-def learn(name: str, model: Any, data: Any, steps: tuple[int, int], seed: int, rate: float, rows: int) -> dict:
+def learn(
+    name: str, model: Any, data: Any, steps: tuple[int, int], seed: int, rate: float, rows: int, clocks: Clocks
+) -> dict:
     """Train by a method; returns what it logged of its teacher, if it has one."""
     method, _, k = name.partition(":")
     both = dict(seed=seed, per_device_train_batch_size=rows)
     if method == "dense":
-        return dense(model, data, int(k), steps, rate, **both)
+        return dense(model, data, int(k), steps, rate, clocks, **both)
     settings = dict(max_steps=sum(steps), learning_rate=rate, warmup_steps=0.1) | both
     if method == "alone":
         settings |= dict(readout_steps=int(k))
-        fit(DMTTrainer, DMTConfig, model, data, settings, Clock(), teacher=False)
+        fit(DMTTrainer, DMTConfig, model, data, settings, clocks[0], teacher=False)
     elif method == "truncated":
         settings |= dict(backprop="truncated", chunk_size=int(k))
-        fit(RecurrentTrainer, RecurrentTrainingArguments, model, data, settings, Clock())
+        fit(RecurrentTrainer, RecurrentTrainingArguments, model, data, settings, clocks[0])
     else:
-        bptt(model, data, sum(steps), Clock(), **settings)
+        bptt(model, data, sum(steps), clocks[0], **settings)
     return {}
 
 
@@ -148,35 +170,47 @@ def run(name: str, part: Part, found: dict, steps: tuple[int, int], path: str | 
     data, held_out, vocab_size = data_of(name, part, tokens, path)
     model = network(part.network, vocab_size, found["seed"])
     start = time.process_time()
-    logged = learn(found["run"].split()[0], model, data, steps, found["seed"], found["rate"], rows)
+    logged = learn(found["run"].split()[0], model, data, steps, found["seed"], found["rate"], rows, (Clock(), Clock()))
     seconds = time.process_time() - start
     found |= dict(steps=steps, loss=mean_loss(model.eval(), held_out), cpu_seconds=seconds) | logged
     print({key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}, flush=True)
     return found
 
 
-class Best:
-    """The least CPU seconds of a step, between the first and the last."""
+def seconds(names: list[str], results: dict) -> None:
+    """The least CPU milliseconds of a step of each contestant, of two rounds in turn; of SMT and of DMT."""
+    found = results.setdefault("seconds", {})
+    for name in names:
+        part, times = PARTS[name], found.setdefault(name, {})
+        for method in [*part.runs] * 2:
+            rows, tokens = part.runs[method]
+            data, _, vocab_size = data_of(name, part, tokens, None)
+            clocks = Steps(), Steps()
+            learn(method.split()[0], network(part.network, vocab_size, 0), data, (6, 6), 0, 2e-3, rows, clocks)
+            least = [1e3 * min(clock.each) for clock in clocks if clock.each]
+            times[method] = [min(pair) for pair in zip(least, times.get(method, least), strict=True)]
+        print(name, times, flush=True)
+        save("memory_presets", results)
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
+
+def within(times: dict[str, list[float]], first: str, method: str, steps: tuple[int, int]) -> tuple[int, int]:
+    """As many steps as fit into the seconds that the first contestant's take."""
+    if method == first:
+        return steps
+    budget = sum(n * ms for n, ms in zip(steps, times[first], strict=True))
+    return int(budget / times[method][0]), 0
 
 
-def one_part(name: str, seeds: list[int], runs: list[str] | None, path: str | None) -> None:
+def one_part(name: str, seeds: list[int], runs: list[str] | None, rates: list[float], path: str | None) -> None:
     part = PARTS[name]
     results = json.loads(PATH.read_text())["results"] if PATH.exists() else {}
     rows = results.setdefault(name, [])
     for seed in seeds:
         for method in runs or part.runs:
-            of_method = [row for row in rows if row["run"] == method]
-            rates = part.rates
-            if seed:
-                tried = [row for row in of_method if row["seed"] == 0]
-                rates = (min(tried, key=lambda row: row["loss"])["rate"],)
             steps = part.steps
             if part.seconds:
-                steps = within(results["seconds"][f"{name}"], next(iter(part.runs)), method, part.steps)
-            for rate in rates:
+                steps = within(results["seconds"][name], next(iter(part.runs)), method, part.steps)
+            for rate in rates or part.rates:
                 key = dict(run=method, seed=seed, rate=rate)
                 if not any(key.items() <= row.items() for row in rows):
                     rows.append(run(name, part, key, steps, path))
@@ -187,10 +221,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["seconds", *PARTS])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--runs", nargs="*", help="of the part's; default: all")
+    parser.add_argument("--runs", nargs="*", help="of the part's; default: all. Of `seconds`, which parts")
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="default: the part's")
     parser.add_argument("--data", help="a text file or data set")
     options = parser.parse_args()
-    one_part(options.part, options.seeds, options.runs, options.data)
+    if options.part == "seconds":
+        seconds(options.runs or [*PARTS], json.loads(PATH.read_text())["results"] if PATH.exists() else {})
+    else:
+        one_part(options.part, options.seeds, options.runs, options.rates, options.data)
 
 
 if __name__ == "__main__":
