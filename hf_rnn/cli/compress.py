@@ -1,4 +1,4 @@
-"""`hf-rnn compress CHECKPOINT FOLDER`: quantise and code the weights; `from_pretrained` reads the folder."""
+"""`hf-rnn compress CHECKPOINT FOLDER`: store the weights in few bits; `from_pretrained` loads the folder."""
 
 import argparse
 from pathlib import Path
@@ -21,17 +21,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("folder", type=Path, help="a new folder")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--step", type=float, help="quantisation step of all tensors, a power of two")
-    how.add_argument("--max_error", type=float, help="of each tensor, relative; default: 0.05")
-    how.add_argument("--data", help="a text by whose loss the step of each tensor is chosen: a file or dataset")
-    parser.add_argument("--max_loss_increase", type=float, default=0.005, help="with data, as a share of the loss")
-    parser.add_argument("--tokens", type=int, default=16384, help="with data, how many of its tokens to read")
+    how.add_argument("--max_error", type=float, help="largest relative error of each tensor; default: 0.05")
+    how.add_argument("--data", help="a text file or dataset: choose the step of each tensor by the loss on it")
+    parser.add_argument(
+        "--max_loss_increase", type=float, default=0.005, help="with --data: allowed increase, as a share of the loss"
+    )
+    parser.add_argument("--tokens", type=int, default=16384, help="with --data: how many of its tokens to use")
     parser.add_argument("--split", default="test", help="split of a dataset")
     parser.add_argument("--text_column", default="text")
-    parser.add_argument("--rate", type=float, default=0.1, help="squared steps of error that a bit is worth")
+    parser.add_argument(
+        "--rate", type=float, default=0.1, help="how much error to accept for a saved bit, in squared steps"
+    )
     parser.add_argument("--coder", choices=CODERS, default="ans")
-    parser.add_argument("--exclude", default=r"norm|bias", help="regular expression of parameters to leave alone")
+    parser.add_argument("--exclude", default=r"norm|bias", help="regular expression of the parameters not to quantise")
     parser.add_argument("--base", help="the checkpoint it was fine-tuned from: only the difference is coded")
-    parser.add_argument("--max_shard_size", default="5GB", help="of a file with weights")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest size of a weights file")
     add_device(parser)
     arguments = parser.parse_args(argv)
     if arguments.folder.exists() and any(arguments.folder.iterdir()):

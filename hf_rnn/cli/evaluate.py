@@ -1,4 +1,4 @@
-"""`hf-rnn eval CHECKPOINT --data ...`: bits per byte, the text read as one stream at constant memory."""
+"""`hf-rnn eval CHECKPOINT --data ...`: measure bits per byte on a text, read as one stream at constant memory."""
 
 import argparse
 import math
@@ -21,13 +21,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data", required=True, help="a text file, a folder saved by `datasets`, or a Hub dataset")
     parser.add_argument("--split", default="test", help="split of a dataset")
     parser.add_argument("--text_column", default="text")
-    parser.add_argument("--chunk", type=int, default=4096, help="tokens a forward pass")
-    parser.add_argument("--dynamic", action="store_true", help="also: the model goes on learning from what it has read")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="--dynamic: of a step")
-    parser.add_argument("--segment", type=int, default=32, help="--dynamic: tokens between two steps")
-    parser.add_argument("--positions", metavar="PICTURE", help="also: loss over the distance from the start, as a PNG")
-    parser.add_argument("--rows", type=int, default=16, help="--positions: parts of the text, each read from its start")
-    parser.add_argument("--trained", type=int, help="--positions: the length of training sequences, which a line marks")
+    parser.add_argument("--chunk", type=int, default=4096, help="tokens of a forward pass")
+    parser.add_argument(
+        "--dynamic", action="store_true", help="also measure dynamic evaluation: the model learns from what it has read"
+    )
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="with --dynamic: learning rate of a step")
+    parser.add_argument("--segment", type=int, default=32, help="with --dynamic: tokens between two steps")
+    parser.add_argument(
+        "--positions", metavar="PICTURE", help="also plot the loss over the distance from the start, as a PNG"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=16, help="with --positions: number of parts of the text, each read from its start"
+    )
+    parser.add_argument("--trained", type=int, help="with --positions: the training sequence length, drawn as a line")
     add_device(parser)
     arguments = parser.parse_args(argv)
     if arguments.positions is None and (arguments.rows, arguments.trained) != (16, None):
@@ -49,11 +55,11 @@ def main(argv: list[str]) -> None:
     print(f"bits per byte: {bits:.3f} over {num_bytes:,} bytes ({len(stream):,} tokens)")
     if arguments.dynamic:
         nats = dynamic_loss(model, stream, arguments.learning_rate, arguments.segment, progress=True)
-        print(f"bits per byte, learning on the way: {nats / math.log(2) / num_bytes:.3f}")
+        print(f"bits per byte, dynamic evaluation: {nats / math.log(2) / num_bytes:.3f}")
     if arguments.positions:
         chunk = max(1, arguments.chunk // arguments.rows)  # as many tokens a pass
         losses = loss_by_position(model, stream, arguments.rows, chunk, progress=True)
         for first, nats in losses.items():
             print(f"{nats:.3f} nats a token from {first:,} tokens after the start on")
         if plot_positions(losses, arguments.trained, arguments.positions):
-            print(f"drawn in {arguments.positions}")
+            print(f"wrote {arguments.positions}")

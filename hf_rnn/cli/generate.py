@@ -1,4 +1,4 @@
-"""`hf-rnn generate [CHECKPOINT] --prompt ...`: continue a prompt, streamed to the terminal."""
+"""`hf-rnn generate [CHECKPOINT] --prompt ...`: continue a prompt, printed as it is generated."""
 
 import argparse
 from pathlib import Path
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         help=f"a checkpoint's folder, its name on the Hub, or one that comes with the package: {', '.join(pretrained())}; "
         f"default: {DEFAULT}",
     )
-    parser.add_argument("--prompt", default="", help="text to continue; default: begin a new one")
+    parser.add_argument("--prompt", default="", help="text to continue; default: start a new text")
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=0.95)
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--state",
         type=Path,
-        help="a file: where it is there, its state is what came before the prompt; the state after it is written there",
+        help="a file with the state to continue from, if it exists; the new state is written there",
     )
     add_device(parser)
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""`hf-rnn inspect CHECKPOINT`: each tensor's shape, the shape nu of its density, its bits a weight and its zeros."""
+"""`hf-rnn inspect CHECKPOINT`: list each tensor's shape, nu of its generalized Gaussian, bits a weight, zeros."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`hf-rnn predict CHECKPOINT ...`: a checkpoint's answers to texts, a JSON object a line."""
+"""`hf-rnn predict CHECKPOINT ...`: print a trained model's answer to each text as a JSON object."""
 
 import argparse
 import bisect
@@ -26,13 +26,14 @@ _PIPELINES: dict[str, tuple[str, dict]] = {
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-rnn predict", description=__doc__)
     parser.add_argument("checkpoint", help="a checkpoint's folder, or its name on the Hub")
-    parser.add_argument("texts", nargs="*", help="texts to answer to; or --data")
+    parser.add_argument("texts", nargs="*", help="texts to answer; or --data")
     parser.add_argument(
-        "--data", help="a text file, a text a line; csv, json, jsonl, parquet; a folder or a Hub dataset"
+        "--data",
+        help="a text file with a text on each line, a csv, json, jsonl or parquet file, a folder or a Hub dataset",
     )
     parser.add_argument("--split", default="test", help="split of a dataset")
     parser.add_argument("--text_column", default="text")
-    parser.add_argument("--output", metavar="FILE", help="write there instead of to the terminal")
+    parser.add_argument("--output", metavar="FILE", help="write the answers to this file instead of the terminal")
     parser.add_argument("--batch_size", type=int, default=16)
     add_device(parser)
     arguments = parser.parse_args(argv)

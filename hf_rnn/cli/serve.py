@@ -1,4 +1,4 @@
-"""`hf-rnn serve CHECKPOINT`: a server in OpenAI's manner, with sessions that keep their state."""
+"""`hf-rnn serve CHECKPOINT`: run an OpenAI-compatible server, with sessions that keep their state."""
 
 import argparse
 import os
@@ -20,18 +20,18 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="hf-rnn serve",
         description=__doc__,
-        epilog="Keys: HF_RNN_API_KEYS=key1,key2 in the environment; without them on this machine alone.",
+        epilog="API keys: set HF_RNN_API_KEYS=key1,key2; without, the server is for this machine alone.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a checkpoint's folder, its name on the Hub, or of hf_rnn.pretrained()")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
-    parser.add_argument("--name", help="of the model, to clients; default: the checkpoint's, without its folder")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0: any free one")
+    parser.add_argument("--name", help="name of the model for clients; default: the name of the checkpoint's folder")
     parser.add_argument(
-        "--sessions_dir", type=Path, help="folder of parked sessions; without it they end with the server"
+        "--sessions_dir", type=Path, help="folder to store sessions in; without it they are lost when the server stops"
     )
     parser.add_argument(
-        "--grace_seconds", type=int, default=10, help="for texts that are on their way when the server is to end"
+        "--grace_seconds", type=int, default=10, help="seconds to finish running texts when the server stops"
     )
     for limit in fields(Limits):
         parser.add_argument(f"--{limit.name}", type=int, default=limit.default, help=limit.metadata["help"])
