@@ -60,6 +60,6 @@ def main(argv: list[str]) -> None:
         chunk = max(1, arguments.chunk // arguments.rows)  # as many tokens a pass
         losses = loss_by_position(model, stream, arguments.rows, chunk, progress=True)
         for first, nats in losses.items():
-            print(f"{nats:.3f} nats a token from {first:,} tokens after the start on")
+            print(f"{nats:.3f} nats per token from token {first:,} on")
         if plot_positions(losses, arguments.trained, arguments.positions):
             print(f"wrote {arguments.positions}")

@@ -345,7 +345,7 @@ def test_streams(tmp_path, capsys):
     picture = tmp_path / "positions.png"
     arguments = ["eval", str(tmp_path / "out"), "--data", str(tmp_path / "data"), "--rows", "4", "--trained", "32"]
     assert main([*arguments, "--positions", str(picture)]) == 0
-    assert "nats a token from 512 tokens after the start on" in capsys.readouterr().out
+    assert "nats per token from token 512 on" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
     for wrong, message in (
         (["--positions", "no/x.png"], "positions: expected a .png"),
