@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     output = Path(arguments.output)
     if output.suffix != ".csv" or not output.absolute().parent.is_dir():
-        raise ValueError(f"output: expected a .csv in a folder that is there, got {output}")
+        raise ValueError(f"output: expected a .csv in an existing folder, got {output}")
     picture = output.with_suffix(".png") if arguments.picture is None else Path(arguments.picture)
     if arguments.picture != "none":
         check_picture(picture, "picture")
@@ -117,4 +117,4 @@ def _quantiles(told: str | None) -> list[float] | None:
     try:
         return [float(x) for x in told.split(",")] if told else None
     except ValueError:
-        raise ValueError(f"quantiles: expected numbers with commas between, got {told!r}") from None
+        raise ValueError(f"quantiles: expected numbers separated by commas, got {told!r}") from None

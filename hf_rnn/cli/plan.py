@@ -20,11 +20,11 @@ def build_config(model: str, settings: str) -> PreTrainedConfig:
     """
     if model not in ARCHITECTURES.values():
         if settings:
-            raise ValueError(f"config: the checkpoint {model} has its own settings")
+            raise ValueError(f"config: the checkpoint {model} has its own settings; drop --config")
         config = AutoConfig.from_pretrained(model)
         head = (config.architectures or ["ForCausalLM"])[0]
         if not head.endswith(("ForCausalLM", "ForMaskedLM")):
-            raise ValueError(f"model: plans are of language models, expected a ForCausalLM or ForMaskedLM, got {head}")
+            raise ValueError(f"model: expected a language model, ForCausalLM or ForMaskedLM, got {head}")
         return config
     without = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
     return AutoConfig.for_model(f"hf_rnn_{model}", **without | read_settings(model, settings))

@@ -38,17 +38,17 @@ def main(argv: list[str]) -> None:
     add_device(parser)
     arguments = parser.parse_args(argv)
     if bool(arguments.texts) == bool(arguments.data):
-        raise ValueError("texts, data: expected texts on the command line, or --data; one of the two")
+        raise ValueError("texts, data: expected either texts on the command line or --data")
     if arguments.batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {arguments.batch_size}")
     device = find_device(arguments.device)
     task, options = find_task(arguments.checkpoint)
     texts = arguments.texts or read_texts(arguments.data, arguments.split, arguments.text_column)
     if not all(isinstance(text, str) and text for text in texts):
-        raise ValueError("texts, data: expected a text each, got one that is empty or none")
+        raise ValueError("texts, data: expected texts, got one that is empty or missing")
     tokenizer = read_tokenizer(arguments.checkpoint)
     if task == "token-classification" and not tokenizer.is_fast:
-        raise ValueError("tokenizer: labels of words need one that gives offsets, as fast tokenizers do")
+        raise ValueError("tokenizer: labelling words needs a fast tokenizer, which gives offsets")
     if task == "fill-mask" and (unmasked := [text for text in texts if str(tokenizer.mask_token) not in text]):
         raise ValueError(f"texts, data: expected {tokenizer.mask_token} in each, got {unmasked[0][:40]!r}")
     answer = pipeline(task, arguments.checkpoint, tokenizer=tokenizer, device=device, **options)  # type: ignore[call-overload]

@@ -247,7 +247,9 @@ def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, *
     assert arguments.model is not None
     if Path(arguments.model).is_dir() or "/" in arguments.model:
         if arguments.config:
-            raise ValueError(f"config: the checkpoint {arguments.model} has its own settings")
+            raise ValueError(
+                f"config: the checkpoint {arguments.model} has its own settings; --config is for new models"
+            )
         # A head for other labels is new
         return auto.from_pretrained(arguments.model, ignore_mismatched_sizes=bool(labels), **labels)
     names = list(ARCHITECTURES.values())

@@ -186,7 +186,7 @@ def test_going_on_from_a_checkpoint_with_a_dataset(checkpoint, tmp_path, capsys)
         (["train", "--data", "SHORT", "--block_size", "0"], "block_size: expected at least 2"),
         (["train", "--data", "SHORT", "--held_out", "1.0"], "held_out: expected a share"),
         (["train", "--data", "/nowhere/text.txt"], "there is no file /nowhere/text.txt"),
-        (["train", "--data", "BINARY"], "is no UTF-8 text"),
+        (["train", "--data", "BINARY"], "is not UTF-8 text"),
         (["frobnicate"], "unknown command"),
         *[([*command, "--device", "cuda:99"], "device: expected one of ['cpu'") for command in ON_A_DEVICE],
     ],
