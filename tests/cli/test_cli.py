@@ -383,7 +383,7 @@ def test_export(checkpoint, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == ["batch", "length", "error", "torch", "ms", "onnx", "ms"]
     assert [line.split()[:2] for line in printed[1:3]] == [["1", "1"], ["2", "9"]]
-    assert "x.onnx, the same to" in printed[3] and (tmp_path / "x.onnx").stat().st_size > 1000
+    assert "x.onnx, equal to torch to" in printed[3] and (tmp_path / "x.onnx").stat().st_size > 1000
     whole = export.StatefulModel(AutoModelForCausalLM.from_pretrained(checkpoint), padding=True)
     session = export.Session(tmp_path / "x.onnx")
     next(whole.parameters()).data.add_(0.1)
