@@ -198,7 +198,7 @@ def test_weights_and_code_are_those_of_the_folder(pushed, fake_hub):
         files = fake_hub.files(f"me/{name}", revision)
         assert files["model.safetensors"] == (folder / local / "model.safetensors").read_bytes()
         assert b"Made from the sources of hf-rnn" in files["modeling_hf_rnn.py"]
-    assert "refuses them elsewhere" in fake_hub.files("me/gpt2")["README.md"].decode()
+    assert "only after `import hf_rnn`" in fake_hub.files("me/gpt2")["README.md"].decode()
     coded = fake_hub.files("me/coded")
     assert b"from hf_rnn import" in coded["modeling_hf_rnn.py"], "coded weights need the package, as this says"
     assert all(name.endswith(".coded") for name in load(coded["model.safetensors"]))
