@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.utils.logging import disable_progress_bar
 
 from hf_rnn.checkpoints import DEFAULT, find_checkpoint, pretrained
 from hf_rnn.cli.device import add_device, find_device
@@ -51,8 +52,8 @@ def main(argv: list[str]) -> None:
         "checkpoint",
         nargs="?",
         default=DEFAULT,
-        help=f"a checkpoint's folder, its name on the Hub, or one that comes with the package: {', '.join(pretrained())}; "
-        f"default: {DEFAULT}",
+        help="a checkpoint's folder, its name on the Hub, or one that comes with the package: "
+        f"{', '.join(pretrained())}; default: {DEFAULT}",
     )
     parser.add_argument("--prompt", default="", help="text to continue; default: begin a new one")
     parser.add_argument("--max_new_tokens", type=int, default=256)
@@ -73,6 +74,7 @@ def main(argv: list[str]) -> None:
         from transformers import set_seed
 
         set_seed(arguments.seed)
+    disable_progress_bar()  # of loading, beside the text
     checkpoint = find_checkpoint(arguments.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint).to(device)  # type: ignore[arg-type]
     tokenizer = read_tokenizer(checkpoint)
