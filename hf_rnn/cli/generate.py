@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.utils.logging import disable_progress_bar
 
 from hf_rnn.checkpoints import DEFAULT, find_checkpoint, pretrained
 from hf_rnn.cli.device import add_device, find_device
@@ -108,6 +109,7 @@ def main(argv: list[str]) -> None:
         from transformers import set_seed
 
         set_seed(arguments.seed)
+    disable_progress_bar()  # of loading, beside the text
     checkpoint = find_checkpoint(arguments.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint).to(device)  # type: ignore[arg-type]
     tokenizer = read_tokenizer(checkpoint)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Pre
 
 from hf_rnn import ARCHITECTURES, GRUConfig, GRUForCausalLM, RecurrentCache, byte_tokenizer
 from hf_rnn.cli import generate
-from hf_rnn.cli.baselines import lzma_bits_per_byte, ngram_bits_per_byte
+from hf_rnn.cli.baselines import lzma_bits_per_byte, ngram_bits_per_byte, repeated_share
 from hf_rnn.cli.data import tokenize
 from hf_rnn.cli.main import main
 from hf_rnn.cli.train import default_learning_rate
@@ -343,6 +343,8 @@ def test_ngram_baselines():
         orders.append(total / len(held_out))
     assert ngram_bits_per_byte(train, held_out, 2) == pytest.approx(orders)
     assert lzma_bits_per_byte(b"abcdefgh" * 100, b"abcdefgh" * 100) < 1
+    assert repeated_share(b"..abcdef..", b"-abcdef--bcde", 4) == pytest.approx(10 / 13)
+    assert repeated_share(b"abc", b"abcabc", 4) == 0
 
 
 def test_streams(tmp_path, capsys):
