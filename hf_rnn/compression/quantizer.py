@@ -72,9 +72,11 @@ class _Base:
 
     def __call__(self, model: PreTrainedModel, name: str) -> Tensor:
         """The base's tensor of the model's name; ValueError, each time the same, where something is wrong with it."""
+        if not self.config.base or self.config.base == ".":  # which would be this checkpoint itself
+            self._wrong = f"{self.config.base!r} is no checkpoint's name"
         if self._tensors is None and not self._wrong:
             try:
-                self._tensors = base_tensors(model, seen_from(self.config.base or "", self.folder))
+                self._tensors = base_tensors(model, seen_from(self.config.base, self.folder))
             except (OSError, ValueError) as error:
                 self._wrong = f"cannot read {self.config.base!r}, whose fine-tune this is ({error})"
         x, prefix = (self._tensors or {}).get(name), f"{model.base_model_prefix}."

@@ -11,6 +11,7 @@ from hf_rnn_kernels.coding.payload import (
     store_tensor,
 )
 from hf_rnn_kernels.coding.quantization import check_range, dequantize, entropy, quantize, symbol_bits
+from hf_rnn_kernels.coding.trellis import entropy_trellis, quantize_trellis
 
 __all__ = [
     "CODERS",
@@ -22,7 +23,9 @@ __all__ = [
     "dequantize",
     "encode_tensor",
     "entropy",
+    "entropy_trellis",
     "quantize",
+    "quantize_trellis",
     "read_header",
     "store_tensor",
     "symbol_bits",
