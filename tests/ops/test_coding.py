@@ -15,16 +15,21 @@ from scipy import stats
 
 from hf_rnn_kernels import threads
 from hf_rnn_kernels.coding import (
+    CODERS,
     CorruptPayloadError,
     GeneralizedGaussian,
     decode_tensor,
     dequantize,
+    dequantize_rows,
+    encode_rows,
     encode_tensor,
     entropy,
     exp_golomb,
     quantize,
+    quantize_rows,
     quantize_trellis,
     read_header,
+    row_exponents,
     store_tensor,
 )
 from hf_rnn_kernels.coding.payload import CHUNK
@@ -381,6 +386,52 @@ class TestTrellis:
                     np.testing.assert_array_equal(a.frequencies, b.frequencies)
                     expected = counts[np.isin(values, a.values)]
                     assert shift or (np.abs(np.log2(a.counts / expected)) <= 1 / 16 + 1e-9).all()
+
+
+class TestRows:
+    """Steps of each row."""
+
+    @settings(max_examples=15, deadline=None)
+    @given(
+        shape=st.sampled_from([(5, 3), (2, 3, 4), (1, 7), (6, 0), (0, 4)]),
+        steps=st.lists(st.integers(-20, -3), min_size=6, max_size=6),
+        coder=st.sampled_from(CODERS),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    )
+    def test_fuzzed(self, shape, steps, coder, dtype):
+        x, rows = torch.randn(shape) * 0.1, math.prod(shape[:-1])
+        exponents = torch.tensor(steps[:rows], dtype=torch.int64)
+        q = quantize_rows(x, exponents, 1e-6, torch.rand(shape) + 0.1, coder)
+        expected = torch.ldexp(q.float(), exponents.reshape(*shape[:-1], 1)).to(dtype)
+        assert torch.equal(dequantize_rows(q, exponents, dtype), expected)
+        decoded = decode_tensor(encode_rows(q, exponents, dtype, coder))
+        assert decoded.dtype == dtype and torch.equal(decoded, expected)
+
+    def test_damage(self):
+        x, exponents = torch.randn(40, 30), torch.arange(40) % 3 - 5
+        q = quantize_rows(x, exponents, 1e-4, torch.ones(40, 30), "trellis")
+        payload = encode_rows(q, exponents, coder="trellis")
+        header, _ = read_header(payload)
+        assert header.coder == "rows" and torch.equal(row_exponents(header), exponents)
+        assert set(row_exponents(read_header(encode_tensor(q, -3))[0]).tolist()) == {-3}
+        for i in random.Random(0).sample(range(payload.numel()), 60):
+            damaged = payload.clone()
+            damaged[i] ^= 1 << (i % 8)
+            with pytest.raises(CorruptPayloadError, match="layers.3"):
+                decode_tensor(damaged, "layers.3")
+        header, data = read_header(payload)
+        for changes in (
+            dict(shape=(30, 40)),
+            dict(order=2),
+            dict(table=b""),
+            dict(table=b"\x19\x00" * 9),
+            dict(dtype=torch.float16),
+        ):
+            head = dataclasses.replace(header, **changes).to_bytes()
+            with pytest.raises(CorruptPayloadError):
+                decode_tensor(torch.from_numpy(np.frombuffer(head + data.tobytes(), np.uint8).copy()))
+        with pytest.raises(ValueError, match="exponents"):
+            encode_rows(q, torch.arange(40))
 
 
 def _set(state: np.ndarray, b: int) -> np.ndarray:

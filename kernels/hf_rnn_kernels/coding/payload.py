@@ -20,11 +20,11 @@ from hf_rnn_kernels.coding import ans, exp_golomb, trellis
 from hf_rnn_kernels.coding.quantization import MAX_SYMBOL
 
 CODERS = ("ans", "exp_golomb", "trellis")
-_CODERS = ("ans", "exp_golomb", "raw", "trellis")  # by their numbers in files
+_CODERS = ("ans", "exp_golomb", "raw", "trellis", "rows")  # by their numbers in files
 CHUNK = 2**16  # symbols: what is decoded by one thread, and what a checksum covers
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-_MAGIC, _VERSIONS, _HEAD = b"HRNN", (1, 2), "<4sBBBBhHII"  # version 2: with the coder "trellis", else 1
+_MAGIC, _VERSIONS, _HEAD = b"HRNN", (1, 2), "<4sBBBBhHII"  # version 2: with the last two coders
 
 
 class CorruptPayloadError(ValueError):
@@ -56,7 +56,7 @@ class Header:
 
     def to_bytes(self) -> bytes:
         head = struct.pack(
-            _HEAD, _MAGIC, _VERSIONS[self.coder == "trellis"], _DTYPES.index(self.dtype),
+            _HEAD, _MAGIC, _VERSIONS[self.coder in ("trellis", "rows")], _DTYPES.index(self.dtype),
             _CODERS.index(self.coder), len(self.shape), self.exponent, self.order, self.chunk, len(self.table),
         )  # fmt: skip
         head += struct.pack(f"<{len(self.shape)}Q{2 * len(self.sizes)}I", *self.shape, *self.sizes, *self.checksums)
@@ -98,13 +98,13 @@ def encode_tensor(q: Tensor, exponent: int, dtype: torch.dtype = torch.float32, 
         tables = trellis.Tables.of(table)
         if symbols.size and tables is not None and tables.bits(table) < bits:
             chunks = trellis.encode(_split(symbols), _split(odd), tables)
-            return _join(chunks, dtype, q.shape, exponent, coder, 0, tables.to_bytes())
+            return join(chunks, dtype, q.shape, exponent, coder, 0, tables.to_bytes())
     if coder == "ans" and _ans_bits(table) < bits:
         order, stored = 0, table.to_bytes()
         chunks = ans.encode(_split(_places(symbols, table, low, high)), table)
     else:
         coder, stored, chunks = "exp_golomb", b"", _encode_exp_golomb(symbols, order)
-    return _join(chunks, dtype, q.shape, exponent, coder, order, stored)
+    return join(chunks, dtype, q.shape, exponent, coder, order, stored)
 
 
 def store_tensor(x: Tensor) -> Tensor:
@@ -114,10 +114,11 @@ def store_tensor(x: Tensor) -> Tensor:
     data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     size = CHUNK * x.element_size()
     chunks = [data[start : start + size].tobytes() for start in range(0, data.size, size)]
-    return _join(chunks, x.dtype, x.shape, 0, "raw", 0, b"")
+    return join(chunks, x.dtype, x.shape, 0, "raw", 0, b"")
 
 
-def _join(chunks: list[bytes], dtype, shape, exponent: int, coder: str, order: int, table: bytes) -> Tensor:
+def join(chunks: list[bytes], dtype, shape, exponent: int, coder: str, order: int, table: bytes) -> Tensor:
+    """A payload of chunks, with their checksums; the rest is as in `Header`."""
     sizes, checksums = tuple(map(len, chunks)), tuple(map(zlib.crc32, chunks))
     header = Header(dtype, tuple(shape), exponent, coder, order, CHUNK, sizes, checksums, table)
     return torch.frombuffer(bytearray(header.to_bytes() + b"".join(chunks)), dtype=torch.uint8)
@@ -143,7 +144,7 @@ def read_header(payload: Tensor, name: str = "payload") -> tuple[Header, np.ndar
         raise damaged
     shape = struct.unpack(f"<{dims}Q", data[head : head + 8 * dims].tobytes())
     # In Python's integers: a damaged shape may be beyond 64 bits.
-    count = -(-math.prod(shape) // chunk)
+    count = order if coder == _CODERS.index("rows") else -(-math.prod(shape) // chunk)
     end = head + 8 * dims + 8 * count + table
     if data.size < end + 4 or zlib.crc32(data[:end].data) != struct.unpack("<I", data[end : end + 4].tobytes())[0]:
         raise damaged
@@ -178,10 +179,15 @@ def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
     # All of them before anything is decoded: damaged codes give wrong weights and no error.
     for i, checksum in enumerate(header.checksums):
         if zlib.crc32(data[offsets[i] : offsets[i + 1]].data) != checksum:
+            place = f", weights {i * header.chunk} to {min((i + 1) * header.chunk, header.numel) - 1},"
             raise CorruptPayloadError(
-                f"{name}: chunk {i} of {len(header.sizes)}, weights {i * header.chunk} to "
-                f"{min((i + 1) * header.chunk, header.numel) - 1}, is damaged; get the file again"
+                f"{name}: chunk {i} of {len(header.sizes)}{'' if header.coder == 'rows' else place} is damaged; get "
+                "the file again"
             )
+    if header.coder == "rows":
+        from hf_rnn_kernels.coding.rows import decode_rows  # which is made of payloads
+
+        return decode_rows(header, data, name)
     if header.coder == "raw":
         # A copy, which begins where any dtype may.
         raw = torch.empty(data.size, dtype=torch.uint8)

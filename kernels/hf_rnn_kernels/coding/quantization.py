@@ -45,13 +45,14 @@ def quantize(x: Tensor, exponent: int, rate: float = 0.0, curvature: Tensor | No
     return torch.where(cost_towards_zero < cost, towards_zero, q)
 
 
-def check_range(x: Tensor, exponent: int) -> None:
-    """Raise what `quantize` raises."""
+def check_range(x: Tensor, exponent: int, most: int = MAX_SYMBOL) -> None:
+    """Raise what `quantize` raises of weights more than `most` steps from zero."""
     limit = float(x.detach().abs().max()) * 2.0**-exponent if x.numel() else 0.0
     if not math.isfinite(limit):
         raise ValueError("x: expected finite weights, got NaN or infinity")
-    if limit > MAX_SYMBOL:
-        raise ValueError(f"exponent: a weight is {limit:.3g} steps of 2^{exponent} from zero; expected below 2^24")
+    if limit > most:
+        bound = f"2^{(most + 1).bit_length() - 1}"
+        raise ValueError(f"exponent: a weight is {limit:.3g} steps of 2^{exponent} from zero; expected below {bound}")
 
 
 def check_rate(rate: float, x: Tensor, curvature: Tensor | None) -> None:

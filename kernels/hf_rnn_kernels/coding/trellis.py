@@ -24,7 +24,7 @@ STATES = 32
 SEGMENT = 4096  # weights, after which the state is 0 again: what the search takes side by side
 _CHECKS = 0o10, 0o45  # Ungerboeck's parity-check polynomials of 32 states
 _SAMPLE = 32  # segments by which the bits of symbols are estimated
-_WIDEST = 2**22  # of n; a table of more bits is beyond all use
+WIDEST = 2**22 - 1  # of n; a table of more bits is beyond all use
 # An eighth of an octave: 2^(16 + i / 8), in integers, since powers differ in their last digit from machine to machine
 _EIGHTHS = np.array([65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194], np.int64)
 
@@ -62,19 +62,16 @@ def quantize_trellis(x: Tensor, exponent: int, rate: float = 0.1, curvature: Ten
     Raises:
         ValueError: a weight that is not finite or 2^22 steps and more from zero, a bad rate or curvature.
     """
-    check_range(x, exponent)
+    check_range(x, exponent, WIDEST)
     check_rate(rate, x, curvature)
     ratio = (x.detach().cpu().float() * 2.0**-exponent).flatten().numpy()
     if not ratio.size:
         return torch.zeros(x.shape, dtype=torch.int32)
-    limit = float(np.abs(ratio).max())
-    if limit > _WIDEST:
-        raise ValueError(f"exponent: a weight is {limit:.3g} steps of 2^{exponent} from zero; expected below 2^22")
     importance = np.ones_like(ratio)
     if curvature is not None and float(curvature.sum()) > 0:
         c = curvature.detach().cpu().float()
         importance = (c / c.mean()).flatten().numpy()
-    offset = int(limit) + 8  # of a table over n: candidates are within 4 of a weight
+    offset = int(np.abs(ratio).max()) + 8  # of a table over n: candidates are within 4 of a weight
     counts = np.bincount(np.rint(ratio).astype(np.int64) + offset, minlength=2 * offset + 1).astype(np.float64)
     counts = np.convolve(counts, [0.25, 0.5, 0.25], "same")
     segments = -(-ratio.size // SEGMENT)
