@@ -1,5 +1,5 @@
-"""The presets of SMT and DMT beside backpropagation through time, whole and truncated, and beside DMT without a teacher:
-nats per token of held-out rows from the empty memory, CPU seconds of the process, one network and one optimizer for all.
+"""The presets of SMT and DMT beside backpropagation through time, whole and truncated, and beside DMT without a
+teacher: nats per token of held-out rows from the empty memory, CPU seconds of the process, one network for all.
 
 python benchmarks/memory_presets.py PART [--seeds 0 1 2] [--runs bptt dense:8 ...] [--data my.txt]
 
@@ -46,14 +46,15 @@ class Part(NamedTuple):
 SHORT, LONG, LONGER = (16, 64), (4, 256), (1, 1024)
 METHODS = ("bptt", "alone:8", "alone:1", "dense:8", "dense:1")
 GATED = dict.fromkeys(("bptt", "alone:8", "dense:8"), SHORT)
+ONE_ROW = ("dense:8", "bptt", "alone:8", "truncated:8")
 PARTS = {
     "text": Part("memory", 64, dict.fromkeys((*METHODS, "dense:0", "truncated:8"), SHORT)),
-    "long": Part("memory", 256, dict.fromkeys(("dense:8", "bptt", "alone:8", "truncated:8"), LONG) | {"bptt 64": SHORT}, seconds=True),
-    "longer": Part("memory", 1024, dict.fromkeys(("dense:8", "bptt", "alone:8", "truncated:8"), LONGER) | {"bptt 64": SHORT}, seconds=True),
+    "long": Part("memory", 256, dict.fromkeys(ONE_ROW, LONG) | {"bptt 64": SHORT}, seconds=True),
+    "longer": Part("memory", 1024, dict.fromkeys(ONE_ROW, LONGER) | {"bptt 64": SHORT}, seconds=True),
     "lstm": Part("lstm", 64, GATED, rates=(3e-3,)),
     "gru": Part("gru", 64, GATED, rates=(3e-3,)),
     "pixels": Part("memory", 64, dict.fromkeys(("bptt", "alone:8", "dense:8"), SHORT)),
-}  # fmt: skip
+}
 
 
 class Steps(Clock):
