@@ -132,11 +132,19 @@ def dense(model: Any, data: Any, k: int, steps: tuple[int, int], rate: float, cl
 
 
 def learn(
-    name: str, model: Any, data: Any, steps: tuple[int, int], seed: int, rate: float, rows: int, clocks: Clocks
+    name: str,
+    model: Any,
+    data: Any,
+    steps: tuple[int, int],
+    seed: int,
+    rate: float,
+    rows: int,
+    clocks: Clocks,
+    **others: Any,
 ) -> dict:
     """Train by a method; returns what it logged of its teacher, if it has one."""
     method, _, k = name.partition(":")
-    both = dict(seed=seed, per_device_train_batch_size=rows)
+    both = dict(seed=seed, per_device_train_batch_size=rows) | others
     if method == "dense":
         return dense(model, data, int(k), steps, rate, clocks, **both)
     settings = dict(max_steps=sum(steps), learning_rate=rate, warmup_steps=0.1) | both
