@@ -10,6 +10,7 @@ with the package. One thread. The texts are those of the CPython that runs it; a
 
 import argparse
 import hashlib
+import json
 import platform
 import time
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from driver import save
+from driver import results_path, save
 from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator, set_seed
 
 import hf_rnn
@@ -145,10 +146,12 @@ def measure(model: Any, tokenizer: Any, text: Text) -> dict[str, float]:
     return found
 
 
+def command(name: str, recipe: Recipe) -> str:
+    data = " --data tinyshakespeare.txt" * (recipe.text == "plays")
+    return f"python benchmarks/checkpoints.py --names {name}{data}"
+
+
 def write_card(name: str, recipe: Recipe, text: Text, trainer: Any, found: dict[str, float], folder: Path) -> None:
-    command = f"python benchmarks/checkpoints.py --names {name}" + " --data tinyshakespeare.txt" * (
-        recipe.text == "plays"
-    )
     arguments = {
         key: getattr(trainer.args, key)
         for key in ("max_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "rate_shrink")
@@ -156,14 +159,15 @@ def write_card(name: str, recipe: Recipe, text: Text, trainer: Any, found: dict[
     tokens = trainer.args.max_steps * BATCH * BLOCK
     training = Training(
         f"{text.about}, {tokens:,} bytes in sequences of {BLOCK}, by backpropagation with a rate term (weights pulled "
-        f"towards what costs few bits). {text.licence} {found['seconds']:.0f} seconds of one core. Again: `{command}`",
+        f"towards what costs few bits). {text.licence} {found['seconds']:.0f} seconds of one core. "
+        f"Again: `{command(name, recipe)}`",
         arguments | {"sequence length": BLOCK},
         trainer.card_papers,
     )
     rows = [(f"held-out {kind}", found[f"{kind}, before coding"], found[kind]) for kind in text.held_out]
     table = Evaluation(
         "Measured",
-        f"Bits per byte, each text read as one stream. Coded, at {found['bits a weight']:.2f} bits a weight, the folder's "
+        f"Bits per byte, each text read as one stream. Coded, at {found['bits a weight']:.2f} bits a weight, the "
         f"weights take {(folder / 'model.safetensors').stat().st_size:,} bytes.",
         ("text", "in float32", "as it is here"),
         rows,
@@ -184,7 +188,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("medium")  # products from bfloat16 where the processor has such
     names = options.names or [name for name, recipe in RECIPES.items() if recipe.text == "python" or options.data]
-    results: dict[str, Any] = {}
+    path = results_path("checkpoints")
+    results: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
     for name in names:
         recipe, folder = RECIPES[name], options.output_dir / name
         if recipe.text == "plays" and not options.data:
@@ -196,7 +201,13 @@ def main() -> None:
         size = sum(path.stat().st_size for path in folder.iterdir())
         results[name] = found | {"parameters": trainer.model.num_parameters(), "bytes": size, "text": text.digest()}
         results[name] |= {"steps": trainer.args.max_steps, "about": text.about}
+        results[name] |= {"command": command(name, recipe)}
         print(name, results[name], flush=True)
+        if name in hf_rnn.pretrained():
+            model = AutoModelForCausalLM.from_pretrained(hf_rnn.pretrained(name))
+            for kind, bits in measure(model, hf_rnn.byte_tokenizer(), text).items():
+                beside = f"{found[kind] / bits - 1:+.1%} beside the one that comes with the package, {bits:.4f}"
+                print(f"  held-out {kind}: {found[kind]:.4f} bits per byte, {beside}")
         save("checkpoints", results)
 
 

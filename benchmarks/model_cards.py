@@ -186,7 +186,7 @@ def card(stem: str, model_type: str) -> str:
                 known.name,
                 known,
                 f"The architecture `{model_type}` of the package hf_rnn. {NO_WEIGHTS}"
-                + (f" The snippet below makes the network that was measured, with {size:,} parameters." if size else ""),
+                + (f" The snippet makes the network that was measured, with {size:,} parameters." if size else ""),
                 snippet(stem),
                 "",
                 training(stem),

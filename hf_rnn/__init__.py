@@ -48,6 +48,7 @@ _MODULES = {
     "mean_pooling": "hf_rnn.skeleton.heads.sequences",
     "prune": "hf_rnn.compression.prune",
     "save_compressed": "hf_rnn.compression.checkpoint",
+    "weight_curvature": "hf_rnn.compression.curvature",
     "slstm_scan": "hf_rnn_kernels",
     "DMTConfig": "hf_rnn_trainers",
     "DMTTrainer": "hf_rnn_trainers",
@@ -111,6 +112,7 @@ _register()
 if TYPE_CHECKING:
     from hf_rnn.checkpoints import pretrained
     from hf_rnn.compression.checkpoint import compress, save_compressed
+    from hf_rnn.compression.curvature import weight_curvature
     from hf_rnn.compression.prune import prune
     from hf_rnn.compression.weight_only import WeightOnlyConfig
     from hf_rnn.exchange.export import StatefulModel, export_model, to_onnx

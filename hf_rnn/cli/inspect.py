@@ -8,9 +8,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_rnn.compression.quantizer import DIFFERENCE, SUFFIX
-from hf_rnn_kernels.coding import GeneralizedGaussian, decode_tensor, read_header
+from hf_rnn_kernels.coding import GeneralizedGaussian, decode_tensor, read_header, row_exponents
 
-ROW = "{:44} {:>16} {:>9} {:>14} {:>6} {:>8} {:>8}"
+ROW = "{:44} {:>16} {:>9} {:>14} {:>9} {:>8} {:>8}"
 
 
 def describe(name: str, tensor: Tensor) -> tuple[str, int, int]:
@@ -19,7 +19,9 @@ def describe(name: str, tensor: Tensor) -> tuple[str, int, int]:
     if name.endswith((SUFFIX, DIFFERENCE)):
         name = name.removesuffix(SUFFIX)
         header, _ = read_header(tensor, name)
-        stored, step = (header.coder, f"2^{header.exponent}") if header.coder != "raw" else ("", "")
+        if header.coder != "raw":
+            low, high = (int(e) for e in row_exponents(header, name).aminmax())
+            stored, step = header.coder, f"2^{low}" if low == high else f"2^{low}..{high}"
         tensor = decode_tensor(tensor, name)
     count = tensor.numel()
     if tensor.is_floating_point() and not tensor.isfinite().all():

@@ -72,16 +72,19 @@ class _Base:
 
     def __call__(self, model: PreTrainedModel, name: str) -> Tensor:
         """The base's tensor of the model's name; ValueError, each time the same, where something is wrong with it."""
+        base = self.config.base
+        if not base or base == ".":  # which would be this checkpoint itself
+            raise ValueError(f"quantization_config: base: expected another checkpoint, got {base!r}")
         if self._tensors is None and not self._wrong:
             try:
-                self._tensors = base_tensors(model, seen_from(self.config.base or "", self.folder))
+                self._tensors = base_tensors(model, seen_from(base, self.folder))
             except (OSError, ValueError) as error:
-                self._wrong = f"cannot read {self.config.base!r}, whose fine-tune this is ({error})"
+                self._wrong = f"cannot read {base!r}, whose fine-tune this is ({error})"
         x, prefix = (self._tensors or {}).get(name), f"{model.base_model_prefix}."
         names = (name, name.removeprefix(prefix), prefix + name)
         expected = next((self.config.fingerprints[n] for n in names if n in self.config.fingerprints), None)
         if not self._wrong and (x is None or fingerprint(x) != expected):
-            self._wrong = f"{self.config.base!r} is not what this was fine-tuned from: {name} differs"
+            self._wrong = f"{base!r} is not what this was fine-tuned from: {name} differs"
         if self._wrong or x is None:
             raise ValueError(f"base: {self._wrong}; config.json says where it is, quantization_config, base")
         return x

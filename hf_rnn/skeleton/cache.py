@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from hf_rnn.skeleton.recording import LayerStates, Recording, one_of
 from hf_rnn.skeleton.state_file import fingerprint, read_state, write_state
 from hf_rnn_kernels.transforms import transforming
 
@@ -32,20 +33,19 @@ class RecurrentCache(Cache):
         ends_inside_patch: the last steps filled no patch (`config.patch_size`), so that none can follow.
         beside: tensors (B, ...) by name that go with the state, the last logits for example, until the next token is
             read.
-        past: while it records, states before the last tokens, else None: in the order of reading, `seen_tokens` of the
-            first of some and `states` of them all, (B, n, ...).
+        past: while it records, states before the last tokens, else None.
     """
 
     is_compileable = False  # generate() would build attention masks for it
 
     def __init__(self, num_layers: int):
         self.layers = []  # of keys and values: none
-        self.states: list[tuple[Tensor, ...] | None] = [None] * num_layers
+        self.states: LayerStates = [None] * num_layers
         self.seen_tokens = 0
         self.model_type: str | None = None
         self.ends_inside_patch = False
         self.beside: dict[str, Tensor] = {}
-        self.past: list[tuple[int, list[tuple[Tensor, ...] | None]]] | None = None
+        self.past: Recording | None = None
         self._reader: weakref.ref | None = None  # the backbone that has read the last token
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class RecurrentCache(Cache):
         self.model_type = None
         self.ends_inside_patch = False
         self.beside = {}
-        self.past = None if self.past is None else []
+        self.past = None if self.past is None else Recording(self.past.reach)
 
     # Copies, rows and files
 
@@ -134,8 +134,7 @@ class RecurrentCache(Cache):
 
         self.states = changed(self.states)
         self.beside = {name: change(x) for name, x in self.beside.items()}
-        if self.past is not None:
-            self.past = [(seen, changed(states)) for seen, states in self.past]
+        self.past = None if self.past is None else self.past.changed(changed)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "RecurrentCache":
         other = copy.copy(self)
@@ -280,10 +279,16 @@ class RecurrentCache(Cache):
     def is_recording_past(self, layer_idx: int = 0) -> bool:
         return self.past is not None
 
-    def activate_past_recording(self) -> None:
+    def activate_past_recording(self, tokens: int = 0) -> None:
         """From here on keep the states before each token whose logits are asked for (`logits_to_keep`; of a backbone
-        alone, each token), up to the next `crop`. `generate()` does so while it decodes with candidates."""
-        self.past = [] if self.past is None else self.past
+        alone, each token).
+
+        Args:
+            tokens: at least the last so many can be taken back at any time, one after another, too. 0: those since
+                the last `crop`, as `generate()` wants it, which crops after each pass while it decodes with candidates.
+        """
+        if self.past is None or self.past.reach != tokens:
+            self.past = Recording(tokens)
 
     def stop_past_recording(self) -> None:
         self.past = None
@@ -296,17 +301,19 @@ class RecurrentCache(Cache):
         wanted = min(wanted or tokens, tokens)
         if wanted == tokens:
             states = [None if state is None else tuple(x.clone()[:, None] for x in state) for state in self.states]
-            self.past.append((self.seen_tokens, states))
+            self.past.add(self.seen_tokens, states)
         return 0 if tokens == 1 else min(wanted + 1, tokens)
 
     def record_each(self, tokens: int) -> None:
         """Take what the layers gave, states after each of the last so many tokens (B, tokens, ...), apart."""
         assert self.past is not None
-        self.past.append((self.seen_tokens - tokens + 1, self.states))
-        self.states = state_at(self.states, -1)
+        last = one_of(self.states, -1)
+        self.past.add(self.seen_tokens - tokens + 1, self.states)
+        self.states = last
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last tokens back, of those that are recorded; these are forgotten, and recording begins anew.
+        """Take the last tokens back, of those that are recorded, and forget them, and all that is recorded unless so
+        many can be taken back at any time.
 
         Args:
             tokens_to_remove: how many; transformers writes them as negative numbers.
@@ -317,21 +324,13 @@ class RecurrentCache(Cache):
         count = abs(tokens_to_remove)
         if count:
             target = self.seen_tokens - count
-            found = [
-                (states, target - first)
-                for first, states in self.past or []
-                if first <= target < first + (1 if states[0] is None else states[0][0].shape[1])
-            ]
-            if not found:
+            found = None if self.past is None else self.past.at(target)
+            if found is None:
                 raise ValueError(
                     f"tokens_to_remove: the state before the last {count} tokens is not recorded; expected "
                     "activate_past_recording() before they are read, and tokens read since the last crop"
                 )
-            self.states, self.seen_tokens = state_at(*found[-1]), target
+            self.states, self.seen_tokens = found, target
             self.beside = {}
-        self.past = None if self.past is None else []
-
-
-def state_at(states: list[tuple[Tensor, ...] | None], place: int) -> list[tuple[Tensor, ...] | None]:
-    """One of several states (B, n, ...), in memory of its own."""
-    return [None if state is None else tuple(x[:, place].clone() for x in state) for state in states]
+        if self.past is not None:
+            self.past.cut(self.seen_tokens)

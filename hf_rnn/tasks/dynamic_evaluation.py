@@ -13,8 +13,8 @@ def dynamic_loss(
     segment: int = 32,
     progress: bool = False,
 ) -> float:
-    """Summed loss in nats of `ids` (T,) after the first token, the model learning on the way: dynamic evaluation (Krause
-    et al., "Dynamic Evaluation of Neural Sequence Models", arXiv 1709.07432).
+    """Summed loss in nats of `ids` (T,) after the first token, the model learning on the way: dynamic evaluation
+    (Krause et al., "Dynamic Evaluation of Neural Sequence Models", arXiv 1709.07432).
 
     The text is read in segments. The loss of a segment counts as it is before the weights have seen it; then they take
     a step down its gradient, which ends at the segment's first token while the state goes on. What is measured is

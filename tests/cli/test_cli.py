@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hf_rnn import ARCHITECTURES, GRUConfig, GRUForCausalLM, RecurrentCache, byte_tokenizer
-from hf_rnn.cli.baselines import lzma_bits_per_byte, ngram_bits_per_byte
+from hf_rnn.cli import generate
+from hf_rnn.cli.baselines import lzma_bits_per_byte, ngram_bits_per_byte, repeated_share
 from hf_rnn.cli.data import tokenize
 from hf_rnn.cli.main import main
 from hf_rnn.cli.train import default_learning_rate
@@ -149,6 +150,29 @@ def test_generate_goes_on_from_a_state(checkpoint, tmp_path, capsys):
     model(whole, use_cache=True).cache.save(file)
     assert main(["generate", str(checkpoint), "--state", file]) == 1
     assert "chat.state: expected the state of one text" in capsys.readouterr().err
+
+
+def test_a_long_text_is_read_in_pieces(checkpoint, tmp_path, capsys, monkeypatch):
+    """From a file, without printing it; as it would be read at once."""
+    monkeypatch.setattr(generate, "PIECE", 5)
+    text, file = tmp_path / "text.txt", tmp_path / "chat.state"
+    text.write_text("the cat sat on the mat")
+    options = ["--max_new_tokens", "9", "--temperature", "0"]
+    assert main(["generate", str(checkpoint), "--prompt", text.read_text(), *options]) == 0
+    whole = capsys.readouterr().out
+    for state in ([], ["--state", str(file)]):
+        assert main(["generate", str(checkpoint), "--prompt_file", str(text), *options, *state]) == 0
+        assert "the cat sat on the mat" + capsys.readouterr().out == whole
+    assert RecurrentCache.load(file).seen_tokens == 22 + 9 - 1
+    text.write_bytes(b"\xff")
+    for arguments, message in (
+        (["--prompt_file", str(text)], "prompt_file: .*text.txt: expected UTF-8"),
+        (["--prompt_file", str(text), "--prompt", "x"], "prompt, prompt_file: expected one of them"),
+        (["--state", str(tmp_path)], "state: expected a file in a folder that is there"),
+        (["--state", str(tmp_path / "nowhere" / "a")], "state: expected a file in a folder that is there"),
+    ):
+        assert main(["generate", str(checkpoint), *arguments]) == 1
+        assert re.search(message, capsys.readouterr().err)
 
 
 def test_eval_and_generate(checkpoint, tmp_path, capsys):
@@ -319,6 +343,8 @@ def test_ngram_baselines():
         orders.append(total / len(held_out))
     assert ngram_bits_per_byte(train, held_out, 2) == pytest.approx(orders)
     assert lzma_bits_per_byte(b"abcdefgh" * 100, b"abcdefgh" * 100) < 1
+    assert repeated_share(b"..abcdef..", b"-abcdef--bcde", 4) == pytest.approx(10 / 13)
+    assert repeated_share(b"abc", b"abcabc", 4) == 0
 
 
 def test_streams(tmp_path, capsys):

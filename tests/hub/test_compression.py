@@ -18,10 +18,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_rnn import CorruptPayloadError, GRUConfig, GRUForSequenceClassification, compress, prune, save_compressed
+from hf_rnn import (
+    CorruptPayloadError,
+    GRUConfig,
+    GRUForSequenceClassification,
+    compress,
+    prune,
+    save_compressed,
+    weight_curvature,
+)
 from hf_rnn.cli.main import main
 from hf_rnn.compression.search import choose_exponents, coded_parameters
-from hf_rnn_kernels.coding import decode_tensor, dequantize, entropy, quantize
+from hf_rnn_kernels.coding import decode_tensor, dequantize, entropy, quantize, read_header
 
 
 def llama(**settings) -> LlamaForCausalLM:
@@ -197,6 +205,9 @@ class TestChoices:
             (dict(evaluate=lambda: float("nan")), "evaluate"),
             (dict(evaluate=lambda: 1.0, max_loss_increase=0.0), "max_loss_increase"),
             (dict(coder="zip"), "coder"),
+            (dict(curvature={}), "curvature: .*evaluate"),
+            (dict(curvature={}, evaluate=lambda: 1.0), "curvature: expected one for"),
+            (dict(step=2.0**-40, coder="trellis"), "2\\^22"),
             (dict(exclude="."), "exclude"),
             (dict(exclude="("), "exclude.*regular"),
             (dict(rate=-1.0), "rate"),
@@ -283,7 +294,8 @@ def test_command_line(tmp_path, capsys):
     assert (run / "rate.png").exists() and "rate term" in (run / "README.md").read_text()
     assert main(["compress", str(run), str(tmp_path / "coded"), "--data", str(text), "--tokens", "200"]) == 0
     assert "bits a coded weight" in capsys.readouterr().out
-    assert main(["inspect", str(tmp_path / "coded")]) == 0
+    assert main(["compress", str(run), str(tmp_path / "plain"), "--coder", "ans"]) == 0
+    assert main(["inspect", str(tmp_path / "plain")]) == 0
     table = capsys.readouterr().out
     assert "model.layers.0.mixer.recurrent_weight" in table and "2^-" in table and "ans" in table
     assert main(["inspect", str(run)]) == 0
@@ -307,6 +319,63 @@ def test_command_line(tmp_path, capsys):
     )
     assert type(again) is GRUForSequenceClassification and not info["missing_keys"]
     assert os.listdir(tmp_path / "coded")
+
+
+class TestCurvature:
+    """Steps of rows, by squared gradients."""
+
+    def test_squared_gradients(self):
+        model, x = llama(), torch.randint(61, (3, 1, 9), generator=torch.Generator().manual_seed(1))
+        found = weight_curvature(model.train(), ({"input_ids": row, "labels": row} for row in x))
+        assert model.training and all(p.grad is None for p in model.parameters())
+        assert found.keys() == coded_parameters(model, "norm|bias").keys()
+        expected = 0
+        for row in x:
+            logits = model.eval()(row).logits[:, :-1].flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, row[0, 1:])
+            expected += torch.autograd.grad(loss, model.lm_head.weight)[0] ** 2
+        torch.testing.assert_close(found["lm_head.weight"], expected)
+        with pytest.raises(ValueError, match="batches"):
+            weight_curvature(model, [])
+
+    def test_fewer_bits_than_steps_of_tensors(self, tmp_path):
+        """Within the bound, with ten evaluations instead of a hundred; read as any other; the steps are of rows."""
+        model = llama(initializer_range=0.3)
+        x = torch.randint(61, (8, 33), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            model.model.embed_tokens.weight[40:] *= 1e-3  # of little use
+            y = model(x).logits.argmax(-1)
+        losses = []
+
+        def loss() -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+
+        def evaluate() -> float:
+            losses.append(float(loss().detach()))
+            return losses[-1]
+
+        loss().backward()
+        curvature = {name: p.grad.square() for name, p in coded_parameters(model, "norm|bias").items()}
+        kept = {name: p.clone() for name, p in model.state_dict().items()}
+        settings = dict(evaluate=evaluate, max_loss_increase=0.05)
+        tensors = compress(model, **settings)
+        model.load_state_dict(kept)
+        with pytest.raises(ValueError, match="max_loss_increase: 3 evaluations"):
+            compress(model, **settings | dict(max_loss_increase=1e-7), curvature=curvature, evaluations=3)
+        assert_same(model, llama_like(model, kept))
+        losses.clear()
+        rows = save_compressed(model, tmp_path, **settings, curvature=curvature, coder="trellis")
+        assert len(losses) <= 10 and float(loss().detach()) <= 1.05 * losses[0]
+        assert rows.bits < 0.9 * tensors.bits
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+        headers = [read_header(p)[0] for p in rows.payloads.values()]
+        assert {"rows", "trellis"} & {header.coder for header in headers}
+
+
+def llama_like(model, weights):
+    other = llama(initializer_range=model.config.initializer_range)
+    other.load_state_dict(weights)
+    return other
 
 
 class TestDifferences:

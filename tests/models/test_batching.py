@@ -201,6 +201,17 @@ def test_prompts_are_read_in_turn(small):
     assert {tuple(r.tokens) for r in late} == {tuple(alone(small, [1, 2], 1))}
 
 
+def test_nobody_waits_where_nobody_is_decoded(small):
+    """Many prompts are read in one step, up to eight times as many tokens as beside texts that go on."""
+    batch = ContinuousBatch(small, 12, prompt_tokens=4)
+    requests = [batch.add(Request([n % 6] * 4, 2)) for n in range(10)]
+    batch.step()
+    assert [len(request.tokens) for request in requests] == 8 * [1] + 2 * [0]
+    while batch.busy:
+        batch.step()
+    assert all(request.tokens == alone(small, [n % 6] * 4, 2) for n, request in enumerate(requests))
+
+
 def test_a_snapshot_is_where_the_text_is(small):
     batch = ContinuousBatch(small, 2)
     request = batch.add(Request([1, 2, 3], 5))

@@ -59,7 +59,7 @@ def test_as_many_states_as_logits(model, ids):
     state.activate_past_recording()
     read(model, ids[:, :1], state)
     read(model, ids[:, 1:], state, logits_to_keep=3)
-    _, (seen, states) = state.past
+    _, (seen, states) = state.past.parts
     assert seen == 14 and all(x.shape[:2] == (3, 4) for layer in states for x in layer)
     other = state.clone()
     other.crop(3)
@@ -88,6 +88,62 @@ def test_recording_and_packing(model, ids):
     ):
         with pytest.raises(ValueError, match=f"layout.recorded: .*{message}"):
             hf_rnn.linear_scan(x, x, layout=layout)
+
+
+def search(model, prompt, allowed, length, first):
+    """The most likely text that is allowed token by token; where none is, one token back. `first` gives logits and the
+    state behind the prompt, and of each text on the way."""
+    text, tried, steps_back = [], [set()], 0
+    state, logits = first(model, prompt)
+    logits = [logits]
+    while len(text) < length:
+        choices = [token for token in allowed(text) if token not in tried[-1]]
+        if choices:
+            token = max(choices, key=lambda token: float(logits[-1][token]))
+            tried[-1].add(token)
+            text.append(token)
+            tried.append(set())
+            if state is None:
+                logits.append(first(model, torch.cat([prompt, torch.tensor([text])], 1))[1])
+            else:
+                logits.append(model(torch.tensor([[token]]), past_key_values=state).logits[0, -1])
+                kept = sum(1 if x[0] is None else x[0][0].shape[1] for _, x in state.past.parts)
+                assert kept <= length + 2
+        else:
+            text.pop(), tried.pop(), logits.pop()
+            steps_back += 1
+            if state is not None:
+                state.crop(1)
+    return text, steps_back, state
+
+
+@torch.no_grad()
+def test_constrained_decoding_steps_back(model, ids):
+    """Three of four tokens in any order, at last without the one that is most likely at first: behind it are dead ends
+    alone, out of which two steps lead back."""
+    wrong = int(model(ids[:1]).logits[0, -1, :4].argmax())
+
+    def allowed(text):
+        return [] if len(text) == 2 and wrong in text else [token for token in range(4) if token not in text]
+
+    def anew(model, prompt):
+        return None, model(prompt).logits[0, -1]
+
+    def recorded(model, prompt):
+        state = model.new_cache()
+        state.activate_past_recording(3)
+        return state, model(prompt, past_key_values=state, logits_to_keep=1).logits[0, -1]
+
+    expected, steps, _ = search(model, ids[:1], allowed, 3, anew)
+    text, again, state = search(model, ids[:1], allowed, 3, recorded)
+    assert text == expected and steps == again > 3 and wrong not in text[:2]
+    assert_close(state, read(model, torch.cat([ids[:1], torch.tensor([text])], 1)))
+    state.crop(3)
+    assert_close(state, read(model, ids[:1]))
+    with pytest.raises(ValueError, match="the state before the last 2 tokens is not recorded"):
+        state.crop(2)
+    with pytest.raises(ValueError, match="tokens: expected at least 0, got -1"):
+        state.activate_past_recording(-1)
 
 
 class Random(CandidateGenerator):
@@ -143,6 +199,9 @@ def test_a_draft_of_another_architecture(architecture, model, ids):
     padded = dict(attention_mask=mask, **GREEDY)
     expected = model.generate(ids[:1], **padded)
     assert torch.equal(model.generate(ids[:1], assistant_model=draft, **padded), expected)
+    few = dict(prefix_allowed_tokens_fn=lambda row, text: [3, 5, (int(text[-1]) + 1) % 58], **GREEDY)
+    expected = model.generate(ids[:1], **few)
+    assert torch.equal(model.generate(ids[:1], assistant_model=draft, **few), expected)
 
 
 def test_a_draft_of_the_same_model_is_always_right(model, ids):

@@ -2,24 +2,24 @@
 
 from hf_rnn import (
     MinGRUConfig,
-    MinGRUModel,
     MinGRUForCausalLM,
     MinGRUForCTC,
     MinGRUForMaskedLM,
+    MinGRUForPrediction,
     MinGRUForQuestionAnswering,
     MinGRUForSequenceClassification,
     MinGRUForTokenClassification,
-    MinGRUForPrediction,
+    MinGRUModel,
 )
 
 __all__ = [
     "MinGRUConfig",
-    "MinGRUModel",
-    "MinGRUForCausalLM",
     "MinGRUForCTC",
+    "MinGRUForCausalLM",
     "MinGRUForMaskedLM",
+    "MinGRUForPrediction",
     "MinGRUForQuestionAnswering",
     "MinGRUForSequenceClassification",
     "MinGRUForTokenClassification",
-    "MinGRUForPrediction",
+    "MinGRUModel",
 ]

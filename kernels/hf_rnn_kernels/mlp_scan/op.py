@@ -46,8 +46,8 @@ def scan_backward(
     scale: Tensor,
     grad: Tensor,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
-    """From what `scan` returned and the gradient of memories (T, B, K, D) to those of x, as (T, B, S), of the memory, of
-    in_weight and the weights, of the biases, of out_weight and of out_bias."""
+    """From what `scan` returned and the gradient of memories (T, B, K, D) to those of x, as (T, B, S), of the memory,
+    of in_weight and the weights, of the biases, of out_weight and of out_bias."""
     (time, batch, tokens, size), depth = memories.shape, len(weights)
     du, da = torch.empty_like(memories), torch.empty_like(a)
     inner = _scale(h[:-1], eps) if time else h[:-1]
@@ -89,7 +89,7 @@ def _shapes(x, memory, in_weight, weights, biases, out_weight, out_bias, mask, e
 
 
 def _save(ctx, inputs, output) -> None:
-    x, memory, in_weight, weights, biases, out_weight, out_bias, mask, eps, training = inputs
+    _, memory, in_weight, weights, biases, out_weight, out_bias, mask, eps, training = inputs
     if not training:
         raise RuntimeError("hf_rnn::mlp_scan: called with training=False on tensors that require gradients")
     ctx.eps, ctx.depth, ctx.biases = eps, len(weights), len(biases)

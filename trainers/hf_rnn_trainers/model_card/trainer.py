@@ -122,7 +122,8 @@ class ModelCardMixin(Trainer):
         """Trainer's, which uploads all of `output_dir` but checkpoints.
 
         Raises:
-            ValueError: the folder has files that do not belong to a checkpoint, such as a text; `hf-rnn push` leaves it out.
+            ValueError: the folder has files that do not belong to a checkpoint, such as a text; `hf-rnn push` leaves
+                them out.
         """
         self._refuse_others()
         return super().push_to_hub(*args, **kwargs)
