@@ -391,7 +391,7 @@ def main(argv: list[str]) -> None:
     if trainer not in TRAINERS:
         raise ValueError(f"trainer: expected one of {list(TRAINERS)}, got {trainer!r}")
     parser = HfArgumentParser(
-        [ModelArguments, DataArguments, TRAINERS[trainer][1]],  # type: ignore[arg-type]
+        [ModelArguments, DataArguments, TRAINERS[trainer][1]],  # type: ignore[list-item]
         prog="hf-rnn train",
         usage="%(prog)s --data DATA [options]",  # all of them are listed below
         description=f"{__doc__} This package's own options come first, then those of transformers' TrainingArguments.",
