@@ -5,6 +5,8 @@ import json
 import os
 import tempfile
 import weakref
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 STATE_FORMAT = "hf_rnn state 1"
+_BESIDE = "beside."
+_METADATA = {"model_type", "fingerprint", "layers", "seen_tokens", "ends_inside_patch"}
 
 # Of a backbone: its tensors, what they were like, and the fingerprint
 _FINGERPRINTS: weakref.WeakKeyDictionary[nn.Module, tuple[list, list, str]] = weakref.WeakKeyDictionary()
@@ -57,13 +61,18 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return total.hexdigest()
 
 
-def write_state(file: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors, and strings about them, so that `file` holds all of it or what it held before: to a file beside
-    it, readable by its owner alone, which takes its place when it is on the disk.
+def write_state(
+    file: str | Path, layers: Sequence[Sequence[Tensor]], beside: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write each layer's tensors, what lies beside, and strings about them (`_METADATA`), so that `file` holds all of
+    it or what it held before: to a file beside it, readable by its owner alone, which takes its place when it is on the
+    disk.
 
     Raises:
         OSError: no such folder, or no room.
     """
+    tensors = {f"{n}.{m}": x for n, layer in enumerate(layers) for m, x in enumerate(layer)}
+    tensors |= {_BESIDE + name: x for name, x in beside.items()}
     # Copies: states may be views of one tensor, which safetensors does not write
     tensors = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
     metadata = metadata | {"format": STATE_FORMAT}
@@ -85,7 +94,7 @@ def write_state(file: str | Path, tensors: dict[str, Tensor], metadata: dict[str
         os.close(descriptor)
 
 
-def read_state(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_state(file: str | Path) -> tuple[list[tuple[Tensor, ...]], dict[str, Tensor], dict[str, str]]:
     """What `write_state` wrote.
 
     Raises:
@@ -102,4 +111,14 @@ def read_state(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{file}: expected a state, {STATE_FORMAT!r}, got format {metadata.get('format')!r}")
     if metadata.pop("sha256", None) != _digest(tensors, metadata):
         raise ValueError(f"{file}: the state is damaged: its SHA-256 is not the one written with it")
-    return tensors, metadata
+    beside = {name.removeprefix(_BESIDE): tensors.pop(name) for name in names if name.startswith(_BESIDE)}
+    sizes = Counter(name.partition(".")[0] for name in tensors)
+    layers = [[f"{n}.{m}" for m in range(sizes[str(n)])] for n in range(len(sizes))]
+    if (
+        {name for layer in layers for name in layer} != tensors.keys()
+        or not metadata.keys() >= _METADATA
+        or metadata["layers"] != str(len(layers))
+        or not metadata["seen_tokens"].isdecimal()
+    ):
+        raise ValueError(f"{file}: no state: expected each layer's tensors and {sorted(_METADATA)}")
+    return [tuple(tensors[name] for name in layer) for layer in layers], beside, metadata

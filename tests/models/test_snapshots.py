@@ -6,10 +6,12 @@ import pickle
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import hf_rnn
 from hf_rnn import RecurrentCache
+from hf_rnn.skeleton import state_file
 from hf_rnn.skeleton.state_file import fingerprint
 
 
@@ -107,6 +109,19 @@ def test_damaged_files(model, ids, tmp_path):
         damaged[at] ^= 1 << at % 8
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"a\.state: (the state is damaged|no state|expected a state)"):
+            RecurrentCache.load(file, model)
+    file.write_bytes(whole)
+    with safe_open(file, framework="pt") as opened:
+        names, metadata = opened.keys(), opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in names}
+    for change in (  # what no program of ours writes, with a sum that is right
+        dict(layers="100000000"), dict(layers="x"), dict(seen_tokens="-1"), dict(model_type=None), "0.0", "1.0",
+    ):  # fmt: skip
+        about = metadata | (change if isinstance(change, dict) else {})
+        about = {name: value for name, value in about.items() if value is not None and name != "sha256"}
+        some = {name: x for name, x in tensors.items() if name != change}
+        save_file(some, file, about | {"sha256": state_file._digest(some, about)})
+        with pytest.raises(ValueError, match=r"a.state: no state: expected each layer's tensors and \['ends_inside"):
             RecurrentCache.load(file, model)
     save_file({"0.0": torch.zeros(3, 4)}, file)
     with pytest.raises(ValueError, match="expected a state, 'hf_rnn state 1', got format None"):
