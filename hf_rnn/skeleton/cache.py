@@ -163,8 +163,17 @@ class RecurrentCache(Cache):
         return self._with(moved)
 
     def select(self, rows: Sequence[int] | Tensor) -> "RecurrentCache":
-        """These rows, in this order, as a new state."""
+        """These rows, in this order, as a new state.
+
+        Raises:
+            ValueError: a state before its first token, which has no rows.
+            IndexError: no such row.
+        """
+        if self.batch_size is None:
+            raise ValueError("state: nothing is read yet, and there are no rows")
         index = torch.as_tensor(rows, dtype=torch.long)
+        if bool(((index < 0) | (index >= self.batch_size)).any()):
+            raise IndexError(f"rows: expected numbers in [0, {self.batch_size}), got {index.tolist()}")
         return self._with(lambda x: x.index_select(0, index.to(x.device)))
 
     @classmethod

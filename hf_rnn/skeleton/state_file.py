@@ -69,6 +69,7 @@ def write_state(
     disk.
 
     Raises:
+        ValueError: a folder, or a device, which the file would replace.
         OSError: no such folder, or no room.
     """
     tensors = {f"{n}.{m}": x for n, layer in enumerate(layers) for m, x in enumerate(layer)}
@@ -77,7 +78,7 @@ def write_state(
     tensors = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
     metadata = metadata | {"format": STATE_FORMAT}
     payload = save(tensors, metadata | {"sha256": _digest(tensors, metadata)})
-    path = Path(file)
+    path = _regular(file)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as beside:
         try:
             beside.write(payload)
@@ -94,6 +95,14 @@ def write_state(
         os.close(descriptor)
 
 
+def _regular(file: str | Path) -> Path:
+    """Where a link leads to."""
+    path = Path(file).resolve()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{file}: expected a state's file, got a folder or a device")
+    return path
+
+
 def read_state(file: str | Path) -> tuple[list[tuple[Tensor, ...]], dict[str, Tensor], dict[str, str]]:
     """What `write_state` wrote.
 
@@ -102,7 +111,7 @@ def read_state(file: str | Path) -> tuple[list[tuple[Tensor, ...]], dict[str, Te
         ValueError: another kind of file, or one that is cut off or damaged.
     """
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(_regular(file), framework="pt") as opened:
             metadata, names = opened.metadata() or {}, opened.keys()
             tensors = {name: opened.get_tensor(name).clone() for name in names}
     except SafetensorError as error:

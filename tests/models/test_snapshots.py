@@ -151,6 +151,21 @@ def test_written_whole_or_not_at_all(model, ids, tmp_path, monkeypatch):
         state.save(tmp_path / "nowhere" / "a.state")
 
 
+@pytest.mark.parametrize("architecture", ["gru"], indirect=True)
+def test_what_is_no_file(model, ids, tmp_path):
+    """A device or a folder is not replaced; a link stays one."""
+    state = read(model, ids)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        for act in (state.save, RecurrentCache.load):
+            with pytest.raises(ValueError, match="expected a state's file, got a folder or a device"):
+                act(path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "a.state")
+    state.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and RecurrentCache.load(tmp_path / "folder" / "a.state").seen_tokens == 17
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("architecture", ["gru"], indirect=True)
 def test_killed_while_writing(model, ids, tmp_path):
@@ -216,6 +231,11 @@ def test_what_does_not_stack(model, ids):
     ):
         with pytest.raises(ValueError, match=f"caches: .*{message}"):
             RecurrentCache.stack(caches)
+    for rows in ([3], [-1], torch.tensor([0, 5])):
+        with pytest.raises(IndexError, match=r"rows: expected numbers in \[0, 3\)"):
+            state.select(rows)
+    with pytest.raises(ValueError, match="state: nothing is read yet"):
+        RecurrentCache(2).select([0])
 
 
 def test_clones_and_dtypes(model, ids):
