@@ -23,7 +23,7 @@ WHEELS ?= wheels
 PEERS = $(VENV)-forecasting-peers
 
 .PHONY: demo test test-oldest test-newest test-next test-slow test-weights test-browser test-all test-forecasting-peers lint \
-	bench bench-quality bench-check bench-forecasting gpu gpu-wheels performance model-cards setup clean
+	bench bench-quality bench-check checkpoints bench-forecasting gpu gpu-wheels performance model-cards setup clean
 
 setup: $(STAMP)
 
@@ -113,6 +113,11 @@ bench: $(BENCH_STAMP)
 	$(BENCH) benchmarks/suite.py speed
 	$(BENCH) benchmarks/page.py
 	$(BENCH) benchmarks/pictures.py
+
+# The trained models that come with the package, anew, beside those that do; results in runs/checkpoints.
+# DATA=tinyshakespeare.txt for that of the plays. Half an hour on one core.
+checkpoints: $(STAMP)
+	$(BIN)/python benchmarks/checkpoints.py $(if $(DATA),--data $(DATA))
 
 # What takes hours: learning, memory, faults. Goes on where it was interrupted. DATA=text.txt for the text.
 bench-quality: $(BENCH_STAMP)

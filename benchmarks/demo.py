@@ -25,7 +25,11 @@ def main() -> None:
     seconds = time.perf_counter() - start
     steps = re.search(r"([\d.]+) s a step: (\d+) steps", text)
     assert steps is not None
-    held_out = dict(re.findall(r"^  (lzma|byte n-gram, order \d|this minGRU) +([\d.]+)$", text, re.MULTILINE))
+    held_out = dict(
+        re.findall(
+            r"^  (lzma|byte n-gram, order \d|this minGRU|and learning on the way) +([\d.]+)$", text, re.MULTILINE
+        )
+    )
     results = {
         "seconds": seconds,
         "seconds_per_step": float(steps[1]),

@@ -27,6 +27,7 @@ STEPS = {
     "b": [["kernels"], ["layers"], ["recurrent"], ["min_against_traditional"]],
     "c": [["training_step"], ["decoding_7b"], ["decoding"], ["xlstm"]],
     "d": [["zero_order_billion", "--minutes", "5"], ["zero_order"]],
+    "e": [["memory_paper", "--minutes", "6"]],
 }
 QUESTIONS = {command[0]: command for commands in STEPS.values() for command in commands}
 SHOWN = 3  # lines of the summary for what is wrong or slow in a question

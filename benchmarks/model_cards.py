@@ -20,10 +20,10 @@ from hf_rnn_trainers.model_card.card import CODE_LICENCE, Evaluation, Training, 
 from hf_rnn_trainers.model_card.papers import ARCHITECTURES
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
-NO_WEIGHTS = "No weights of it are published; a checkpoint that you train and share gets a card of its own."
+NO_WEIGHTS = "No weights are published with this card; a checkpoint that you train and share gets a card of its own."
 LIMITS = (
-    "Small networks, measured on small tasks on a CPU: what the tables show, and no more. What was said long ago is "
-    "kept only so far as the state holds it."
+    "These are small networks, measured on small tasks on a CPU; nothing is claimed beyond the tables. They remember "
+    "earlier text only as far as the state can hold it."
 )
 STATE_TRACKING = {
     "GRU": ["GRU, GRU"],
@@ -41,8 +41,8 @@ def source(question: str) -> str:
     """Where the numbers of a table are from."""
     about = results(question)
     return (
-        f"By `python benchmarks/{question}.py` on {about['date']}, {about['device']}; "
-        f"[the results](../benchmarks/results/{question}_cpu.json)."
+        f"Measured by `python benchmarks/{question}.py` on {about['date']}, {about['device']}: "
+        f"[results](../benchmarks/results/{question}_cpu.json)."
     )
 
 
@@ -53,7 +53,10 @@ def language(stem: str) -> Evaluation:
         [n, r["channels"], r["parameters"], f"{r['bits_per_byte']:.3f}", f"{r['training_seconds']:.0f}"]
         for n, r in rows.items()
     ]
-    text = "Equal parameters, steps, learning rate and schedule for all, held out of the documentation inside CPython"
+    text = (
+        "Bits per byte on held-out documentation of CPython, less is better. Parameters, steps, learning rate and "
+        "schedule are the same for all"
+    )
     return Evaluation("A byte-level language model", f"{text}. {source('language_model')}", columns, cells)
 
 
@@ -66,8 +69,9 @@ def tracking(stem: str) -> Evaluation:
         scores = [state_tracking.score(rows[task][name], task, factor) for task, factor in sizes]
         cells.append([name, *(f"{statistics.mean(s):.2f} ({min(s):.2f})" for s in scores)])
     text = (
-        "Accuracy on new strings, mean (worst) of 3 seeds: the last bit of a parity, trained up to 40 bits; the values "
-        "of keys among pairs read before, trained up to 16 pairs; four symbols among blanks, trained up to 32 tokens"
+        "Accuracy on new strings, mean (worst) of 3 seeds, by the size of the string. Parity: the last bit, trained on "
+        "up to 40 bits. Recall: the values of keys among pairs read before, trained on up to 16 pairs. Selective "
+        "copying: four symbols among blanks, trained on up to 32 tokens"
     )
     return Evaluation(
         "State tracking, recall and selective copying", f"{text}. {source('state_tracking')}", header, cells
@@ -81,7 +85,7 @@ def retrieval(stem: str) -> Evaluation:
         [r["name"], r["T"], r["seed"], r["updater"], *(f"{r[key]:.3f}" for key in ("chance", "smt", "smt_dmt", "bptt"))]
         for r in rows
     ]
-    text = "Accuracy of the network alone, from the empty memory, each method with the same number of steps"
+    text = "Accuracy of the student alone, starting from the empty memory; each method with the same number of steps"
     return Evaluation("Retrieval with one late label", f"{text}. {source('memory_retrieval')}", header, cells)
 
 
@@ -92,7 +96,7 @@ def speed(stem: str) -> Evaluation:
         [what, *(f"{rows[what][who]['ms']:.0f}" for who in ("hf_rnn", "transformers", "matrix products alone"))]
         for what in ("training step of 512", "prompt of 512", "prompt of 575")
     ]
-    text = "Beside transformers' own class with the same weights: vocabulary 256, width 256, 4 layers, batch 4"
+    text = "Time, less is better, with the same weights in both: vocabulary 256, width 256, 4 layers, batch 4"
     return Evaluation("Speed", f"{text}. {source('xlstm')}", header, cells)
 
 
@@ -103,7 +107,7 @@ TABLES: dict[str, list[Callable[[str], Evaluation]]] = {
 
 
 def tables(stem: str) -> list[Evaluation]:
-    """Of those without an entry what the others are compared by."""
+    """The tables of an architecture: its own, or else those of language modelling."""
     others = [language, tracking] if stem in STATE_TRACKING else [language]
     return [table(stem) for table in TABLES.get(stem, others)]
 
@@ -138,7 +142,7 @@ print(f"{{model.num_parameters():,}} parameters")"""
 def training(stem: str) -> Training:
     if stem == "MemoryRNN":
         return Training(
-            "By Supervised Memory Training, then DAgger Memory Training, on `hf_rnn.tasks.Retrieval`: a needle among "
+            "Supervised Memory Training, then DAgger Memory Training, on `hf_rnn.tasks.Retrieval`: find a needle among "
             "distractors, asked for at the end.",
             {"steps of SMT and DMT together": results("memory_retrieval")["results"]["same steps"][0]["steps"]},
             ("kumar2026smt",),
@@ -147,18 +151,18 @@ def training(stem: str) -> Training:
         rows = results("state_tracking")["results"]
         steps = max(run["steps"] for task in rows.values() for row in task.values() for run in row["runs"])
         return Training(
-            "By backpropagation through time on new strings of the task in every batch.",
+            "Backpropagation through time, with new strings of the task in every batch.",
             {"batch": state_tracking.BATCH, "learning rate": "the better of 0.003 and 0.01", "steps, at most": steps},
             ("werbos1990bptt",),
         )
     row = results("language_model")["results"][stem]
     return Training(
-        "By backpropagation through time (`RecurrentTrainer`) on the documentation inside CPython "
+        "Backpropagation through time (`RecurrentTrainer`) on the documentation inside CPython "
         "(`pydoc_data.topics`), byte by byte.",
         {
             "steps": row["steps"],
             "batch": language_model.BATCH,
-            "tokens of a sequence": language_model.BLOCK,
+            "sequence length, tokens": language_model.BLOCK,
             "learning rate": language_model.LEARNING_RATE,
         },
         ("werbos1990bptt",),
@@ -181,8 +185,8 @@ def card(stem: str, model_type: str) -> str:
                 data,
                 known.name,
                 known,
-                f"The architecture `{model_type}` of hf_rnn. {NO_WEIGHTS}"
-                + (f" Measured with {size:,} parameters, in the network below." if size else ""),
+                f"The architecture `{model_type}` of the package hf_rnn. {NO_WEIGHTS}"
+                + (f" The snippet makes the network that was measured, with {size:,} parameters." if size else ""),
                 snippet(stem),
                 "",
                 training(stem),

@@ -3,6 +3,7 @@
 python benchmarks/pictures.py        # make performance
 """
 
+import at_a_glance
 from page import HERE, load, tables
 
 PICTURES = HERE.parent / "docs" / "pictures"
@@ -15,6 +16,8 @@ def main() -> None:
     from matplotlib.figure import Figure
 
     PICTURES.mkdir(exist_ok=True)
+    at_a_glance.draw_front(load, PICTURES / "front.png")
+    at_a_glance.draw_glance(load, PICTURES / "at_a_glance.png")
 
     def draw(name: str, curves: dict[str, dict[str, list[tuple[float, float]]]], x: str, y: str) -> None:
         """One panel for each entry of `curves`: label to points."""

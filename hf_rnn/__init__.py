@@ -34,6 +34,7 @@ _MODULES = {
     "to_onnx_node": "hf_rnn.exchange.gate_order",
     "WeightOnlyConfig": "hf_rnn.compression.weight_only",
     "bits_per_byte": "hf_rnn.tasks.evaluation",
+    "pretrained": "hf_rnn.checkpoints",
     "CorruptPayloadError": "hf_rnn_kernels.coding",
     "byte_tokenizer": "hf_rnn.tokenization.byte_tokenizer",
     "compress": "hf_rnn.compression.checkpoint",
@@ -47,6 +48,7 @@ _MODULES = {
     "mean_pooling": "hf_rnn.skeleton.heads.sequences",
     "prune": "hf_rnn.compression.prune",
     "save_compressed": "hf_rnn.compression.checkpoint",
+    "weight_curvature": "hf_rnn.compression.curvature",
     "slstm_scan": "hf_rnn_kernels",
     "DMTConfig": "hf_rnn_trainers",
     "DMTTrainer": "hf_rnn_trainers",
@@ -108,7 +110,9 @@ def _register() -> None:
 _register()
 
 if TYPE_CHECKING:
+    from hf_rnn.checkpoints import pretrained
     from hf_rnn.compression.checkpoint import compress, save_compressed
+    from hf_rnn.compression.curvature import weight_curvature
     from hf_rnn.compression.prune import prune
     from hf_rnn.compression.weight_only import WeightOnlyConfig
     from hf_rnn.exchange.export import StatefulModel, export_model, to_onnx

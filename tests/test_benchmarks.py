@@ -322,8 +322,8 @@ def test_a_rehearsal_without_a_gpu(tmp_path, monkeypatch, capsys):
     for name, value in dict(HF_RNN_DRY="1", TRITON_INTERPRET="1", HF_RNN_RESULTS=str(tmp_path)).items():
         monkeypatch.setenv(name, value)
     assert gpu.run_steps(["layers"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line[:2] in ("a ", "b ", "c ", "d ")]
-    assert len(lines) == 11 and sum(" not run " in line for line in lines) == 10
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:2] in ("a ", "b ", "c ", "d ", "e ")]
+    assert len(lines) == 12 and sum(" not run " in line for line in lines) == 11
     assert lines[2].startswith("b layers ") and " done " in lines[2] and "2 tables, 0 without ours" in lines[2]
     assert json.loads((tmp_path / "gpu_steps_cpu.json").read_text())["results"]["layers"]["state"] == "done"
 
@@ -360,6 +360,7 @@ def test_the_page_is_what_the_results_make():
     import page
 
     assert page.PAGE.read_text() == page.page(), "make performance"
+    assert page.README.read_text() == page.readme(), "make performance"
 
 
 def test_no_peer_is_faster_without_a_reason():

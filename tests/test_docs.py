@@ -137,6 +137,28 @@ def test_navigation_has_every_page():
     assert {path.stem for path in PAGES if path.parent.name == "architectures"} == set(hf_rnn.ARCHITECTURES.values())
 
 
+def test_the_reference_has_every_public_name():
+    """Each once, with a docstring of its own."""
+    reference = "\n".join(page.read_text() for page in PAGES if page.parent.name == "reference")
+    named = re.findall(r"^::: (\S+)", reference, re.MULTILINE)
+    assert len(named) == len(set(named))
+    assert {f"hf_rnn.{name}" for name in hf_rnn.__all__ if name != "__version__"} - set(named) == set()
+    for name in hf_rnn.__all__:
+        thing = getattr(hf_rnn, name)
+        documentation = vars(thing).get("__doc__") if isinstance(thing, type) else thing.__doc__
+        assert documentation, name
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    """Strictly: links between pages, and every name of the reference."""
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr
+    assert "RecurrentCache" in (tmp_path / "site" / "reference" / "states" / "index.html").read_text()
+
+
 def test_tests_that_the_docs_name_exist():
     """`tests/file.py` and `tests/file.py::test`; and each row of the table that claims something names one."""
     for path in TEXTS:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import hf_rnn
+
 ROOT = Path(__file__).resolve().parents[1]
 
 BLOCK = """
@@ -95,13 +97,15 @@ def test_the_wheel_holds_three_packages(tmp_path):
     )
     (wheel,) = tmp_path.glob("hf_rnn-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
+    assert wheel.stat().st_size < 5e6
+    for name in hf_rnn.pretrained():
+        folder = f"hf_rnn/checkpoints/{name}"
+        assert {f"{folder}/{file}" for file in ("config.json", "model.safetensors", "tokenizer.json")} <= set(names)
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"hf_rnn", "hf_rnn_kernels", "hf_rnn_trainers"}
     assert "hf_rnn_trainers/model_card/template.md" in names and "hf_rnn/py.typed" in names
 
 
 def test_unknown_gates_and_public_names():
-    import hf_rnn
-
     for name in hf_rnn.__all__:
         assert getattr(hf_rnn, name) is not None
     assert set(dir(hf_rnn)) >= {"MinGRUConfig", "RecurrentTrainer", "min_gru_scan"}

@@ -27,7 +27,7 @@ ROOMS = [
     ["hf_rnn_trainers.smt", "hf_rnn_trainers.dmt"],
     ["hf_rnn_trainers"],
     ["hf_rnn._version"],
-    ["hf_rnn.remote_code", "hf_rnn.tokenization", "hf_rnn.tasks", "hf_rnn.forecasting"],
+    ["hf_rnn.remote_code", "hf_rnn.tokenization", "hf_rnn.tasks", "hf_rnn.forecasting", "hf_rnn.checkpoints"],
     ["hf_rnn.skeleton"],
     ["hf_rnn.layers", "hf_rnn.compression", "hf_rnn.generation"],
     ["hf_rnn.skeleton.block"],  # blocks made of layers, which know the config and the state

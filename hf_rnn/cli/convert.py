@@ -1,6 +1,6 @@
-"""`hf-rnn convert SOURCE TARGET`: a checkpoint of transformers' own `xlstm` (such as NX-AI/xLSTM-7b), of the `tirex-2`
-package (NX-AI/TiRex-2) or weights of the `xlstm` package to one of ours; one of ours to transformers' `xlstm` or to
-`tirex-2`."""
+"""`hf-rnn convert SOURCE TARGET`: convert checkpoints between formats. To this package's: from transformers' `xlstm`
+(such as NX-AI/xLSTM-7b), the `tirex-2` package (NX-AI/TiRex-2) or weights of the `xlstm` package. From it: to
+transformers' `xlstm` or `tirex-2`."""
 
 import argparse
 import json
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-rnn convert", description=__doc__)
     parser.add_argument("source", help="a checkpoint's folder or name on the Hub, or a file with a state dict")
     parser.add_argument("target", type=Path, help="a new folder")
-    parser.add_argument("--max_shard_size", default="5GB", help="of a file with weights")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest size of a weights file")
     arguments = parser.parse_args(argv)
     written = convert(arguments.source, arguments.target, max_shard_size=arguments.max_shard_size)
     print(f"saved {arguments.target}, a checkpoint of a {written}")

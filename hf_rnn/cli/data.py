@@ -22,7 +22,7 @@ def read_documents(data: str, split: str = "train", text_column: str = "text") -
         try:
             documents = [path.read_bytes().decode("utf-8")]
         except UnicodeDecodeError as error:
-            raise ValueError(f"data: {data} is no UTF-8 text ({error})") from error
+            raise ValueError(f"data: {data} is not UTF-8 text ({error})") from error
     else:
         import datasets
 

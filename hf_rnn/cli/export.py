@@ -1,4 +1,4 @@
-"""`hf-rnn export CHECKPOINT FILE.onnx`: a checkpoint as an ONNX file, checked against torch, its speed beside ours."""
+"""`hf-rnn export CHECKPOINT FILE.onnx`: write a model as an ONNX file and compare outputs and speed with torch."""
 
 import argparse
 import statistics
@@ -90,7 +90,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-rnn export", description=__doc__)
     parser.add_argument("checkpoint", help="a checkpoint's folder, or its name on the Hub")
     parser.add_argument("file", type=Path, help="the ONNX file to write")
-    parser.add_argument("--padding", action="store_true", help="take an attention_mask; else no token is padding")
+    parser.add_argument(
+        "--padding", action="store_true", help="add the input attention_mask; without it no token may be padding"
+    )
     arguments = parser.parse_args(argv)
     for package in ("onnxscript", "onnxruntime"):
         if find_spec(package) is None:
@@ -102,4 +104,4 @@ def main(argv: list[str]) -> None:
     worst = compare(StatefulModel(model, arguments.padding), Session(arguments.file))
     if not worst <= TOLERANCE:
         raise ValueError(f"file: expected torch's outputs to {TOLERANCE:.0e} (relative RMS error), got {worst:.1e}")
-    print(f"saved {arguments.file}, the same to {worst:.1e} (relative RMS error)")
+    print(f"saved {arguments.file}, equal to torch to {worst:.1e} (relative RMS error)")

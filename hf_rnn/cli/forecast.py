@@ -1,4 +1,4 @@
-"""`hf-rnn forecast DATA --model CHECKPOINT --horizon 48`: what comes next in a table of series, and a picture of it."""
+"""`hf-rnn forecast DATA --model CHECKPOINT --horizon 48`: forecast the series of a table, and draw them."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,15 +21,19 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-rnn forecast", description=__doc__)
     parser.add_argument("data", help="a csv or parquet file, a row for each series and time")
     parser.add_argument("--model", required=True, help="a forecaster's folder, or its name on the Hub")
-    parser.add_argument("--horizon", type=int, help="steps to forecast; default: as many as the model was made for")
-    parser.add_argument("--output", default="forecast.csv", metavar="FILE", help="table to write, a .csv")
-    parser.add_argument("--picture", metavar="FILE", help=".png, .svg or .pdf; default: beside the table; 'none': none")
-    parser.add_argument("--quantiles", help="such as 0.1,0.5,0.9; default: all of the model's")
-    parser.add_argument("--past_covariates", help="columns known until now, with commas between")
+    parser.add_argument("--horizon", type=int, help="steps to forecast; default: as many as the model was trained for")
+    parser.add_argument("--output", default="forecast.csv", metavar="FILE", help="table to write, as .csv")
     parser.add_argument(
-        "--future_covariates", metavar="FILE", help="table of the rows to come, of columns known beforehand"
+        "--picture", metavar="FILE", help=".png, .svg or .pdf; default: beside the table; 'none': no picture"
     )
-    parser.add_argument("--id_column", default=ID, help="which series a row is of; may be missing where there is one")
+    parser.add_argument("--quantiles", help="such as 0.1,0.5,0.9; default: all that the model has")
+    parser.add_argument("--past_covariates", help="columns known up to now, separated by commas")
+    parser.add_argument(
+        "--future_covariates", metavar="FILE", help="table of the columns that are known for the steps to forecast"
+    )
+    parser.add_argument(
+        "--id_column", default=ID, help="column that names the series of a row; not needed with a single series"
+    )
     parser.add_argument("--time_column", default=TIME)
     parser.add_argument("--value_column", default=VALUE)
     parser.add_argument(
@@ -37,15 +41,15 @@ def main(argv: list[str]) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="also forecast the last N horizons that are known: how good?",
+        help="also forecast the last N known horizons, and measure the errors",
     )
-    parser.add_argument("--season", type=int, default=1, help="steps of a season, by which MASE is scaled")
-    parser.add_argument("--batch_size", type=int, default=256, help="series at once")
+    parser.add_argument("--season", type=int, default=1, help="steps of a season, to scale MASE")
+    parser.add_argument("--batch_size", type=int, default=256, help="series in a batch")
     add_device(parser)
     arguments = parser.parse_args(argv)
     output = Path(arguments.output)
     if output.suffix != ".csv" or not output.absolute().parent.is_dir():
-        raise ValueError(f"output: expected a .csv in a folder that is there, got {output}")
+        raise ValueError(f"output: expected a .csv in an existing folder, got {output}")
     picture = output.with_suffix(".png") if arguments.picture is None else Path(arguments.picture)
     if arguments.picture != "none":
         check_picture(picture, "picture")
@@ -113,4 +117,4 @@ def _quantiles(told: str | None) -> list[float] | None:
     try:
         return [float(x) for x in told.split(",")] if told else None
     except ValueError:
-        raise ValueError(f"quantiles: expected numbers with commas between, got {told!r}") from None
+        raise ValueError(f"quantiles: expected numbers separated by commas, got {told!r}") from None

@@ -1,4 +1,4 @@
-"""`hf-rnn generate CHECKPOINT --prompt ...`: continue a prompt, streamed to the terminal."""
+"""`hf-rnn generate [CHECKPOINT] --prompt ...`: continue a prompt, printed as it is generated."""
 
 import argparse
 import sys
@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.utils.logging import disable_progress_bar
 
+from hf_rnn.checkpoints import DEFAULT, find_checkpoint, pretrained
 from hf_rnn.cli.device import add_device, find_device
 from hf_rnn.skeleton.cache import RecurrentCache
 from hf_rnn.tokenization.reading import read_tokenizer
@@ -75,8 +77,14 @@ def read_text(file: str) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-rnn generate", description=__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint's folder, or its name on the Hub")
-    parser.add_argument("--prompt", default="", help="text to continue; default: begin a new one")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        default=DEFAULT,
+        help="a checkpoint's folder, its name on the Hub, or one that comes with the package "
+        f"({', '.join(pretrained())}); default: {DEFAULT}",
+    )
+    parser.add_argument("--prompt", default="", help="text to continue; default: start a new text")
     parser.add_argument(
         "--prompt_file", help="a file with the text instead, of any length, which is not printed; -: standard input"
     )
@@ -87,7 +95,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--state",
         type=Path,
-        help="a file: where it is there, its state is what came before the prompt; the state after it is written there",
+        help="a file with the state to continue from, if it exists; the new state is written there",
     )
     add_device(parser)
     arguments = parser.parse_args(argv)
@@ -101,8 +109,10 @@ def main(argv: list[str]) -> None:
         from transformers import set_seed
 
         set_seed(arguments.seed)
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(device)  # type: ignore[arg-type]
-    tokenizer = read_tokenizer(arguments.checkpoint)
+    disable_progress_bar()  # of loading, beside the text
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).to(device)  # type: ignore[arg-type]
+    tokenizer = read_tokenizer(checkpoint)
     options: dict[str, Any] = {"do_sample": False}
     if arguments.temperature > 0:
         options = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}

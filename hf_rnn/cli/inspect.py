@@ -1,4 +1,4 @@
-"""`hf-rnn inspect CHECKPOINT`: each tensor's shape, the shape nu of its density, its bits a weight and its zeros."""
+"""`hf-rnn inspect CHECKPOINT`: list each tensor's shape, nu of its generalized Gaussian, bits a weight, zeros."""
 
 import argparse
 from pathlib import Path
@@ -7,19 +7,21 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_rnn.compression.quantizer import SUFFIX
-from hf_rnn_kernels.coding import GeneralizedGaussian, decode_tensor, read_header
+from hf_rnn.compression.quantizer import DIFFERENCE, SUFFIX
+from hf_rnn_kernels.coding import GeneralizedGaussian, decode_tensor, read_header, row_exponents
 
-ROW = "{:44} {:>16} {:>9} {:>14} {:>6} {:>8} {:>8}"
+ROW = "{:44} {:>16} {:>9} {:>14} {:>9} {:>8} {:>8}"
 
 
 def describe(name: str, tensor: Tensor) -> tuple[str, int, int]:
     """A row of the table, how many weights, and their bytes in the file."""
     size, stored, step = tensor.numel() * tensor.element_size(), "", ""
-    if name.endswith(SUFFIX):
+    if name.endswith((SUFFIX, DIFFERENCE)):
         name = name.removesuffix(SUFFIX)
         header, _ = read_header(tensor, name)
-        stored, step = (header.coder, f"2^{header.exponent}") if header.coder != "raw" else ("", "")
+        if header.coder != "raw":
+            low, high = (int(e) for e in row_exponents(header, name).aminmax())
+            stored, step = header.coder, f"2^{low}" if low == high else f"2^{low}..{high}"
         tensor = decode_tensor(tensor, name)
     count = tensor.numel()
     if tensor.is_floating_point() and not tensor.isfinite().all():

@@ -13,19 +13,19 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("train a model on your text and save a checkpoint", "train"),
-    "predict": Command("labels, numbers or masked tokens for texts, of a checkpoint with such a head", "predict"),
-    "forecast": Command("what comes next in a table of series: a table and a picture", "forecast"),
-    "generate": Command("continue a prompt, streamed to the terminal", "generate"),
-    "serve": Command("an HTTP server in OpenAI's manner, with sessions that keep their state", "serve"),
-    "eval": Command("bits per byte of a checkpoint on a text", "evaluate"),
-    "compress": Command("quantise a checkpoint and code it in few bits; it loads like any other", "compress"),
-    "inspect": Command("a table of a checkpoint's tensors: shape, nu, bits, zeros", "inspect"),
-    "bundle": Command("write a checkpoint's code into its folder: it then loads without this package", "bundle"),
-    "push": Command("check a checkpoint's folder and upload it to the Hub", "push"),
-    "export": Command("write a checkpoint as an ONNX file, checked against torch", "export"),
-    "plan": Command("memory, traffic and time of a training step on many GPUs, on paper", "plan"),
-    "convert": Command("an xLSTM checkpoint from or to transformers' own xlstm, or the xlstm package's", "convert"),
+    "train": Command("train a model on your text, table or series, and save it", "train"),
+    "predict": Command("classify texts, rate them, label their words or fill in masked tokens", "predict"),
+    "forecast": Command("forecast the series of a table; writes a table and a picture", "forecast"),
+    "generate": Command("continue a prompt, printed as it is generated", "generate"),
+    "serve": Command("run an OpenAI-compatible server, with sessions that keep their state", "serve"),
+    "eval": Command("measure the bits per byte of a language model on a text", "evaluate"),
+    "compress": Command("store a model in few bits; the result loads like any other", "compress"),
+    "inspect": Command("list a model's tensors: shape, bits a weight, share of zeros", "inspect"),
+    "bundle": Command("add the code to a model's folder, so that it loads without this package", "bundle"),
+    "push": Command("check a model's folder and upload it to the Hub", "push"),
+    "export": Command("write a model as an ONNX file and compare it with torch", "export"),
+    "plan": Command("estimate memory, traffic and time of a training step on many GPUs", "plan"),
+    "convert": Command("convert xLSTM and TiRex-2 checkpoints from or to their authors' formats", "convert"),
 }
 
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: hf-rnn COMMAND [options]\n")
         for name, command in COMMANDS.items():
             print(f"  hf-rnn {name:<10} {command.summary}")
-        print("\n`hf-rnn COMMAND --help` lists a command's options.")
+        print("\n`hf-rnn COMMAND --help` lists the options of a command.")
         if argv and argv[0] not in ("-h", "--help"):
             print(f"\nhf-rnn: unknown command {argv[0]!r}", file=sys.stderr)
             return 2

@@ -1,4 +1,4 @@
-"""`hf-rnn plan`: memory, bytes exchanged and time of a training step on paper, before anyone rents a GPU."""
+"""`hf-rnn plan`: estimate memory, traffic and time of a training step on GPUs, without one."""
 
 import argparse
 
@@ -20,11 +20,11 @@ def build_config(model: str, settings: str) -> PreTrainedConfig:
     """
     if model not in ARCHITECTURES.values():
         if settings:
-            raise ValueError(f"config: the checkpoint {model} has its own settings")
+            raise ValueError(f"config: the checkpoint {model} has its own settings; drop --config")
         config = AutoConfig.from_pretrained(model)
         head = (config.architectures or ["ForCausalLM"])[0]
         if not head.endswith(("ForCausalLM", "ForMaskedLM")):
-            raise ValueError(f"model: plans are of language models, expected a ForCausalLM or ForMaskedLM, got {head}")
+            raise ValueError(f"model: expected a language model, ForCausalLM or ForMaskedLM, got {head}")
         return config
     without = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
     return AutoConfig.for_model(f"hf_rnn_{model}", **without | read_settings(model, settings))
@@ -61,12 +61,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", default="xlstm", help=f"{', '.join(ARCHITECTURES.values())}, or a checkpoint")
     parser.add_argument("--config", default="", help="settings, such as hidden_size=4096,num_hidden_layers=32")
     parser.add_argument("--trainer", default="backpropagation", help=", ".join(TRAINERS))
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8], help="how many; one number or several")
-    parser.add_argument("--rows", type=int, default=1, help="sequences of each GPU; with zo of all together")
-    parser.add_argument("--tokens", type=int, default=2048, help="of a sequence")
-    parser.add_argument("--sharding", default="ddp", help="ddp: whole copies; fsdp: FSDP 2")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8], help="numbers of GPUs, one or several")
+    parser.add_argument("--rows", type=int, default=1, help="sequences on each GPU; with zo: of all GPUs together")
+    parser.add_argument("--tokens", type=int, default=2048, help="sequence length")
+    parser.add_argument("--sharding", default="ddp", help="ddp: whole copies on each GPU; fsdp: FSDP 2")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--directions", type=int, default=96, help="of zo, over all GPUs")
+    parser.add_argument("--directions", type=int, default=96, help="with zo: directions of a step, over all GPUs")
     for name, value in (("share", GPU.share), ("flops", GPU.flops), ("bandwidth", GPU.bandwidth)):
         parser.add_argument(f"--{name}", type=float, default=value, help="of a GPU: see hf_rnn.planning.GPU")
     for name, value in (("memory", GPU.memory), ("nvlink", GPU.nvlink), ("network", GPU.network)):

@@ -38,7 +38,7 @@ def check_picture(path: str | Path, name: str = "positions") -> None:
     """Raise ValueError, in which the argument has this name, for a path that no picture can be written to."""
     path = Path(path)
     if path.suffix not in (".png", ".svg", ".pdf") or not path.absolute().parent.is_dir():
-        raise ValueError(f"{name}: expected a .png, .svg or .pdf in a folder that is there, got {path}")
+        raise ValueError(f"{name}: expected a .png, .svg or .pdf in an existing folder, got {path}")
 
 
 def _axes():

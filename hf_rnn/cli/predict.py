@@ -1,4 +1,4 @@
-"""`hf-rnn predict CHECKPOINT ...`: a checkpoint's answers to texts, a JSON object a line."""
+"""`hf-rnn predict CHECKPOINT ...`: print a trained model's answer to each text as a JSON object."""
 
 import argparse
 import bisect
@@ -26,28 +26,29 @@ _PIPELINES: dict[str, tuple[str, dict]] = {
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hf-rnn predict", description=__doc__)
     parser.add_argument("checkpoint", help="a checkpoint's folder, or its name on the Hub")
-    parser.add_argument("texts", nargs="*", help="texts to answer to; or --data")
+    parser.add_argument("texts", nargs="*", help="texts to answer; or --data")
     parser.add_argument(
-        "--data", help="a text file, a text a line; csv, json, jsonl, parquet; a folder or a Hub dataset"
+        "--data",
+        help="a text file with a text on each line, a csv, json, jsonl or parquet file, a folder or a Hub dataset",
     )
     parser.add_argument("--split", default="test", help="split of a dataset")
     parser.add_argument("--text_column", default="text")
-    parser.add_argument("--output", metavar="FILE", help="write there instead of to the terminal")
+    parser.add_argument("--output", metavar="FILE", help="write the answers to this file instead of the terminal")
     parser.add_argument("--batch_size", type=int, default=16)
     add_device(parser)
     arguments = parser.parse_args(argv)
     if bool(arguments.texts) == bool(arguments.data):
-        raise ValueError("texts, data: expected texts on the command line, or --data; one of the two")
+        raise ValueError("texts, data: expected either texts on the command line or --data")
     if arguments.batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {arguments.batch_size}")
     device = find_device(arguments.device)
     task, options = find_task(arguments.checkpoint)
     texts = arguments.texts or read_texts(arguments.data, arguments.split, arguments.text_column)
     if not all(isinstance(text, str) and text for text in texts):
-        raise ValueError("texts, data: expected a text each, got one that is empty or none")
+        raise ValueError("texts, data: expected texts, got one that is empty or missing")
     tokenizer = read_tokenizer(arguments.checkpoint)
     if task == "token-classification" and not tokenizer.is_fast:
-        raise ValueError("tokenizer: labels of words need one that gives offsets, as fast tokenizers do")
+        raise ValueError("tokenizer: labelling words needs a fast tokenizer, which gives offsets")
     if task == "fill-mask" and (unmasked := [text for text in texts if str(tokenizer.mask_token) not in text]):
         raise ValueError(f"texts, data: expected {tokenizer.mask_token} in each, got {unmasked[0][:40]!r}")
     answer = pipeline(task, arguments.checkpoint, tokenizer=tokenizer, device=device, **options)  # type: ignore[call-overload]

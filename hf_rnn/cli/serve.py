@@ -1,4 +1,4 @@
-"""`hf-rnn serve CHECKPOINT`: a server in OpenAI's manner, with sessions that keep their state."""
+"""`hf-rnn serve CHECKPOINT`: run an OpenAI-compatible server, with sessions that keep their state."""
 
 import argparse
 import os
@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
+from hf_rnn.checkpoints import find_checkpoint
 from hf_rnn.cli.device import add_device, find_device
 from hf_rnn.serving.limits import Limits
 from hf_rnn.skeleton.pretrained import RecurrentPreTrainedModel
@@ -19,18 +20,18 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="hf-rnn serve",
         description=__doc__,
-        epilog="Keys: HF_RNN_API_KEYS=key1,key2 in the environment; without them on this machine alone.",
+        epilog="API keys: set HF_RNN_API_KEYS=key1,key2; without, the server is for this machine alone.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("checkpoint", help="a checkpoint's folder, or its name on the Hub")
+    parser.add_argument("checkpoint", help="a checkpoint's folder, its name on the Hub, or of hf_rnn.pretrained()")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
-    parser.add_argument("--name", help="of the model, to clients; default: the checkpoint's, without its folder")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0: any free one")
+    parser.add_argument("--name", help="name of the model for clients; default: the name of the checkpoint's folder")
     parser.add_argument(
-        "--sessions_dir", type=Path, help="folder of parked sessions; without it they end with the server"
+        "--sessions_dir", type=Path, help="folder to store sessions in; without it they are lost when the server stops"
     )
     parser.add_argument(
-        "--grace_seconds", type=int, default=10, help="for texts that are on their way when the server is to end"
+        "--grace_seconds", type=int, default=10, help="seconds to finish running texts when the server stops"
     )
     for limit in fields(Limits):
         parser.add_argument(f"--{limit.name}", type=int, default=limit.default, help=limit.metadata["help"])
@@ -49,11 +50,12 @@ def main(argv: list[str]) -> None:
     keys = [key for key in (x.strip() for x in os.environ.get("HF_RNN_API_KEYS", "").split(",")) if key]
     if not keys and not is_loopback(arguments.host):
         raise ValueError(f"host: {arguments.host} can be reached by others; expected keys in HF_RNN_API_KEYS")
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.checkpoint)
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
     if not isinstance(model, RecurrentPreTrainedModel):
         raise ValueError(f"checkpoint: expected one of this package's models, got a {type(model).__name__}")
     model.to(find_device(arguments.device)).eval()  # type: ignore[arg-type]
-    texts = Texts(read_tokenizer(arguments.checkpoint))
+    texts = Texts(read_tokenizer(checkpoint))
     name = arguments.name or Path(arguments.checkpoint).resolve().name
     app = make_app(Server(model, texts, name, keys, arguments.sessions_dir, limits))
     uvicorn.run(

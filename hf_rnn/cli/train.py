@@ -1,4 +1,4 @@
-"""`hf-rnn train`: a language model on your text, with one of the package's trainers, or a model for another task."""
+"""`hf-rnn train`: train a language model on your text, or a model for another task on a table."""
 
 import argparse
 from dataclasses import dataclass, field
@@ -47,48 +47,49 @@ class ModelArguments:
     task: str = field(
         default="causal-lm",
         metadata={
-            "help": f"causal-lm, or one of {', '.join(MODELS)}, by backpropagation; new models of these read both "
-            "ways, unless --config says bidirectional=False; or forecasting, by backpropagation, zo or rate"
+            "help": f"causal-lm, or one of {', '.join(MODELS)}, with backpropagation only; new models for these "
+            "read in both directions, unless --config has bidirectional=False; or forecasting, with "
+            "backpropagation, zo or rate"
         },
     )
     trainer: str = field(
         default="backpropagation",
         metadata={
-            "help": "backpropagation; zo: zero-order, with a ZOConfig's options; smt, dmt: by a teacher's memories, "
-            "with an SMTConfig's or a DMTConfig's; rate: backpropagation to weights of few bits, with a "
-            "RateConstrainedConfig's"
+            "help": "backpropagation; zo: zero-order, without gradients; smt, dmt: from a teacher's memories; "
+            "rate: towards weights of few bits. Each has options of its own: add --help"
         },
     )
     model: str | None = field(
         default=None,
         metadata={
             "help": f"an architecture ({', '.join(ARCHITECTURES.values())}) to train from scratch, or a checkpoint; "
-            "default: mingru, with smt memory, with dmt the checkpoint that has the teacher"
+            "default: mingru; with smt memory, with dmt the checkpoint beside the teacher"
         },
     )
     teacher: str | None = field(
         default=None,
         metadata={
-            "help": "dmt (smt: to go on with): the folder that an smt run saved, or its teacher's; none (dmt with "
-            "--readout_steps): truncated backpropagation without one"
+            "help": "dmt (and smt, to train it further): the folder that an smt run saved, or the teacher's in it; "
+            "none (dmt with --readout_steps): truncated backpropagation without a teacher"
         },
     )
     preset: str | None = field(
         default=None,
         metadata={
-            "help": "smt, dmt: settings for what is to be learned, dense (text, pixels: every token has a label), rare "
-            "(few labels, far from what they depend on) or paper; other options still count"
+            "help": "smt, dmt: defaults for a kind of task: dense (text, pixels: every token has a label), rare (few "
+            "labels, far from what they depend on) or paper; options that you give override them"
         },
     )
     config: str = field(
         default="",
         metadata={
-            "help": "settings of a new model (see its config), such as hidden_size=256,num_hidden_layers=2,"
+            "help": "settings of a new model, as in its config class, such as hidden_size=256,num_hidden_layers=2,"
             "layer_types=['linear_attention','sliding_attention']"
         },
     )
     tokenizer: str | None = field(
-        default=None, metadata={"help": "a tokenizer's folder or name; default: the checkpoint's own, or bytes"}
+        default=None,
+        metadata={"help": "a tokenizer's folder or name; default: the checkpoint's own, or a byte tokenizer"},
     )
 
     def __post_init__(self):
@@ -120,36 +121,39 @@ class ModelArguments:
 class DataArguments:
     data: str = field(
         metadata={
-            "help": "a text file, a folder saved by `datasets`, or a dataset's name on the Hub; with labels also a "
-            "csv, json, jsonl or parquet file; to forecast a csv or parquet file, a row for each series and time"
+            "help": "a text file, a folder saved by `datasets`, or a dataset's name on the Hub; for other "
+            "tasks also a csv, json, jsonl or parquet file; for forecasting a csv or parquet file with a row for each "
+            "series and time"
         }
     )
     split: str = field(default="train", metadata={"help": "split of a dataset"})
     text_column: str = field(
         default="text",
-        metadata={"help": "column of a dataset that holds the text, of token-classification a list of words"},
+        metadata={"help": "column of the text; for token-classification of the list of words"},
     )
     label_column: str = field(
         default="label",
-        metadata={"help": "column that holds the class, the list of classes or the number; of each word its class"},
+        metadata={
+            "help": "column of the class, list of classes or number; for token-classification of the words' classes"
+        },
     )
     block_size: int = field(
         default=512,
         metadata={
-            "help": "tokens of one training sequence, the longest with labels; with --stream, of each row of a batch"
+            "help": "tokens in a training sequence (with labels: at most); with --stream: in each row of a batch"
         },
     )
     held_out: float = field(
         default=0.05,
         metadata={
-            "help": "share of the text, at its end, or of rows by chance, to evaluate on; of series the last "
-            "prediction_length steps, unless it is 0"
+            "help": "share to evaluate on: of a text its end, of a table random rows; of series always the last "
+            "prediction_length steps, unless this is 0"
         },
     )
-    id_column: str = field(default=ID, metadata={"help": "column of the series that a row is of"})
-    time_column: str = field(default=TIME, metadata={"help": "column of a series' times"})
-    value_column: str = field(default=VALUE, metadata={"help": "column of a series' values"})
-    season: int = field(default=1, metadata={"help": "steps of a season of the series, by which MASE is scaled"})
+    id_column: str = field(default=ID, metadata={"help": "column that names the series of a row"})
+    time_column: str = field(default=TIME, metadata={"help": "column of the times"})
+    value_column: str = field(default=VALUE, metadata={"help": "column of the values"})
+    season: int = field(default=1, metadata={"help": "steps of a season of the series, to scale MASE"})
 
     def __post_init__(self):
         if self.block_size < 2:
@@ -171,7 +175,7 @@ class RunDefaults:
     use_cache: bool = True  # what the saved config says: the state is small, and not returned in training in any case
     use_cpu: bool = field(
         default=False,
-        metadata={"help": "train on the CPU; False: on the GPUs there are, CUDA_VISIBLE_DEVICES=1 picks one"},
+        metadata={"help": "train on the CPU; default: on all GPUs; CUDA_VISIBLE_DEVICES=1 picks one"},
     )
 
 
@@ -180,7 +184,7 @@ class TrainArguments(RunDefaults, RecurrentTrainingArguments):
     """TrainingArguments, with defaults for training a small recurrent model from scratch."""
 
     learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "default: 1.28 / hidden_size, at most 0.02; of a memory RNN 3e-3"}
+        default=None, metadata={"help": "default: 1.28 / hidden_size, at most 0.02; for a memory RNN 3e-3"}
     )
     weight_decay: float = 0.1
     adam_beta2: float = 0.98
@@ -198,7 +202,7 @@ class ZOTrainArguments(RunDefaults, ZOConfig):
     """A ZOConfig, with defaults for training a small recurrent model from scratch."""
 
     learning_rate: float = 3e-3
-    optim: str = field(default="adamw_torch", metadata={"help": "sgd needs no gradients in memory, and more steps"})
+    optim: str = field(default="adamw_torch", metadata={"help": "sgd needs no memory for gradients, but more steps"})
 
 
 @dataclass
@@ -243,7 +247,9 @@ def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, *
     assert arguments.model is not None
     if Path(arguments.model).is_dir() or "/" in arguments.model:
         if arguments.config:
-            raise ValueError(f"config: the checkpoint {arguments.model} has its own settings")
+            raise ValueError(
+                f"config: the checkpoint {arguments.model} has its own settings; --config is for new models"
+            )
         # A head for other labels is new
         return auto.from_pretrained(arguments.model, ignore_mismatched_sizes=bool(labels), **labels)
     names = list(ARCHITECTURES.values())
@@ -384,7 +390,12 @@ def main(argv: list[str]) -> None:
     trainer = chosen.trainer
     if trainer not in TRAINERS:
         raise ValueError(f"trainer: expected one of {list(TRAINERS)}, got {trainer!r}")
-    parser = HfArgumentParser([ModelArguments, DataArguments, TRAINERS[trainer][1]], prog="hf-rnn train")  # type: ignore
+    parser = HfArgumentParser(
+        [ModelArguments, DataArguments, TRAINERS[trainer][1]],  # type: ignore[arg-type]
+        prog="hf-rnn train",
+        usage="%(prog)s --data DATA [options]",  # all of them are listed below
+        description=f"{__doc__} This package's own options come first, then those of transformers' TrainingArguments.",
+    )
     if chosen.preset is not None and trainer in ("smt", "dmt"):
         parser.set_defaults(**TRAINERS[trainer][1].preset_settings(chosen.preset))
     model_arguments, data, arguments = parser.parse_args_into_dataclasses(argv)

@@ -25,7 +25,7 @@ def build_forecaster(model: str, config: str) -> PreTrainedModel:
     """A checkpoint, or a new model of an architecture."""
     if Path(model).is_dir() or "/" in model:
         if config:
-            raise ValueError(f"config: the checkpoint {model} has its own settings")
+            raise ValueError(f"config: the checkpoint {model} has its own settings; drop --config")
         return load_forecaster(model)
     names = [*ARCHITECTURES.values(), *FORECASTERS.values()]
     if model not in names:

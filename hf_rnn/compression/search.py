@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_rnn_kernels.coding import dequantize, entropy, quantize
+from hf_rnn_kernels.coding import dequantize, symbol_entropy, symbols
 
 _FINEST, _LEVELS = 5, 6  # the search's steps: 2^-5 of a tensor's root mean square, and five coarser ones
 _BISECTIONS = 12
@@ -40,8 +40,11 @@ def choose_exponents(
     evaluate: Callable[[], float] | None = None,
     max_loss_increase: float = 0.005,
     rate: float = 0.1,
+    coder: str = "ans",
+    bases: Mapping[str, Tensor] | None = None,
 ) -> dict[str, int]:
-    """The exponent of each tensor's step; `compress` says what the arguments mean."""
+    """The exponent of each tensor's step; `compress` says what the arguments mean. Where `bases` has a tensor of a
+    parameter's name, the difference to it is what is quantised."""
     if isinstance(step, Mapping):
         missing = sorted(set(parameters) - set(step))
         if missing:
@@ -55,11 +58,28 @@ def choose_exponents(
             raise ValueError(f"step: expected a power of two, such as 0.03125, got {step}")
         return dict.fromkeys(parameters, round(exponent))
     if evaluate is not None:
-        return _search(parameters, evaluate, max_loss_increase, rate)
+        return _search(parameters, bases or {}, evaluate, max_loss_increase, rate, coder)
     bound = 0.05 if max_error is None else max_error
     if not 0 < bound < 1:
         raise ValueError(f"max_error: expected a share in (0, 1), got {bound}")
-    return {name: _coarsest(p, bound, rate) for name, p in parameters.items()}
+    return {
+        name: _coarsest(difference(p, (bases or {}).get(name)), bound, rate, coder) for name, p in parameters.items()
+    }
+
+
+def difference(p: Tensor, base: Tensor | None) -> Tensor:
+    """What is coded of a parameter: itself, or p - base, in float32 at least."""
+    if base is None:
+        return p.detach()
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return p.detach().to(wide) - base.to(p.device, wide)
+
+
+def restored(x: Tensor, base: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A parameter again from what was coded of it, x: base + x, rounded once."""
+    if base is None:
+        return x.to(dtype)
+    return (base.to(x.device, torch.promote_types(dtype, torch.float32)) + x).to(dtype)
 
 
 def root_mean_square(x: Tensor) -> float:
@@ -71,12 +91,12 @@ def _start(p: Tensor) -> int:
     return max(-100, round(math.log2(max(root_mean_square(p), 2.0**-100))))
 
 
-def _coarsest(p: Tensor, bound: float, rate: float) -> int:
+def _coarsest(p: Tensor, bound: float, rate: float, coder: str) -> int:
     size, exponent = root_mean_square(p), _start(p) + 2
     if size * 2.0**-20 > bound * size:
         raise ValueError(f"max_error: expected at least 1e-6, got {bound}")
     while exponent > -126 and size > 0:
-        error = root_mean_square(dequantize(quantize(p, exponent, rate), exponent) - p.detach().float())
+        error = root_mean_square(dequantize(symbols(p, exponent, rate, coder), exponent) - p.detach().float())
         if error <= bound * size:
             break
         exponent -= 1
@@ -85,7 +105,12 @@ def _coarsest(p: Tensor, bound: float, rate: float) -> int:
 
 @torch.no_grad()
 def _search(
-    parameters: Mapping[str, Tensor], evaluate: Callable[[], float], max_loss_increase: float, rate: float
+    parameters: Mapping[str, Tensor],
+    bases: Mapping[str, Tensor],
+    evaluate: Callable[[], float],
+    max_loss_increase: float,
+    rate: float,
+    coder: str,
 ) -> dict[str, int]:
     """Each tensor alone is quantised with each step, and the loss measured. As if the increases added up, the steps
     with the smallest sum of loss + multiplier * bits are taken; the multiplier, the largest for which the loss of all
@@ -93,6 +118,7 @@ def _search(
     if not 0 < max_loss_increase < float("inf"):
         raise ValueError(f"max_loss_increase: expected a share above 0, got {max_loss_increase}")
     kept = {name: p.detach().clone() for name, p in parameters.items()}
+    coded = {name: difference(p, bases.get(name)) for name, p in kept.items()}
     start = evaluate()
     if not 0 < start < math.inf:
         raise ValueError(f"evaluate: expected a finite loss above 0, got {start}")
@@ -102,8 +128,8 @@ def _search(
         """With these tensors quantised and all others as they were."""
         try:
             for name, exponent in exponents.items():
-                p = parameters[name]
-                p.copy_(dequantize(quantize(kept[name], exponent, rate), exponent, p.dtype))
+                x = dequantize(symbols(coded[name], exponent, rate, coder), exponent, coded[name].dtype)
+                parameters[name].copy_(restored(x, bases.get(name), kept[name].dtype))
             found = evaluate()
             return found if math.isfinite(found) else math.inf
         finally:
@@ -111,12 +137,14 @@ def _search(
                 parameters[name].copy_(kept[name])
 
     choices: dict[str, list[tuple[int, float, float]]] = {}  # exponent, loss, bits
-    for name, p in tqdm(parameters.items(), desc="how coarse each tensor may be", leave=False):
-        first = _start(p) - _FINEST
+    for name, x in tqdm(coded.items(), desc="how coarse each tensor may be", leave=False):
+        first = _start(x) - _FINEST - (coder == "trellis")  # which uses every second multiple
         choices[name] = []
         for exponent in range(first, first + _LEVELS):
-            q = quantize(p, exponent, rate)
-            choices[name].append((exponent, max(loss({name: exponent}) - start, 0.0), entropy(q) * q.numel()))
+            q = symbols(x, exponent, rate, coder)
+            choices[name].append(
+                (exponent, max(loss({name: exponent}) - start, 0.0), symbol_entropy(q, coder) * q.numel())
+            )
 
     def chosen(multiplier: float) -> dict[str, int]:
         return {name: min(c, key=lambda item: item[1] + multiplier * item[2])[0] for name, c in choices.items()}

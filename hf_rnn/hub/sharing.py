@@ -83,7 +83,7 @@ def prepare(folder: str | Path, repository: str, licence: str | None = None) -> 
     check_card(card)
     names, left = matching(folder, CHECKPOINT)
     if left:
-        logger.warning(f"{folder}: not uploaded, since no checkpoint is made of it: {', '.join(left[:9])}")
+        logger.warning(f"{folder}: not uploaded, since these do not belong to a checkpoint: {', '.join(left[:9])}")
     return names
 
 

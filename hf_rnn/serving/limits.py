@@ -13,18 +13,20 @@ def _limit(default: int, meaning: str) -> Any:
 class Limits:
     """Of one server. Every one is an option of `hf-rnn serve`."""
 
-    max_rows: int = _limit(64, "texts at once; each takes room for a state")
-    max_waiting: int = _limit(256, "texts that wait for a row; more are refused, 429")
-    max_choices: int = _limit(16, "texts that one request may ask for, n times its prompts")
-    max_tokens: int = _limit(4096, "new tokens of a text; a chat that asks for no number may take them all")
+    max_rows: int = _limit(64, "texts generated at once; each needs memory for a state")
+    max_waiting: int = _limit(256, "texts that may wait; more are refused with status 429")
+    max_choices: int = _limit(16, "texts that one request may ask for: n times its number of prompts")
+    max_tokens: int = _limit(4096, "most new tokens of a text, and the default of chats that give no number")
     max_prompt_tokens: int = _limit(131_072, "tokens of a prompt")
-    prompt_tokens: int = _limit(512, "tokens of prompts between two tokens of the texts that go on")
-    prompt_cache_bytes: int = _limit(64 * 2**20, "states of beginnings of prompts, each read once; 0: none are kept")
-    max_body_bytes: int = _limit(4 * 2**20, "a request's body, 413")
-    max_sessions: int = _limit(10_000, "sessions of one key")
-    session_memory_bytes: int = _limit(2**30, "states of sessions in memory; the least recently used go to files")
-    session_disk_bytes: int = _limit(8 * 2**30, "sessions' files together")
-    session_days: int = _limit(30, "without use, then a session is deleted")
+    prompt_tokens: int = _limit(512, "prompt tokens read between two generated tokens of running texts")
+    prompt_cache_bytes: int = _limit(64 * 2**20, "cache of states of common beginnings of prompts; 0: no cache")
+    max_body_bytes: int = _limit(4 * 2**20, "largest body of a request; larger ones are refused with status 413")
+    max_sessions: int = _limit(10_000, "sessions of one API key")
+    session_memory_bytes: int = _limit(
+        2**30, "memory for the states of sessions; the least recently used are moved to files"
+    )
+    session_disk_bytes: int = _limit(8 * 2**30, "size of all sessions' files")
+    session_days: int = _limit(30, "delete a session that was unused for so many days")
 
     def __post_init__(self):
         for name, value in vars(self).items():

@@ -61,6 +61,21 @@ class MemoryMixin:
         self.model(input_ids[:, None], cache=cache, use_cache=True)
         return self._join(cache.states)
 
+    def update_memories(self, memory: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The memories after each of several more tokens, in one pass: (N, K, D) and (N, T) to (N, T, K, D). Where the
+        mask (N, T) is False nothing is read, and the memory stays."""
+        if input_ids.shape[1] == 0:
+            return memory[:, None].expand(-1, 0, -1, -1)
+        cache = RecurrentCache(len(self.model.layers))
+        cache.states = [*self._split(memory.clone())]
+        cache.activate_past_recording()
+        self.model(input_ids, None if mask is None else mask.long(), cache=cache, use_cache=True)
+        if input_ids.shape[1] == 1:
+            return self._join(cache.states)[:, None]
+        _, states = cache.past[-1]
+        after = self._join([tuple(x.flatten(0, 1) for x in layer) for layer in states])
+        return after.unflatten(0, input_ids.shape)
+
     def read_memory(self, memory: Tensor, input_ids: Tensor) -> Tensor:
         """Next-token logits: (N, K, D) and the token taken in last, (N,), to (N, V).
 

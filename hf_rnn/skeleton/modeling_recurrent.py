@@ -37,6 +37,7 @@ from hf_rnn.skeleton.inputs import (
     check_inputs,
     check_known,
     check_reads_tokens,
+    check_tensors,
     packed_offsets,
     padding_mask,
     state_of,
@@ -168,6 +169,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         check_known(kwargs, "cu_seq_lens_q", "seq_idx")
         cache = state_of(cache, past_key_values)
         inputs = dict(input_ids=input_ids, input_features=input_features, inputs_embeds=inputs_embeds)
+        check_tensors(attention_mask=attention_mask)
         check_inputs(self.config.num_input_features, **inputs, observed_mask=observed_mask)
         past, inside = 0 if cache is None else cache.get_seq_length(), False
         if input_features is not None:
@@ -411,7 +413,7 @@ class RecurrentForCausalLM(MemoryMixin, RecurrentPreTrainedModel, RecurrentGener
         """
         state = state_of(cache, past_key_values)
         short = (
-            input_ids is not None and input_ids.dim() == 2
+            isinstance(input_ids, Tensor) and input_ids.dim() == 2
             and isinstance(logits_to_keep, int) and logits_to_keep >= 0
             and isinstance(state, RecurrentCache) and state.is_initialized
             and position_ids is None and inputs_embeds is None and labels is None and not kwargs

@@ -6,7 +6,7 @@ from hf_rnn.tasks.listops import ListOps
 from hf_rnn.tasks.metrics import accuracy, best_path, compute_metrics, error_rate, preprocess_logits_for_metrics
 from hf_rnn.tasks.pixels import digit_rows, digits, image_sequences, to_image
 from hf_rnn.tasks.series import SyntheticSeries
-from hf_rnn.tasks.sources import byte_labels, python_sources
+from hf_rnn.tasks.sources import byte_labels, python_documentation, python_sources, python_texts
 from hf_rnn.tasks.synthetic import (
     KeysValues,
     LinearRule,
@@ -42,6 +42,8 @@ __all__ = [
     "image_sequences",
     "pad_features",
     "preprocess_logits_for_metrics",
+    "python_documentation",
     "python_sources",
+    "python_texts",
     "to_image",
 ]

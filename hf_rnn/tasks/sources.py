@@ -15,6 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from datasets import Dataset
 
+HELD_OUT = 0.05  # of the documentation
 LABELS = ("whitespace", "name", "keyword", "string", "number", "comment", "operator")
 _NAMES = {"NAME": "name", "STRING": "string", "NUMBER": "number", "COMMENT": "comment", "OP": "operator"}
 # Tests are like no other code, tables of codecs and documentation no code at all
@@ -50,6 +51,23 @@ def python_sources(split: str = "train", length: int | None = None) -> "Dataset"
             for name, value in zip(rows, (path, ids[piece], labels[piece]), strict=True):
                 rows[name].append(value)
     return Dataset.from_dict(rows).with_format("torch")
+
+
+def python_texts(split: str = "train") -> list[str]:
+    """The files of `python_sources` whole, as texts without labels."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
+    return [source.decode() for path, source in _sources() if _is_held_out(path) == (split == "test")]
+
+
+def python_documentation() -> tuple[str, str]:
+    """The language reference inside the running CPython, the topics of `help()`, 0.5 MB of English and code: all but
+    the last 5% of its characters, and these, on which is measured what learned from the others."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics.values())
+    cut = len(text) - int(len(text) * HELD_OUT)
+    return text[:cut], text[cut:]
 
 
 def _sources() -> Iterator[tuple[str, bytes]]:

@@ -4,6 +4,7 @@ from hf_rnn_kernels.causal_conv import causal_conv
 from hf_rnn_kernels.gated_norm import gated_norm
 from hf_rnn_kernels.gated_scan import linear_scan, min_gru_scan, min_lstm_scan
 from hf_rnn_kernels.layout import SequenceLayout
+from hf_rnn_kernels.mlp_scan import mlp_scan
 from hf_rnn_kernels.mlstm_scan import mlstm_scan, mlstm_step
 from hf_rnn_kernels.perturbed import Perturbed, perturbed_embedding, perturbed_linear
 from hf_rnn_kernels.recurrent_scan import gru_scan, lstm_scan, slstm_scan
@@ -21,6 +22,7 @@ __all__ = [
     "lstm_scan",
     "min_gru_scan",
     "min_lstm_scan",
+    "mlp_scan",
     "mlstm_scan",
     "mlstm_step",
     "perturbed_embedding",

@@ -15,7 +15,7 @@ F32 = np.float32
 U = np.uint64  # unsigned indices spare the vectoriser the check for negative ones
 HALF, ONE, TWO = F32(0.5), F32(1), F32(2)
 # e^87 and e^-87 are the last normal numbers of float32, near enough: nothing here becomes infinite or a denormal.
-_LOG2E, _ROUND, _LIMIT = F32(1.4426950408889634), F32(1.5 * 2**23), F32(87.0)
+_LOG2E, ROUND, _LIMIT = F32(1.4426950408889634), F32(1.5 * 2**23), F32(87.0)
 # ln(2) in two parts (Cody and Waite): the first has 9 bits, so that n times it is exact for any n that comes up.
 _LN2_HIGH, _LN2_LOW = F32(0.693359375), F32(-2.12194440e-4)
 # Minimax polynomial of (e^r - 1 - r) / r^2 on |r| <= ln(2)/2 (Cephes, expf)
@@ -35,12 +35,12 @@ parallel = loop(fastmath=FAST, error_model="numpy", parallel=True)
 
 
 @intrinsic
-def _as_float(typing_context, bits):
+def as_float(typing_context, bits):
     return types.float32(types.int32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
 
 
 @intrinsic
-def _as_int(typing_context, value):
+def as_int(typing_context, value):
     return types.int32(types.float32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
 
 
@@ -50,13 +50,13 @@ def _exp_parts(x):
     # Comparisons, both false for a NaN, which so stays one.
     x = -_LIMIT if x < -_LIMIT else x
     x = _LIMIT if x > _LIMIT else x
-    shifted = x * _LOG2E + _ROUND  # adding 1.5 * 2^23 rounds to the nearest integer, held in the low bits
-    n = shifted - _ROUND
+    shifted = x * _LOG2E + ROUND  # adding 1.5 * 2^23 rounds to the nearest integer, held in the low bits
+    n = shifted - ROUND
     r = x - n * _LN2_HIGH
     r = r - n * _LN2_LOW
     p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
     # The low bits of `shifted` are n: moved to where the exponent is and added to the bits of 1.0 they make 2^n.
-    return _as_float((_as_int(shifted) << np.int32(23)) + np.int32(0x3F800000)), p * (r * r) + r
+    return as_float((as_int(shifted) << np.int32(23)) + np.int32(0x3F800000)), p * (r * r) + r
 
 
 @inline
@@ -110,17 +110,21 @@ def decay(keep, drop, x):
     return x - drop * x if drop < HALF else keep * x
 
 
+def ask_for(builder, pointer) -> None:
+    """Emit a prefetch of the cache line at an address, which need not exist."""
+    i32 = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+    builder.call(function, [pointer, i32(0), i32(3), i32(1)])  # to be read, kept in all caches, data
+
+
 @intrinsic
 def prefetch(typing_context, array, index):
     """Ask for the cache line of array[index], which need not exist."""
 
     def generate(context, builder, signature, arguments):
         data = context.make_array(array)(context, builder, arguments[0]).data
-        i32 = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [data.type, i32, i32, i32])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [data.type], kind)
-        # To be read, kept in all caches, data.
-        builder.call(function, [builder.gep(data, [arguments[1]]), i32(0), i32(3), i32(1)])
+        ask_for(builder, builder.gep(data, [arguments[1]]))
         return context.get_dummy_value()
 
     return types.void(array, types.uint64), generate

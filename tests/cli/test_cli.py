@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Pre
 
 from hf_rnn import ARCHITECTURES, GRUConfig, GRUForCausalLM, RecurrentCache, byte_tokenizer
 from hf_rnn.cli import generate
-from hf_rnn.cli.baselines import lzma_bits_per_byte, ngram_bits_per_byte
+from hf_rnn.cli.baselines import lzma_bits_per_byte, ngram_bits_per_byte, repeated_share
 from hf_rnn.cli.data import tokenize
 from hf_rnn.cli.main import main
 from hf_rnn.cli.train import default_learning_rate
@@ -210,7 +210,7 @@ def test_going_on_from_a_checkpoint_with_a_dataset(checkpoint, tmp_path, capsys)
         (["train", "--data", "SHORT", "--block_size", "0"], "block_size: expected at least 2"),
         (["train", "--data", "SHORT", "--held_out", "1.0"], "held_out: expected a share"),
         (["train", "--data", "/nowhere/text.txt"], "there is no file /nowhere/text.txt"),
-        (["train", "--data", "BINARY"], "is no UTF-8 text"),
+        (["train", "--data", "BINARY"], "is not UTF-8 text"),
         (["frobnicate"], "unknown command"),
         *[([*command, "--device", "cuda:99"], "device: expected one of ['cpu'") for command in ON_A_DEVICE],
     ],
@@ -343,6 +343,8 @@ def test_ngram_baselines():
         orders.append(total / len(held_out))
     assert ngram_bits_per_byte(train, held_out, 2) == pytest.approx(orders)
     assert lzma_bits_per_byte(b"abcdefgh" * 100, b"abcdefgh" * 100) < 1
+    assert repeated_share(b"..abcdef..", b"-abcdef--bcde", 4) == pytest.approx(10 / 13)
+    assert repeated_share(b"abc", b"abcabc", 4) == 0
 
 
 def test_streams(tmp_path, capsys):
@@ -369,7 +371,7 @@ def test_streams(tmp_path, capsys):
     picture = tmp_path / "positions.png"
     arguments = ["eval", str(tmp_path / "out"), "--data", str(tmp_path / "data"), "--rows", "4", "--trained", "32"]
     assert main([*arguments, "--positions", str(picture)]) == 0
-    assert "nats a token from 512 tokens after the start on" in capsys.readouterr().out
+    assert "nats per token from token 512 on" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
     for wrong, message in (
         (["--positions", "no/x.png"], "positions: expected a .png"),

@@ -179,13 +179,13 @@ def test_predict_says_what_it_takes(tmp_path, capsys):
     for arguments, message in (
         (["a text"], "got GRUForCausalLM; hf-rnn generate"),
         ([], "texts, data: expected texts"),
-        (["a", "--data", "b"], "one of the two"),
+        (["a", "--data", "b"], "either texts on the command line or --data"),
     ):
         assert main(["predict", str(tmp_path), *arguments, "--device", "cpu"]) == 1
         assert message in capsys.readouterr().err
     hf_rnn.GRUForTokenClassification(hf_rnn.GRUConfig(hidden_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
     assert main(["predict", str(tmp_path), "a text", "", "--device", "cpu"]) == 1
-    assert "expected a text each, got one that is empty" in capsys.readouterr().err
+    assert "expected texts, got one that is empty" in capsys.readouterr().err
     config = hf_rnn.GRUConfig(hidden_size=8, num_hidden_layers=1, num_input_features=3)
     hf_rnn.GRUForTokenClassification(config).save_pretrained(tmp_path)
     assert main(["predict", str(tmp_path), "a text", "--device", "cpu"]) == 1

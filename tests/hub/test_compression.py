@@ -18,10 +18,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_rnn import CorruptPayloadError, GRUConfig, GRUForSequenceClassification, compress, prune, save_compressed
+from hf_rnn import (
+    CorruptPayloadError,
+    GRUConfig,
+    GRUForSequenceClassification,
+    compress,
+    prune,
+    save_compressed,
+    weight_curvature,
+)
 from hf_rnn.cli.main import main
 from hf_rnn.compression.search import choose_exponents, coded_parameters
-from hf_rnn_kernels.coding import decode_tensor, dequantize, entropy, quantize
+from hf_rnn_kernels.coding import decode_tensor, dequantize, entropy, quantize, read_header
 
 
 def llama(**settings) -> LlamaForCausalLM:
@@ -197,6 +205,9 @@ class TestChoices:
             (dict(evaluate=lambda: float("nan")), "evaluate"),
             (dict(evaluate=lambda: 1.0, max_loss_increase=0.0), "max_loss_increase"),
             (dict(coder="zip"), "coder"),
+            (dict(curvature={}), "curvature: .*evaluate"),
+            (dict(curvature={}, evaluate=lambda: 1.0), "curvature: expected one for"),
+            (dict(step=2.0**-40, coder="trellis"), "2\\^22"),
             (dict(exclude="."), "exclude"),
             (dict(exclude="("), "exclude.*regular"),
             (dict(rate=-1.0), "rate"),
@@ -283,7 +294,8 @@ def test_command_line(tmp_path, capsys):
     assert (run / "rate.png").exists() and "rate term" in (run / "README.md").read_text()
     assert main(["compress", str(run), str(tmp_path / "coded"), "--data", str(text), "--tokens", "200"]) == 0
     assert "bits a coded weight" in capsys.readouterr().out
-    assert main(["inspect", str(tmp_path / "coded")]) == 0
+    assert main(["compress", str(run), str(tmp_path / "plain"), "--coder", "ans"]) == 0
+    assert main(["inspect", str(tmp_path / "plain")]) == 0
     table = capsys.readouterr().out
     assert "model.layers.0.mixer.recurrent_weight" in table and "2^-" in table and "ans" in table
     assert main(["inspect", str(run)]) == 0
@@ -307,3 +319,148 @@ def test_command_line(tmp_path, capsys):
     )
     assert type(again) is GRUForSequenceClassification and not info["missing_keys"]
     assert os.listdir(tmp_path / "coded")
+
+
+class TestCurvature:
+    """Steps of rows, by squared gradients."""
+
+    def test_squared_gradients(self):
+        model, x = llama(), torch.randint(61, (3, 1, 9), generator=torch.Generator().manual_seed(1))
+        found = weight_curvature(model.train(), ({"input_ids": row, "labels": row} for row in x))
+        assert model.training and all(p.grad is None for p in model.parameters())
+        assert found.keys() == coded_parameters(model, "norm|bias").keys()
+        expected = 0
+        for row in x:
+            logits = model.eval()(row).logits[:, :-1].flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, row[0, 1:])
+            expected += torch.autograd.grad(loss, model.lm_head.weight)[0] ** 2
+        torch.testing.assert_close(found["lm_head.weight"], expected)
+        with pytest.raises(ValueError, match="batches"):
+            weight_curvature(model, [])
+
+    def test_fewer_bits_than_steps_of_tensors(self, tmp_path):
+        """Within the bound, with ten evaluations instead of a hundred; read as any other; the steps are of rows."""
+        model = llama(initializer_range=0.3)
+        x = torch.randint(61, (8, 33), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            model.model.embed_tokens.weight[40:] *= 1e-3  # of little use
+            y = model(x).logits.argmax(-1)
+        losses = []
+
+        def loss() -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+
+        def evaluate() -> float:
+            losses.append(float(loss().detach()))
+            return losses[-1]
+
+        loss().backward()
+        curvature = {name: p.grad.square() for name, p in coded_parameters(model, "norm|bias").items()}
+        kept = {name: p.clone() for name, p in model.state_dict().items()}
+        settings = dict(evaluate=evaluate, max_loss_increase=0.05)
+        tensors = compress(model, **settings)
+        model.load_state_dict(kept)
+        with pytest.raises(ValueError, match="max_loss_increase: 3 evaluations"):
+            compress(model, **settings | dict(max_loss_increase=1e-7), curvature=curvature, evaluations=3)
+        assert_same(model, llama_like(model, kept))
+        losses.clear()
+        rows = save_compressed(model, tmp_path, **settings, curvature=curvature, coder="trellis")
+        assert len(losses) <= 10 and float(loss().detach()) <= 1.05 * losses[0]
+        assert rows.bits < 0.9 * tensors.bits
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+        headers = [read_header(p)[0] for p in rows.payloads.values()]
+        assert {"rows", "trellis"} & {header.coder for header in headers}
+
+
+def llama_like(model, weights):
+    other = llama(initializer_range=model.config.initializer_range)
+    other.load_state_dict(weights)
+    return other
+
+
+class TestDifferences:
+    """A fine-tune as what was added to a checkpoint."""
+
+    @staticmethod
+    def tuned(folder, dtype=torch.float32, **settings):
+        """A base in `folder`, and a model that moved away from it: but for one matrix and the norms."""
+        model = llama(**settings).to(dtype)
+        model.save_pretrained(folder)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.dim() > 1 and "q_proj" not in name:
+                    p.add_(1e-3 * torch.randn_like(p, dtype=torch.float32).to(dtype))
+        return model
+
+    @pytest.mark.parametrize("dtype, coded_base", [(torch.float32, True), (torch.bfloat16, False)])
+    def test_there_and_back(self, dtype, coded_base, tmp_path, monkeypatch):
+        """Both folders may move; what the base has is not stored again."""
+        here = tmp_path / "here"
+        model = self.tuned(here / "base", dtype)
+        if coded_base:
+            save_compressed(AutoModelForCausalLM.from_pretrained(here / "base"), here / "coded", step=2.0**-9)
+        base = "coded" if coded_base else "base"
+        monkeypatch.chdir(here)
+        plain = {name: p.detach().clone() for name, p in model.named_parameters()}
+        result = save_compressed(model, "tuned", base=base, step=2.0**-10, rate=0.0)
+        monkeypatch.chdir(tmp_path)
+        there = here.rename(tmp_path / "there")
+        loaded = AutoModelForCausalLM.from_pretrained(there / "tuned")
+        assert_same(model, loaded)
+        assert loaded.dtype == dtype and not hasattr(loaded.config, "quantization_config")
+        before = AutoModelForCausalLM.from_pretrained(there / base).state_dict()
+        for name, p in loaded.named_parameters():
+            exact = before[name].float() + ((plain[name].float() - before[name].float()) * 2**10).round() / 2**10
+            assert torch.equal(p, (exact if p.dim() > 1 else plain[name]).to(dtype)), name
+        assert_same(AutoModel.from_pretrained(there / "tuned"), model.model)
+        if not coded_base:
+            assert result.bits < 4 and result.bytes < 0.3 * result.float_bytes
+            assert result.payloads["model.norm.weight"].numel() < 100
+            assert result.payloads["model.layers.0.self_attn.q_proj.weight"].numel() < 100
+
+    def test_a_new_head_is_coded_whole(self, tmp_path):
+        self.tuned(tmp_path / "base")
+        settings = dict(num_labels=5, pad_token_id=0)
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", **settings)
+        save_compressed(model, tmp_path / "tuned", base=tmp_path / "base", step=2.0**-9)
+        assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned"), model)
+        with safe_open(tmp_path / "tuned" / "model.safetensors", "pt") as file:
+            assert {n for n in file.keys() if n.endswith(".coded")} == {"score.weight.coded"}  # noqa: SIM118
+
+    def test_by_the_loss(self, tmp_path):
+        model = self.tuned(tmp_path / "base")
+        x = torch.randint(61, (4, 17), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            start = float(model(x, labels=x).loss)
+            save_compressed(
+                model,
+                tmp_path / "tuned",
+                base=tmp_path / "base",
+                evaluate=lambda: float(model(x, labels=x).loss),
+                max_loss_increase=0.001,
+            )
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+            assert float(loaded(x, labels=x).loss) <= 1.001 * start
+
+    def test_no_base_or_another_one(self, tmp_path):
+        model = self.tuned(tmp_path / "base")
+        save_compressed(model, tmp_path / "tuned", base=tmp_path / "base")
+        assert main(["inspect", str(tmp_path / "tuned")]) == 0
+        (tmp_path / "base").rename(tmp_path / "moved")
+        with pytest.raises(ValueError, match="base: cannot read '../base'.*config.json") as caught:
+            AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+        assert str(caught.value).count("base: cannot read") == 1
+        llama(num_hidden_layers=1).save_pretrained(tmp_path / "base")
+        with pytest.raises(ValueError, match="base: '../base' is not what this.* differs"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+        path = tmp_path / "tuned" / "config.json"
+        path.write_text(path.read_text().replace("../base", "../moved"))
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "tuned"), model)
+        with torch.no_grad():
+            other = AutoModelForCausalLM.from_pretrained(tmp_path / "moved")
+            other.lm_head.weight[3, 2] += 1e-6
+            other.save_pretrained(tmp_path / "moved")
+        with pytest.raises(ValueError, match="base: '../moved' is not what this.*lm_head.weight differs"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+        with pytest.raises(OSError, match="nothing"):
+            save_compressed(llama(), tmp_path / "b", base=tmp_path / "nothing")

@@ -65,7 +65,7 @@ def test_of_a_run(name, tmp_path):
         "tags": ["hf_rnn", "recurrent", "hf_rnn_lstm", "test"],
     }
     text = card.text
-    assert words in text and f"`{trainer_class.__name__}`" in text and "On numbers." in text
+    assert words in text and f"`{trainer_class.__name__}`" in text and "Data: numbers." in text
     assert f"{model.num_parameters():,} parameters" in text and "sigmoid(f) c_{t-1}" in text
     assert "| `learning_rate` | 0.125 |" in text and "| `seed` | 7 |" in text
     for option, value in options.items():

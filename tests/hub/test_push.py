@@ -185,7 +185,7 @@ def test_trainers_push_no_texts_either(tmp_path, monkeypatch):
     (tmp_path / "corpus.txt").write_text("mine")
     arguments = hf_rnn.RecurrentTrainingArguments(**settings, push_to_hub=True)
     for push in (trainer.push_to_hub, trainer.init_hf_repo, lambda: hf_rnn.RecurrentTrainer(model, arguments)):
-        with pytest.raises(ValueError, match="output_dir: .*corpus.txt, which no checkpoint is made of"):
+        with pytest.raises(ValueError, match="output_dir: .*corpus.txt, which do not belong to a checkpoint"):
             push()
     monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda *_: pytest.fail("pushed"))
     trainer._push_from_checkpoint(str(tmp_path))

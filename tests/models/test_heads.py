@@ -331,6 +331,15 @@ def test_configs_that_cannot_be():
             hf_rnn.GRUConfig(**settings)
 
 
+def test_heads_without_labels_are_refused():
+    for config in (hf_rnn.GRUConfig(num_labels=0), hf_rnn.TiRex2Config(num_labels=0)):
+        stem = type(config).__name__.removesuffix("Config")
+        for head in ("ForTokenClassification", "ForSequenceClassification"):
+            if make := getattr(hf_rnn, f"{stem}{head}", None):
+                with torch.device("meta"), pytest.raises(ValueError, match="num_labels: expected at least 1"):
+                    make(config)
+
+
 def arguments(folder, **settings):
     defaults = dict(max_steps=2, per_device_train_batch_size=3, report_to="none", use_cpu=True, save_strategy="no")
     return TrainingArguments(output_dir=str(folder), disable_tqdm=True, **defaults | settings)

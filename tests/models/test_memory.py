@@ -62,6 +62,41 @@ def test_protocol_is_the_forward_pass(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_memories_of_several_tokens_in_one_pass(name):
+    """Values, with a graph and without, and gradients, of the given memory too; what is masked leaves a memory."""
+    model, ids, lengths = make(name), torch.randint(0, 31, (3, 7)), torch.tensor([7, 4, 1])
+    start = model.update_memory(model.initial_memory(3), ids[:, 0]).detach().requires_grad_()
+    memory, stepwise = start, []
+    for t, token in enumerate(ids.unbind(1)):
+        memory = torch.where((t < lengths)[:, None, None], model.update_memory(memory, token), memory)
+        stepwise.append(memory)
+    expected, mask = torch.stack(stepwise, 1), torch.arange(7) < lengths[:, None]
+    actual = model.update_memories(start, ids, mask)
+    torch.testing.assert_close(actual, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model.update_memories(start, ids, mask), expected)
+        single = model.update_memories(start, ids[:, :1])
+        torch.testing.assert_close(single, expected[:, :1])
+        assert model.update_memories(start, ids[:, :0]).shape == (3, 0, *model.memory_shape)
+    weight, leaves = torch.randn_like(expected), [start, *model.parameters()]
+    found = [torch.autograd.grad((y * weight).sum(), leaves, materialize_grads=True) for y in (actual, expected)]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["bare LSTM", "gated sLSTM", "mlp, two memories"])
+def test_memories_by_the_compiled_loops(name):
+    """In float32, where they compute."""
+    model, ids = make(name).float(), torch.randint(0, 31, (3, 7))
+    with torch.no_grad():
+        memory, mask = model.initial_memory(3), torch.rand(3, 7) < 0.7
+        found = model.update_memories(memory, ids, mask)
+        for t, token in enumerate(ids.unbind(1)):
+            memory = torch.where(mask[:, t, None, None], model.update_memory(memory, token), memory)
+            torch.testing.assert_close(found[:, t], memory, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_every_memory_can_be_held(name):
     """What a teacher says is, as `to_memory` turns it, what the recurrence can come to and go on from."""
     model = make(name)

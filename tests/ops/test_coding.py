@@ -1,6 +1,7 @@
 """Quantisation, the density of weights, and both coders, compiled and in numpy."""
 
 import dataclasses
+import hashlib
 import math
 import random
 
@@ -19,16 +20,21 @@ from hf_rnn_kernels.coding import (
     GeneralizedGaussian,
     decode_tensor,
     dequantize,
+    dequantize_rows,
+    encode_rows,
     encode_tensor,
     entropy,
     exp_golomb,
     quantize,
+    quantize_rows,
+    quantize_trellis,
     read_header,
+    row_exponents,
     store_tensor,
 )
 from hf_rnn_kernels.coding.payload import CHUNK
 
-BOTH = pytest.mark.parametrize("coder", CODERS)
+BOTH = pytest.mark.parametrize("coder", ["ans", "exp_golomb"])
 
 
 def sample(nu: float, n: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -104,6 +110,22 @@ class TestQuantization:
         with pytest.raises(ValueError, match="NaN or infinity"):
             quantize(torch.tensor([1.0, bad]), -3)
 
+    @pytest.mark.parametrize("quantizer", [quantize, quantize_trellis])
+    def test_curvature(self, quantizer):
+        """Errors are smaller where they matter more; its unit does not matter, and zeros everywhere are none."""
+        x, c = torch.randn(4000), torch.ones(4000)
+        c[::2] = 9.0
+        q = quantizer(x, -1, 0.3, c)
+        error = (dequantize(q, -1) - x).square()
+        assert error[::2].mean() < 0.9 * error[1::2].mean()
+        assert torch.equal(q, quantizer(x, -1, 0.3, 4 * c))
+        assert torch.equal(quantizer(x, -1, 0.3, 0 * c), quantizer(x, -1, 0.3))
+        for bad in (c[1:], -c, c / 0):
+            with pytest.raises(ValueError, match="curvature"):
+                quantizer(x, -1, 0.3, bad)
+        with pytest.raises(ValueError, match="rate"):
+            quantizer(x, -1, math.inf)
+
     def test_too_fine(self):
         with pytest.raises(ValueError, match="exponent: .*2\\^24"):
             quantize(torch.tensor([1.0]), -25)
@@ -150,7 +172,7 @@ WIDE = st.integers(-(2**24) + 1, 2**24 - 1)
 @settings(max_examples=60, deadline=None)
 @given(
     q=st_numpy.arrays(np.int32, st.integers(0, 300), elements=WIDE | st.integers(-3, 3)),
-    coder=st.sampled_from(CODERS),
+    coder=st.sampled_from(["ans", "exp_golomb"]),
     exponent=st.integers(-60, 60),
 )
 def test_fuzzed(q, coder, exponent):
@@ -265,3 +287,163 @@ def test_forged(changes):
 def test_bad_input(change, match):
     with pytest.raises(ValueError, match=match):
         encode_tensor(**dict(q=torch.zeros(3, dtype=torch.int32), exponent=0) | change)
+
+
+class TestTrellis:
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_the_best_path(self, compiled, monkeypatch):
+        """Of all paths of six weights, by their sums written out."""
+        from hf_rnn_kernels.coding import trellis
+
+        if not compiled:
+            monkeypatch.setattr(threads, "available", lambda: False)
+        rng = np.random.default_rng(0)
+        offset = 12
+        bits = (0.7 * np.abs(np.arange(-offset, offset + 1)) + 0.3).astype(np.float32)
+        every = np.stack(np.meshgrid(*[np.arange(-4, 5)] * 6, indexing="ij"), -1).reshape(-1, 6)
+        allowed, state = np.ones(len(every), bool), np.zeros(len(every), np.int64)
+        for t in range(6):  # the trellis from its definition: two parity checks of a shift register
+            sets = np.stack([_set(state, b) for b in (0, 1)])
+            allowed &= (sets == every[:, t] % 4).any(0)
+            state = (2 * state + (sets[1] == every[:, t] % 4)) % 32
+        paths = every[allowed]
+        assert 0 < len(paths) < len(every) / 30
+        for _ in range(5):
+            x, w = rng.uniform(-2.5, 2.5, 6).astype(np.float32), rng.uniform(0, 3, 6).astype(np.float32)
+            costs = (w * (x - paths) ** 2 + 0.5 * bits[paths + offset]).sum(1)
+            found = trellis.search(x, w, bits, np.float32(0.5), np.arange(1))
+            np.testing.assert_array_equal(found, paths[costs.argmin()])
+
+    @settings(max_examples=25, deadline=None)
+    @given(
+        x=st_numpy.arrays(np.float32, st.integers(0, 200), elements=st.floats(-9, 9, width=32)),
+        exponent=st.integers(-9, 4),
+        rate=st.sampled_from([0.0, 0.1, 5.0]),
+    )
+    def test_fuzzed(self, x, exponent, rate):
+        n = quantize_trellis(torch.from_numpy(x), exponent, rate)
+        assert torch.equal(decode_tensor(encode_tensor(n, exponent, coder="trellis")), dequantize(n, exponent))
+
+    def test_numpy_and_compiled_agree(self, monkeypatch):
+        """A tensor of two segments, and one with too many distinct symbols for a table."""
+        for x, exponent in ((sample(0.7, 4200).float().reshape(60, 70), -1), (sample(2.0, 500, scale=1e5).float(), 1)):
+            c = torch.rand_like(x)
+            n = quantize_trellis(x, exponent, 0.1, c)
+            payload = encode_tensor(n, exponent, torch.bfloat16, "trellis")
+            decoded = decode_tensor(payload)
+            assert torch.equal(decoded, dequantize(n, exponent, torch.bfloat16))
+            with monkeypatch.context() as patch:
+                patch.setattr(threads, "available", lambda: False)
+                assert torch.equal(quantize_trellis(x, exponent, 0.1, c), n)
+                assert torch.equal(encode_tensor(n, exponent, torch.bfloat16, "trellis"), payload)
+                assert torch.equal(decode_tensor(payload), decoded)
+
+    @pytest.mark.parametrize("nu, exponent", [(1.0, -3), (1.0, -1), (2.0, -2), (0.6, -2)])
+    def test_fewer_bits_at_equal_error(self, nu, exponent):
+        """By 3 to 7%, tables included, of what rounding by rate and bits takes."""
+        x = sample(nu, 2 * CHUNK + 77, scale=0.6).float()
+
+        def point(e, n, coder):
+            error = float((dequantize(n, e) - x).square().mean().log2()) / 2
+            return error, 8 * encode_tensor(n, e, coder=coder).numel() / x.numel()
+
+        error, bits = point(exponent, quantize(x, exponent, 0.1), "ans")
+        points = [point(e, quantize_trellis(x, e, 0.1), "trellis") for e in (exponent - 1, exponent)]
+        (e1, b1), (e2, b2) = points
+        assert 0.90 < (b1 + (b2 - b1) * (error - e1) / (e2 - e1)) / bits < 0.972
+
+    def test_chunks(self):
+        """Of the second one, the state is 0 again, and damage is found."""
+        x = sample(1.0, CHUNK + 5000).float()
+        n = quantize_trellis(x, -2)
+        payload = encode_tensor(n, -2, coder="trellis")
+        assert read_header(payload)[0].coder == "trellis" and payload[4] == 2
+        assert torch.equal(decode_tensor(payload), dequantize(n, -2))
+        payload[-9] ^= 4
+        with pytest.raises(CorruptPayloadError, match="chunk 1 of 2"):
+            decode_tensor(payload)
+
+    def test_not_a_path(self):
+        with pytest.raises(ValueError, match="q: expected a path"):
+            encode_tensor(torch.arange(9, dtype=torch.int32), 0, coder="trellis")
+        with pytest.raises(ValueError, match="exponent: .*2\\^22"):
+            quantize_trellis(torch.tensor([1.0]), -23)
+
+    def test_tables(self):
+        """Frequencies are those of the encoder, to an eighth of an octave of the counts."""
+        from hf_rnn_kernels.coding.ans import Table
+        from hf_rnn_kernels.coding.trellis import Tables
+
+        every = np.array([-7, -3, 0, 1, 2, 50_000])
+        for values, shift in ((every, 0), (every, 9), (np.array([2]), 3), (np.array([-1]), 0)):
+            counts = np.array([1, 2**20, 12_345, 3, 999, 17])[: len(values)] << shift
+            tables = Tables.of(Table(values, counts))
+            again = Tables.from_bytes(tables.to_bytes())
+            for a, b in zip(tables.pair, again.pair, strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    np.testing.assert_array_equal(a.values, b.values)
+                    np.testing.assert_array_equal(a.frequencies, b.frequencies)
+                    expected = counts[np.isin(values, a.values)]
+                    assert shift or (np.abs(np.log2(a.counts / expected)) <= 1 / 16 + 1e-9).all()
+
+
+class TestRows:
+    """Steps of each row."""
+
+    @settings(max_examples=15, deadline=None)
+    @given(
+        shape=st.sampled_from([(5, 3), (2, 3, 4), (1, 7), (6, 0), (0, 4)]),
+        steps=st.lists(st.integers(-20, -3), min_size=6, max_size=6),
+        coder=st.sampled_from(CODERS),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    )
+    def test_fuzzed(self, shape, steps, coder, dtype):
+        x, rows = torch.randn(shape) * 0.1, math.prod(shape[:-1])
+        exponents = torch.tensor(steps[:rows], dtype=torch.int64)
+        q = quantize_rows(x, exponents, 1e-6, torch.rand(shape) + 0.1, coder)
+        expected = torch.ldexp(q.float(), exponents.reshape(*shape[:-1], 1)).to(dtype)
+        assert torch.equal(dequantize_rows(q, exponents, dtype), expected)
+        decoded = decode_tensor(encode_rows(q, exponents, dtype, coder))
+        assert decoded.dtype == dtype and torch.equal(decoded, expected)
+
+    def test_damage(self):
+        x, exponents = torch.randn(40, 30), torch.arange(40) % 3 - 5
+        q = quantize_rows(x, exponents, 1e-4, torch.ones(40, 30), "trellis")
+        payload = encode_rows(q, exponents, coder="trellis")
+        header, _ = read_header(payload)
+        assert header.coder == "rows" and torch.equal(row_exponents(header), exponents)
+        assert set(row_exponents(read_header(encode_tensor(q, -3))[0]).tolist()) == {-3}
+        for i in random.Random(0).sample(range(payload.numel()), 60):
+            damaged = payload.clone()
+            damaged[i] ^= 1 << (i % 8)
+            with pytest.raises(CorruptPayloadError, match="layers.3"):
+                decode_tensor(damaged, "layers.3")
+        header, data = read_header(payload)
+        for changes in (
+            dict(shape=(30, 40)),
+            dict(order=2),
+            dict(table=b""),
+            dict(table=b"\x19\x00" * 9),
+            dict(dtype=torch.float16),
+        ):
+            head = dataclasses.replace(header, **changes).to_bytes()
+            with pytest.raises(CorruptPayloadError):
+                decode_tensor(torch.from_numpy(np.frombuffer(head + data.tobytes(), np.uint8).copy()))
+        with pytest.raises(ValueError, match="exponents"):
+            encode_rows(q, torch.arange(40))
+
+
+def _set(state: np.ndarray, b: int) -> np.ndarray:
+    register = 2 * state + b
+    low, high = register >> 3, register ^ register >> 2 ^ register >> 5
+    return 2 * (high & 1) + (low & 1)
+
+
+def test_old_payloads():
+    """Bytes of the first version, as they were written and are."""
+    q = torch.tensor([[0, 1, -2, 0, 0, 3, 0, -1]] * 40, dtype=torch.int32)
+    for coder, digest in (("ans", "69b44045e1e25a2b"), ("exp_golomb", "543967ceee409ef2")):
+        payload = encode_tensor(q, -4, torch.bfloat16, coder)
+        assert payload[4] == 1
+        assert hashlib.sha256(payload.numpy()).hexdigest()[:16] == digest

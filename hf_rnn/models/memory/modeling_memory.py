@@ -9,7 +9,7 @@ from transformers import initialization as init
 
 from hf_rnn.layers import FeedForward, Mixer, RMSNorm
 from hf_rnn.models.memory.configuration_memory import MemoryRNNConfig
-from hf_rnn.models.memory.updaters import TransformerUpdater, make_updater
+from hf_rnn.models.memory.updaters import MLPUpdater, TransformerUpdater, make_updater
 from hf_rnn.skeleton.block import RecurrentBlock
 from hf_rnn.skeleton.heads import (
     RecurrentForCTC,
@@ -22,7 +22,6 @@ from hf_rnn.skeleton.heads import (
 from hf_rnn.skeleton.modeling_recurrent import RecurrentForCausalLM, RecurrentModel
 from hf_rnn_kernels.fused_step.program import Program, Vector
 from hf_rnn_kernels.layout import SequenceLayout
-from hf_rnn_kernels.stepping import record
 
 
 class Memory(Mixer):
@@ -66,9 +65,6 @@ class Memory(Mixer):
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None, layout: SequenceLayout
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if layout.recorded:
-            y, recorded = record(layout, [x], state, lambda layout, inputs, state: self(*inputs, state, layout))
-            return y, tuple(recorded)
         if layout.offsets is not None:
             return self._packed(x, state, layout)
         if state is None:
@@ -79,18 +75,28 @@ class Memory(Mixer):
         if torch.compiler.is_exporting():
             last, every = self._exported(memory, self.token_norm(x), layout)
             return self.read((every,)), (last,)
-        memories = []
-        tokens = list(enumerate(self.token_norm(x).unbind(1)))
+        if not x.shape[1]:
+            return x, (memory,)
+        every, memory = self._all(memory, self.token_norm(x), layout)
+        y = self.read((every,))
+        if layout.recorded:
+            return y, (every[:, -layout.recorded :],)
+        if layout.in_place and state is not None and not memory.requires_grad:
+            memory = state[0].copy_(memory)
+        return y, (memory,)
+
+    def _all(self, memory: Tensor, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """Memories after each of normalised tokens (B, T, D), and that after the last one read."""
+        if isinstance(self.updater, MLPUpdater) and x.shape[1] > 1 and not layout.reverse:
+            every = self.updater.scan(memory, x, layout.mask)
+            if every is not None:
+                return every, every[:, -1]
+        memories, tokens = [], list(enumerate(x.unbind(1)))
         for t, x_t in reversed(tokens) if layout.reverse else tokens:
             new = self.update(memory, x_t)
             memory = new if layout.mask is None else torch.where(layout.mask[:, t, None, None], new, memory)
             memories.append(memory)
-        if not memories:
-            return x, (memory,)
-        y = self.read((torch.stack(memories[::-1] if layout.reverse else memories, 1),))
-        if layout.in_place and state is not None and not memory.requires_grad:
-            memory = state[0].copy_(memory)
-        return y, (memory,)
+        return torch.stack(memories[::-1] if layout.reverse else memories, 1), memory
 
     def _exported(self, memory: Tensor, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         """The loop as one operator, of any number of tokens: the first memory and normalised tokens (B, T, D) to the

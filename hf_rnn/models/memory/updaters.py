@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_rnn.layers import FeedForward, RMSNorm
+from hf_rnn.layers.multi_head import is_bare
 from hf_rnn.models.memory.configuration_memory import MemoryRNNConfig
 from hf_rnn_kernels.fused_step.program import NotFusable, Op, Program, Vector
+from hf_rnn_kernels.mlp_scan import mlp_scan
 
 
 class Attention(nn.Module):
@@ -80,6 +82,24 @@ class MLPUpdater(nn.Module):
         for norm, layer in zip(self.norms, self.layers, strict=True):
             x = x + layer(norm(F.gelu(x)))
         return self.memory_proj(F.gelu(x)).view_as(memory)
+
+    def scan(self, memory: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Normalised memories after each of several tokens: (N, K, D), (N, T, D) and (N, T) to (N, T, K, D), by one
+        operator. None where this network is more than its weights, in float32 or float64."""
+        linears, norms = [self.in_proj, *self.layers, self.memory_proj], [*self.norms]
+        weights = [p for module in (*linears, *norms) for p in (module.weight, getattr(module, "bias", None))]
+        given = all(type(p) is nn.Parameter and p.dtype == memory.dtype for p in weights if p is not None)
+        bare = all(is_bare(module) for module in linears)
+        if not (given and bare) or tokens.dtype != memory.dtype or torch.is_autocast_enabled(tokens.device.type):
+            return None
+        width = memory[0].numel() if len(memory) else memory.shape[1] * memory.shape[2]
+        of_memory, of_token = self.in_proj.weight.split([width, tokens.shape[-1]], 1)
+        x = F.linear(tokens, of_token, self.in_proj.bias)
+        inner = [layer.weight * norm.weight for layer, norm in zip(self.layers, norms, strict=True)]
+        biases = [layer.bias for layer in self.layers if layer.bias is not None]
+        eps = norms[0].eps if norms else 1.0
+        out = self.memory_proj
+        return mlp_scan(x, memory, of_memory, inner, biases, out.weight, out.bias, mask, eps=eps)
 
     def fuse(self, program: Program, memory: Vector, token: Vector) -> Vector:
         inputs = program.vector(memory.width + token.width)

@@ -24,7 +24,7 @@ from hf_rnn.models.tirex2.configuration_tirex2 import TiRex2Config
 from hf_rnn.models.tirex2.conversion_tirex2 import other_names, tirex_weights
 from hf_rnn.models.tirex2.variates import Groups, VariateMixer
 from hf_rnn.skeleton.cache import RecurrentCache
-from hf_rnn.skeleton.heads.labels import check_sequence_labels
+from hf_rnn.skeleton.heads.labels import check_sequence_labels, count_labels
 from hf_rnn.skeleton.inputs import check_known
 from hf_rnn.skeleton.pretrained import RecurrentPreTrainedModel
 from hf_rnn_kernels.layout import ROWS
@@ -287,7 +287,7 @@ class TiRex2ForSequenceClassification(TiRex2PreTrainedModel):
 
     def __init__(self, config: TiRex2Config):
         super().__init__(config)
-        self.num_labels = int(config.num_labels or 0)
+        self.num_labels = count_labels(config)
         self.model = TiRex2Model(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.score = nn.Linear(config.hidden_size, self.num_labels)

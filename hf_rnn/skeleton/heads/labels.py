@@ -9,6 +9,13 @@ from hf_rnn.skeleton.inputs import check_ids
 from hf_rnn_kernels.checks import values_known
 
 
+def count_labels(config: Any) -> int:
+    """How many classes a head has: `config.num_labels`, at least one."""
+    if not config.num_labels:
+        raise ValueError("num_labels: expected at least 1 for a head that labels, got 0")
+    return config.num_labels
+
+
 def check_token_labels(labels: Tensor, logits: Tensor, setting: str) -> None:
     """Raise unless labels are one of the C classes, or -100, for each token of the logits (B, T, C).
 

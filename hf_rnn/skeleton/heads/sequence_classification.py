@@ -6,7 +6,7 @@ from transformers.utils import can_return_tuple
 
 from hf_rnn.skeleton.cache import RecurrentCache
 from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
-from hf_rnn.skeleton.heads.labels import check_sequence_labels
+from hf_rnn.skeleton.heads.labels import check_sequence_labels, count_labels
 from hf_rnn.skeleton.heads.sequences import pool, real_tokens, refuse_packing
 from hf_rnn.skeleton.inputs import state_of
 from hf_rnn.skeleton.modeling_recurrent import RecurrentModel
@@ -26,7 +26,7 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
 
     def __init__(self, config: RecurrentConfig):
         super().__init__(config)
-        self.num_labels = int(config.num_labels or 0)
+        self.num_labels = count_labels(config)
         self.pooling = config.classifier_pooling or ("ends" if config.bidirectional else "last")
         self.model = self.model_class(config)
         width = config.hidden_size * (2 if self.pooling == "ends" else 1)

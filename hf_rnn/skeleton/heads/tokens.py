@@ -9,7 +9,7 @@ from transformers.utils import can_return_tuple
 
 from hf_rnn.skeleton.cache import RecurrentCache
 from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
-from hf_rnn.skeleton.heads.labels import check_token_labels
+from hf_rnn.skeleton.heads.labels import check_token_labels, count_labels
 from hf_rnn.skeleton.inputs import check_reads_tokens, state_of
 from hf_rnn.skeleton.modeling_recurrent import RecurrentModel
 from hf_rnn.skeleton.pretrained import RecurrentPreTrainedModel
@@ -87,7 +87,7 @@ class RecurrentForTokenClassification(RecurrentTokenHead):
 
     def __init__(self, config: RecurrentConfig):
         super().__init__(config)
-        self.num_labels = int(config.num_labels or 0)
+        self.num_labels = count_labels(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 

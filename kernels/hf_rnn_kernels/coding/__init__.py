@@ -11,6 +11,16 @@ from hf_rnn_kernels.coding.payload import (
     store_tensor,
 )
 from hf_rnn_kernels.coding.quantization import check_range, dequantize, entropy, quantize, symbol_bits
+from hf_rnn_kernels.coding.rows import (
+    check_symbols,
+    dequantize_rows,
+    encode_rows,
+    quantize_rows,
+    row_exponents,
+    symbol_entropy,
+    symbols,
+)
+from hf_rnn_kernels.coding.trellis import entropy_trellis, quantize_trellis
 
 __all__ = [
     "CODERS",
@@ -18,12 +28,21 @@ __all__ = [
     "GeneralizedGaussian",
     "Header",
     "check_range",
+    "check_symbols",
     "decode_tensor",
     "dequantize",
+    "dequantize_rows",
+    "encode_rows",
     "encode_tensor",
     "entropy",
+    "entropy_trellis",
     "quantize",
+    "quantize_rows",
+    "quantize_trellis",
     "read_header",
+    "row_exponents",
     "store_tensor",
     "symbol_bits",
+    "symbol_entropy",
+    "symbols",
 ]

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from hf_rnn_kernels import threads
-from hf_rnn_kernels.coding import ans, exp_golomb
+from hf_rnn_kernels.coding import ans, exp_golomb, trellis
 from hf_rnn_kernels.coding.quantization import MAX_SYMBOL
 
-CODERS = ("ans", "exp_golomb")
-_CODERS = (*CODERS, "raw")
+CODERS = ("ans", "exp_golomb", "trellis")
+_CODERS = ("ans", "exp_golomb", "raw", "trellis", "rows")  # by their numbers in files
 CHUNK = 2**16  # symbols: what is decoded by one thread, and what a checksum covers
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-_MAGIC, _VERSION, _HEAD = b"HRNN", 1, "<4sBBBBhHII"
+_MAGIC, _VERSIONS, _HEAD = b"HRNN", (1, 2), "<4sBBBBhHII"  # version 2: with the last two coders
 
 
 class CorruptPayloadError(ValueError):
@@ -33,7 +33,7 @@ class CorruptPayloadError(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a payload says of its tensor: `order` is Exp-Golomb's, else 0; `table` the frequencies' bytes, of ans."""
+    """What a payload says of its tensor: `order` is Exp-Golomb's, else 0; `table` the frequencies' bytes, if any."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -56,8 +56,8 @@ class Header:
 
     def to_bytes(self) -> bytes:
         head = struct.pack(
-            _HEAD, _MAGIC, _VERSION, _DTYPES.index(self.dtype), _CODERS.index(self.coder), len(self.shape),
-            self.exponent, self.order, self.chunk, len(self.table),
+            _HEAD, _MAGIC, _VERSIONS[self.coder in ("trellis", "rows")], _DTYPES.index(self.dtype),
+            _CODERS.index(self.coder), len(self.shape), self.exponent, self.order, self.chunk, len(self.table),
         )  # fmt: skip
         head += struct.pack(f"<{len(self.shape)}Q{2 * len(self.sizes)}I", *self.shape, *self.sizes, *self.checksums)
         head += self.table
@@ -72,7 +72,8 @@ def encode_tensor(q: Tensor, exponent: int, dtype: torch.dtype = torch.float32, 
         exponent: of the step.
         dtype: of the weights, q * 2^exponent.
         coder: "ans" over the tensor's own frequencies, or Exp-Golomb where the frequencies would take more than they
-            save (a few weights, or nearly all different); "exp_golomb", with the best order, in any case.
+            save (a few weights, or nearly all different); "exp_golomb", with the best order, in any case; "trellis", of
+            what `quantize_trellis` gave, or Exp-Golomb as for ans.
 
     Returns:
         uint8, one dimension.
@@ -90,12 +91,20 @@ def encode_tensor(q: Tensor, exponent: int, dtype: torch.dtype = torch.float32, 
     table = _frequencies(symbols, low, high)
     order, bits = exp_golomb.best_order(exp_golomb.zigzag(table.values), table.counts)
     # The table counts: for a few weights it is longer than their codes.
+    if coder == "trellis":
+        odd = trellis.follow(symbols)
+        if (odd == 2).any():
+            raise ValueError("q: expected a path through the trellis, from quantize_trellis")
+        tables = trellis.Tables.of(table)
+        if symbols.size and tables is not None and tables.bits(table) < bits:
+            chunks = trellis.encode(_split(symbols), _split(odd), tables)
+            return join(chunks, dtype, q.shape, exponent, coder, 0, tables.to_bytes())
     if coder == "ans" and _ans_bits(table) < bits:
         order, stored = 0, table.to_bytes()
         chunks = ans.encode(_split(_places(symbols, table, low, high)), table)
     else:
         coder, stored, chunks = "exp_golomb", b"", _encode_exp_golomb(symbols, order)
-    return _join(chunks, dtype, q.shape, exponent, coder, order, stored)
+    return join(chunks, dtype, q.shape, exponent, coder, order, stored)
 
 
 def store_tensor(x: Tensor) -> Tensor:
@@ -105,10 +114,11 @@ def store_tensor(x: Tensor) -> Tensor:
     data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     size = CHUNK * x.element_size()
     chunks = [data[start : start + size].tobytes() for start in range(0, data.size, size)]
-    return _join(chunks, x.dtype, x.shape, 0, "raw", 0, b"")
+    return join(chunks, x.dtype, x.shape, 0, "raw", 0, b"")
 
 
-def _join(chunks: list[bytes], dtype, shape, exponent: int, coder: str, order: int, table: bytes) -> Tensor:
+def join(chunks: list[bytes], dtype, shape, exponent: int, coder: str, order: int, table: bytes) -> Tensor:
+    """A payload of chunks, with their checksums; the rest is as in `Header`."""
     sizes, checksums = tuple(map(len, chunks)), tuple(map(zlib.crc32, chunks))
     header = Header(dtype, tuple(shape), exponent, coder, order, CHUNK, sizes, checksums, table)
     return torch.frombuffer(bytearray(header.to_bytes() + b"".join(chunks)), dtype=torch.uint8)
@@ -125,14 +135,16 @@ def read_header(payload: Tensor, name: str = "payload") -> tuple[Header, np.ndar
     if payload.dtype != torch.uint8 or payload.dim() != 1 or data.size < head or data[:4].tobytes() != _MAGIC:
         raise CorruptPayloadError(f"{name}: expected coded weights, which begin with {_MAGIC!r}")
     _, version, dtype, coder, dims, exponent, order, chunk, table = struct.unpack(_HEAD, data[:head].tobytes())
-    if version != _VERSION:
-        raise CorruptPayloadError(f"{name}: version {version} of the format; this package reads {_VERSION}, upgrade it")
+    if version not in _VERSIONS:
+        raise CorruptPayloadError(
+            f"{name}: version {version} of the format; this package reads {_VERSIONS[-1]}, upgrade it"
+        )
     damaged = CorruptPayloadError(f"{name}: the header is damaged; get the file again")
     if not 0 < chunk <= CHUNK or data.size < head + 8 * dims:  # so that few bytes do not stand for a terabyte
         raise damaged
     shape = struct.unpack(f"<{dims}Q", data[head : head + 8 * dims].tobytes())
     # In Python's integers: a damaged shape may be beyond 64 bits.
-    count = -(-math.prod(shape) // chunk)
+    count = order if coder == _CODERS.index("rows") else -(-math.prod(shape) // chunk)
     end = head + 8 * dims + 8 * count + table
     if data.size < end + 4 or zlib.crc32(data[:end].data) != struct.unpack("<I", data[end : end + 4].tobytes())[0]:
         raise damaged
@@ -167,10 +179,15 @@ def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
     # All of them before anything is decoded: damaged codes give wrong weights and no error.
     for i, checksum in enumerate(header.checksums):
         if zlib.crc32(data[offsets[i] : offsets[i + 1]].data) != checksum:
+            place = f", weights {i * header.chunk} to {min((i + 1) * header.chunk, header.numel) - 1},"
             raise CorruptPayloadError(
-                f"{name}: chunk {i} of {len(header.sizes)}, weights {i * header.chunk} to "
-                f"{min((i + 1) * header.chunk, header.numel) - 1}, is damaged; get the file again"
+                f"{name}: chunk {i} of {len(header.sizes)}{'' if header.coder == 'rows' else place} is damaged; get "
+                "the file again"
             )
+    if header.coder == "rows":
+        from hf_rnn_kernels.coding.rows import decode_rows  # which is made of payloads
+
+        return decode_rows(header, data, name)
     if header.coder == "raw":
         # A copy, which begins where any dtype may.
         raw = torch.empty(data.size, dtype=torch.uint8)
@@ -180,21 +197,28 @@ def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
         return raw.view(header.dtype).reshape(header.shape)
     try:
         table = ans.Table.from_bytes(header.table) if header.coder == "ans" else None
+        tables = trellis.Tables.from_bytes(header.table) if header.coder == "trellis" else None
     except (ValueError, IndexError, struct.error) as error:  # only where a checksum was made to fit
         raise CorruptPayloadError(f"{name}: the table of frequencies is damaged ({error})") from error
     if threads.available() and not (table is not None and len(table.values) == 1):
         from hf_rnn_kernels.coding import cpu
 
         out, step, sizes = np.empty(header.numel, np.float32), 2.0**header.exponent, np.array(header.sizes, np.int64)
-        if table is not None:
-            # The copy begins at a multiple of 4 bytes, as words must.
+        # The copies begin at a multiple of 4 bytes, as words must.
+        if tables is not None:
+            from hf_rnn_kernels.coding import trellis_cpu
+
+            trellis_cpu.decode(data.copy(), sizes, tables, header.chunk, step, out)
+        elif table is not None:
             cpu.decode_ans(data.copy(), sizes, table, header.chunk, step, out)
         else:
             cpu.decode_exp_golomb(data, sizes, header.order, header.chunk, step, out)
         weights = torch.from_numpy(out)
     else:
         chunks = [data[a:b].tobytes() for a, b in pairwise(offsets)]
-        if table is not None:
+        if tables is not None:
+            q = trellis.decode(chunks, header.counts, tables)
+        elif table is not None:
             q = ans.decode(chunks, header.counts, table)
         else:
             q = exp_golomb.unzigzag(exp_golomb.decode(chunks, header.counts, header.order))

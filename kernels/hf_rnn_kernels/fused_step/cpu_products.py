@@ -10,7 +10,7 @@ from numba import carray, njit
 from hf_rnn_kernels.fused_step.cpu_operands import ALL, FIRST, bytes_at, operand
 from hf_rnn_kernels.fused_step.program import Op
 from hf_rnn_kernels.matrix_product import LANES
-from hf_rnn_kernels.packed_linear.cpu import FEW, TILE, packed_dot, panels_of, starts, times_panels, unpack_row
+from hf_rnn_kernels.packed_linear.cpu import FEW, TILE, packed_dots, panels_of, rounded, times_panels, unpack_row
 from hf_rnn_kernels.vector_math import F32, U, dot, row, sums
 
 MANY = U(16)  # rows of a part that are shared out where there is no matrix, or one of at most `_SMALL` numbers
@@ -159,9 +159,8 @@ def packed_one(line, factors, bases, rows, part, parts):
     for k in range(groups):
         above, x0 = k * outputs, k * inputs
         _begin(o, end, y, above, U(0), U(1), bias, above, line[FIRST + 7] != 0)
-        start = starts(bits, inputs, group, x, x0)
-        for d in range(o, end):
-            y[above + d] += packed_dot(bits, inputs, group, w, scale, above + d, x, x0, start)
+        q, x_scale, start = rounded(bits, inputs, group, x, x0)
+        packed_dots(bits, inputs, group, w, scale, above + o, above + end, x, x0, q, x_scale, start, y, U(0))
 
 
 def packed(line, factors, bases, rows, part, parts):

@@ -12,93 +12,103 @@ from hf_rnn_kernels.arrays import flat
 from hf_rnn_kernels.matrix_product import LANES, product
 from hf_rnn_kernels.packed_linear.reference import blocks
 from hf_rnn_kernels.threads import run
-from hf_rnn_kernels.vector_math import F32, U, parallel, row, sums
+from hf_rnn_kernels.vector_math import F32, ROUND, U, as_float, as_int, ask_for, parallel, row, sums
 
 FEW = U(8)  # rows that are multiplied one by one; more go through `product`, which wants unpacked weights
 TILE = U(64)  # rows of the matrix that are unpacked at once
 _FOUR, _EIGHT = np.int32(4), np.int32(8)
-
-
-_UNROLLED = {8: 4, 4: 1}  # vectors of bytes in one turn: what was fastest (docs/log.md, 2026-11-30)
+BLOCK = U(256)  # numbers of x that share a scale where the weights' own groups are whole rows
+_WORDS = 2 * LANES  # of 16 bits in a vector
+_AHEAD = 4096  # bytes that are asked for ahead; the processor by itself asks for fewer (docs/log.md, 2026-12-01)
+_LARGEST = U(4096)  # numbers whose products of 8 and 16 bits, summed in 8 lanes of 32 bits, cannot overflow
+_MOST = F32(32767)
+_INFINITY, _TINY = np.int32(0x7F800000), np.int32(0x07000000)  # as bits; 9.6e-35, whose inverse times `_MOST` is finite
 
 
 def _vector_dot(bits):
-    """A row of packed weights times x, as LLVM vectors, which it does not make of bytes well by itself.
+    """A row of packed weights times x, both whole numbers, as LLVM vectors.
 
-    Sums of a group stay in lanes, and only their scaled sum over all groups is summed up in the end. Halves come as
-    they are, 8 too large: sums begin with what that adds, `start` in each lane.
+    Bytes become words of 16 bits, which times those of x are added in pairs: one instruction on x86, which LLVM finds.
+    Sums of a block stay in lanes of 32 bits, become floats with the block's scales, and only their sum over all blocks
+    is summed up in the end. Halves come as they are, 8 too large: sums begin with what that adds, `start`.
     """
 
     @intrinsic
-    def dot(typing_context, w, w0, scale, s0, x, x0, start, groups, each):
+    def dot(typing_context, w, w0, scale, s0, s_step, x, x_scale, start, inputs, each):
         def generate(context, builder, signature, arguments):
             lane, float_ = ir.IntType(32), ir.FloatType()
-            floats, wide, narrow = (ir.VectorType(kind, LANES) for kind in (float_, lane, ir.IntType(8)))
-            w_at, scale_at, x_at, start_at = (
-                context.make_array(signature.args[n])(context, builder, arguments[n]).data for n in (0, 2, 4, 6)
+            floats, lanes = (ir.VectorType(kind, LANES) for kind in (float_, lane))
+            wide, words, narrow = (ir.VectorType(ir.IntType(n), _WORDS) for n in (32, 16, 8))
+            w_at, scale_at, x_at, x_scale_at, start_at = (
+                context.make_array(signature.args[n])(context, builder, arguments[n]).data for n in (0, 2, 5, 6, 7)
             )
-            _, w0, _, s0, _, x0, _, groups, each = arguments
-            size, unrolled = each.type, _UNROLLED[bits]
+            _, w0, _, s0, s_step, _, _, _, inputs, each = arguments
+            size, packing = each.type, each.type(8 // bits)
+
+            def number(data, index):
+                return builder.load(builder.gep(data, [index]))
 
             def load(data, index, kind):
                 value = builder.load(builder.bitcast(builder.gep(data, [index]), kind.as_pointer()))
-                value.align = 1 if kind is narrow else 4
+                value.align = 1 if kind is narrow else 2
                 return value
 
-            def spread(data, index):
-                """One number in all lanes."""
-                single = ir.Constant(floats, ir.Undefined)
-                single = builder.insert_element(single, builder.load(builder.gep(data, [index])), lane(0))
-                return builder.shuffle_vector(single, ir.Constant(floats, ir.Undefined), ir.Constant(wide, [0] * LANES))
+            def pick(vector, *places):
+                mask = ir.Constant(ir.VectorType(lane, len(places)), places)
+                return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
 
-            def add_product(sums, a, b):
-                product = builder.fmul(a, b, flags=["contract"])
-                builder.store(builder.fadd(builder.load(sums), product, flags=["contract"]), sums)
+            def add_products(a, index):
+                """To the sums, those of words with x from an index on, in pairs of neighbours."""
+                a, b = (builder.sext(words, wide) for words in (a, load(x_at, index, words)))
+                product = builder.mul(a, b, flags=["nsw"])
+                pairs = builder.add(pick(product, *range(0, _WORDS, 2)), pick(product, *range(1, _WORDS, 2)))
+                builder.store(builder.add(builder.load(sums), pairs), sums)
 
-            def some(i, n):
-                """The vector of bytes at i times what of x belongs to it."""
-                byte = load(w_at, builder.add(w_here, i), narrow)
-                if bits == 8:
-                    number = builder.sitofp(builder.sext(byte, wide), floats)
-                    add_product(sums[n], number, load(x_at, builder.add(x_here, i), floats))
-                    return
-                byte, first = builder.zext(byte, wide), builder.add(x_here, i)
-                low = builder.and_(byte, ir.Constant(wide, [15] * LANES))
-                high = builder.lshr(byte, ir.Constant(wide, [4] * LANES))
-                add_product(sums[0], builder.sitofp(low, floats), load(x_at, first, floats))
-                add_product(sums[1], builder.sitofp(high, floats), load(x_at, builder.add(first, bytes_each), floats))
+            total, sums = cgutils.alloca_once(builder, floats), cgutils.alloca_once(builder, lanes)
+            builder.store(ir.Constant(floats, [0.0] * LANES), total)
+            blocks = builder.udiv(builder.add(inputs, builder.sub(each, size(1))), each)
+            with cgutils.for_range(builder, blocks) as block:
+                begin = ir.Constant(lanes, [0] * LANES)
+                if bits == 4:
+                    begin = builder.insert_element(begin, number(start_at, block.index), lane(0))
+                builder.store(begin, sums)
+                x_here = builder.mul(block.index, each)
+                w_here = builder.add(w0, builder.udiv(x_here, packing))
+                here = builder.udiv(each, packing)
+                if bits == 8:  # the last block may be smaller
+                    left = builder.sub(inputs, x_here)
+                    here = builder.select(builder.icmp_unsigned("<", left, each), left, each)
 
-            zero = ir.Constant(floats, [0.0] * LANES)
-            total, *sums = (cgutils.alloca_once(builder, floats) for _ in range(1 + max(unrolled, 2)))
-            builder.store(zero, total)
-            bytes_each = each if bits == 8 else builder.udiv(each, size(2))
-            with cgutils.for_range(builder, groups) as group:
-                for n, each_sum in enumerate(sums):
-                    begin = spread(start_at, group.index) if bits == 4 and n == 0 else zero
-                    builder.store(begin, each_sum)
-                w_here = builder.add(w0, builder.mul(group.index, bytes_each))
-                x_here = builder.add(x0, builder.mul(group.index, each))
-                step = size(LANES * unrolled)
-                whole = builder.udiv(bytes_each, step)
-                with cgutils.for_range(builder, whole) as turn:
-                    for n in range(unrolled):
-                        some(builder.add(builder.mul(turn.index, step), size(n * LANES)), n)
-                done = builder.mul(whole, step)
-                if unrolled > 1:
-                    rest = builder.udiv(builder.sub(bytes_each, done), size(LANES))
-                    with cgutils.for_range(builder, rest) as turn:
-                        some(builder.add(done, builder.mul(turn.index, size(LANES))), 0)
-                all_sums = builder.load(sums[0])
-                for other in sums[1:]:
-                    all_sums = builder.fadd(all_sums, builder.load(other))
-                add_product(total, all_sums, spread(scale_at, builder.add(s0, group.index)))
-            lanes, result = builder.load(total), float_(0.0)
-            for n in range(LANES):
-                result = builder.fadd(result, builder.extract_element(lanes, lane(n)))
-            return result
+                def turn(i, x_here=x_here, w_here=w_here, here=here):
+                    at, first = builder.add(w_here, i), builder.add(x_here, i)
+                    ask_for(builder, builder.gep(w_at, [builder.add(at, size(_AHEAD))]))
+                    byte = load(w_at, at, narrow)
+                    if bits == 8:
+                        add_products(builder.sext(byte, words), first)
+                    else:
+                        byte = builder.zext(byte, words)
+                        add_products(builder.and_(byte, ir.Constant(words, [15] * _WORDS)), first)
+                        add_products(builder.lshr(byte, ir.Constant(words, [4] * _WORDS)), builder.add(first, here))
+
+                # Most groups of halves are one vector, for which a loop would cost more than what it does.
+                done = 8 // bits - 1
+                if done:
+                    turn(size(0))
+                with cgutils.for_range(builder, builder.udiv(here, size(_WORDS)), start=size(done)) as each_turn:
+                    turn(builder.mul(each_turn.index, size(_WORDS)))
+                scale_here = number(scale_at, builder.add(s0, builder.mul(block.index, s_step)))
+                both = builder.fmul(scale_here, number(x_scale_at, block.index))
+                both = pick(builder.insert_element(ir.Constant(floats, ir.Undefined), both, lane(0)), *[0] * LANES)
+                product = builder.fmul(builder.sitofp(builder.load(sums), floats), both, flags=["contract"])
+                builder.store(builder.fadd(builder.load(total), product, flags=["contract"]), total)
+            result, half = builder.load(total), LANES // 2
+            while half:
+                result = builder.fadd(pick(result, *range(half)), pick(result, *range(half, 2 * half)))
+                half //= 2
+            return builder.extract_element(result, lane(0))
 
         u64 = types.uint64
-        return types.float32(w, u64, scale, u64, x, u64, start, u64, u64), generate
+        return types.float32(w, u64, scale, u64, u64, x, x_scale, start, u64, u64), generate
 
     return dot
 
@@ -125,38 +135,66 @@ def _halves_dot(half, w, w0, x, x0):
 
 
 @row
-def starts(bits, inputs, group, x, x0):
-    """What sums of groups of halves begin with: -8 times the sum of their part of x, over the lanes."""
-    start = np.zeros(inputs // group if bits == U(4) else U(0), np.float32)
-    for g in range(U(start.size)):
-        for i in range(group):
-            start[g] += x[x0 + g * group + i]
-        start[g] *= F32(-8 / LANES)
-    return start
+def _block(bits, inputs, group):
+    """How many numbers of x share a scale, and how many of a row go through vectors."""
+    each = BLOCK if bits == U(8) and group == inputs else group
+    whole = inputs // U(_WORDS) * U(_WORDS) if each == BLOCK else inputs
+    fits = each <= _LARGEST and (each * bits // U(8)) % U(_WORDS) == U(0)
+    return each, whole if fits else U(0)
 
 
 @row
-def packed_dot(bits, inputs, group, w, scale, o, x, x0, start):
-    """Row `o` of the matrix times x, of which `start` comes."""
-    groups = inputs // group
-    each = group * bits // U(8)
-    w0, s0 = o * groups * each, o * groups
-    if bits == U(8) and groups == U(1):  # the last few numbers of a row are no vector
-        whole = each // U(LANES) * U(LANES)
-        rest = _bytes_dot(each - whole, w, w0 + whole, x, x0 + whole)
-        return _bytes_vectors(w, w0, scale, s0, x, x0, start, groups, whole) + scale[s0] * rest
-    if each % U(LANES) == U(0):
-        if bits == U(8):
-            return _bytes_vectors(w, w0, scale, s0, x, x0, start, groups, group)
-        return _halves_vectors(w, w0, scale, s0, x, x0, start, groups, group)
-    total = F32(0)
-    for g in range(groups):
-        if bits == U(8):
-            dot = _bytes_dot(group, w, w0 + g * each, x, x0 + g * group)
-        else:
-            dot = _halves_dot(each, w, w0 + g * each, x, x0 + g * group)
-        total += scale[s0 + g] * dot
-    return total
+def rounded(bits, inputs, group, x, x0):
+    """x rounded to 16 bits, (inputs,) int16, its scale in each block, and what a block's sum of halves begins with.
+
+    A block with a NaN or an infinity has NaN for a scale; one below 1e-34 is zero.
+    """
+    each, whole = _block(bits, inputs, group)
+    blocks = (whole + each - U(1)) // each
+    q, scale, start = np.zeros(whole, np.int16), np.empty(blocks, np.float32), np.zeros(blocks, np.int32)
+    for b in range(blocks):
+        begin, end = b * each, min((b + U(1)) * each, whole)
+        most = np.int32(0)
+        for i in range(begin, end):  # as whole numbers, whose largest is found in vectors
+            most = max(most, np.int32(as_int(x[x0 + i]) & np.int32(0x7FFFFFFF)))
+        largest = as_float(most)
+        scale[b] = F32(np.nan) if most >= _INFINITY else largest / _MOST
+        if most >= _INFINITY or most < _TINY:
+            continue
+        times, total = _MOST / largest, np.int32(0)
+        for i in range(begin, end):
+            n = np.int16(as_int(x[x0 + i] * times + ROUND))
+            q[i] = n
+            total += np.int32(n)
+        if bits == U(4):
+            start[b] = np.int32(-8) * total
+    return q, scale, start
+
+
+@row
+def packed_dots(bits, inputs, group, w, scale, o, end, x, x0, q, x_scale, start, y, y0):
+    """y += rows `o` to `end` of the matrix times x, of which `q`, `x_scale` and `start` come.
+
+    What is no vector stays float32. The rows are inside: a call for each took as long as its products.
+    """
+    each, whole = _block(bits, inputs, group)
+    groups, bytes_ = inputs // group, inputs * bits // U(8)
+    step, rest = U(groups > U(1)), inputs - whole
+    while o < end:
+        w0, s0, total = o * bytes_, o * groups, F32(0)
+        if whole > U(0) and bits == U(4):
+            total = _halves_vectors(w, w0, scale, s0, step, q, x_scale, start, whole, each)
+        elif whole > U(0):
+            total = _bytes_vectors(w, w0, scale, s0, step, q, x_scale, start, whole, each)
+        if rest > U(0):
+            for g in range(groups):
+                at, to = w0 + (whole + g * group) * bits // U(8), x0 + whole + g * group
+                if bits == U(8):
+                    total += scale[s0 + g] * _bytes_dot(min(rest, group), w, at, x, to)
+                else:
+                    total += scale[s0 + g] * _halves_dot(group // U(2), w, at, x, to)
+        y[y0 + o] += total
+        o += U(1)
 
 
 @row
@@ -200,12 +238,14 @@ def times_panels(w, w0, count, inputs, laid, panels, block):
 
 @parallel
 def _dots(sizes, packed, scale, x, y):
-    """y (N, O), of few rows."""
+    """y (N, O), of few rows, added to."""
     bits, outputs, inputs, group = sizes
     for r in range(U(x.size) // inputs):
-        start = starts(bits, inputs, group, x, r * inputs)
-        for o in prange(outputs):
-            y[r * outputs + U(o)] = packed_dot(bits, inputs, group, packed, scale, U(o), x, r * inputs, start)
+        q, x_scale, start = rounded(bits, inputs, group, x, r * inputs)
+        for part in prange((outputs + TILE - U(1)) // TILE):
+            o = U(part) * TILE
+            end = min(o + TILE, outputs)
+            packed_dots(bits, inputs, group, packed, scale, o, end, x, r * inputs, q, x_scale, start, y, r * outputs)
 
 
 @parallel
@@ -228,7 +268,7 @@ def _unpacked(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> T
 
 
 def forward(x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
-    y = torch.empty(x.shape[0], packed.shape[0], dtype=torch.float32, device="cpu")
+    y = torch.zeros(x.shape[0], packed.shape[0], dtype=torch.float32, device="cpu")
     if x.shape[0] <= FEW:
         run(_dots, _sizes(packed, scale, bits), packed.reshape(-1).numpy(), flat(scale), flat(x), flat(y))
         return y.to(x.dtype)

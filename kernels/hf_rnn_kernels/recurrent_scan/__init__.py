@@ -150,6 +150,8 @@ def _scan(
             return _scan(cell, inputs[0], weight, bias, dict(zip(initial, states, strict=True)), layout)
 
         whole = x if input_weight is None else linear(x, input_weight, input_bias)
+        if (found := _every_state(cell, whole, weight, bias, initial, layout)) is not None:
+            return found
         return record(layout, [whole], initial.values(), read_piece)
     states: list[Tensor] = [state for state in initial.values() if state is not None]
     weights = None if input_weight is None else library.Weights(input_weight, input_bias, weight, bias)
@@ -215,6 +217,28 @@ def _scan(
 
     inputs = x, plain, plain_bias, input_weight, input_bias
     return advance(layout, x.shape[1], reference.state_dtype(x), inputs, states, one_token, any_tokens)
+
+
+def _every_state(
+    cell: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: dict[str, Tensor | None],
+    layout: SequenceLayout,
+) -> tuple[Tensor, list[Tensor]] | None:
+    """What `stepping.record` gives, by one compiled loop, where it has these states: in their own dtype, and with the
+    gradient that is asked for, which the operator takes of h alone."""
+    tensors = x, weight, bias, *initial.values()
+    wanted = tracked(*tensors) and len(initial) > 1
+    if wanted or x.dtype != reference.state_dtype(x) or any(isinstance(p, Perturbed) for p in (weight, bias)):
+        return None
+    if layout.offsets is not None or layout.reverse or layout.recorded > x.shape[1] or x.dim() != 3:
+        return None  # which `record` refuses
+    units = weight.shape[0] * weight.shape[2]
+    states = [x.new_zeros(len(x), units) if s is None else s.to(x.dtype) for s in initial.values()]
+    h, others, _ = op.scan(cell, x, weight, bias, states, layout.mask, None, True, [], False)
+    return h, [s[:, -layout.recorded :] for s in (h, *others.unbind(2))]
 
 
 def _perturbation(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, list[Tensor]]:

@@ -12,49 +12,49 @@ class RecurrentTrainingArguments(TrainingArguments):
     max_skipped_steps: int = field(
         default=0,
         metadata={
-            "help": "steps that are left out since the run was started, their loss or gradient not being finite, "
-            "before one stops it; 0: the first does"
+            "help": "steps with a loss or gradient that is not finite to skip, counted from the start of the run, "
+            "before the next one stops it; 0: the first one stops it"
         },
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "False: a loss that is not finite is logged as such, never as 0.0"}
+        default=False, metadata={"help": "False: a loss that is not finite is logged as it is, not as 0.0"}
     )
     backprop: str = field(
         default="full",
         metadata={
-            "help": "full: through whole rows, at a memory that grows with them; chunked: the same gradient, piece by "
-            "piece, at the memory of one piece and one more forward pass; truncated: the state crosses from piece to "
-            "piece, the gradient does not"
+            "help": "full: through whole rows, memory grows with their length; chunked: the same gradient piece by "
+            "piece, with the memory of one piece and one more forward pass; truncated: the state is passed from piece "
+            "to piece, the gradient is not"
         },
     )
-    chunk_size: int | None = field(default=None, metadata={"help": "tokens of a piece"})
+    chunk_size: int | None = field(default=None, metadata={"help": "chunked, truncated: tokens of a piece"})
     chunk_states: int | None = field(
         default=None,
         metadata={
-            "help": "chunked: states between pieces that are kept at once, for large states: about the square root of "
-            "the number of pieces costs one more forward pass; default: all of them"
+            "help": "chunked: how many states between pieces to keep at a time, for large states: the square root "
+            "of the number of pieces costs about one more forward pass; default: all"
         },
     )
     gradient_chunks: int = field(
         default=1,
         metadata={
-            "help": "truncated: pieces that a loss's gradient reaches back through, its own included; each is run so "
-            "many times"
+            "help": "truncated: how many pieces the gradient of a loss goes back through, its own included; each piece "
+            "runs that many times"
         },
     )
     stream: bool = field(
         default=False,
         metadata={
-            "help": "documents follow each other in as many streams as a batch has rows, and a batch goes on where the "
-            "one before ended, with its state"
+            "help": "lay documents end to end in as many streams as a batch has rows; each batch continues where the "
+            "last one ended, with its state"
         },
     )
     stream_length: int | None = field(
-        default=None, metadata={"help": "stream: tokens of each row of a batch; default: 512"}
+        default=None, metadata={"help": "stream: tokens in each row of a batch; default: 512"}
     )
     reset_at_documents: bool = field(
         default=True,
-        metadata={"help": "stream: each document starts from the initial state; False: from the last one's"},
+        metadata={"help": "stream: each document starts from the initial state; False: where the last one ended"},
     )
 
     def __post_init__(self):

@@ -12,7 +12,15 @@ CONTEXT_TOKENS = 2**16  # of one pass of the encoder
 
 def rollout(student: MemoryProtocol, x: Tensor) -> Tensor:
     """The student's memories after each token, from the empty one: (B, T) to (B, T, K, D)."""
-    memory, memories = student.initial_memory(len(x)), []
+    return run(student, student.initial_memory(len(x)), x)
+
+
+def run(student: MemoryProtocol, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The student's memories after each token, (N, K, D) and (N, T) to (N, T, K, D): in one pass, where the student has
+    `update_memories`. After tokens that the mask (N, T) leaves out, which end a row, memories mean nothing."""
+    if hasattr(student, "update_memories"):
+        return student.update_memories(memory, x, mask)
+    memories = []
     for token in x.unbind(1):
         memory = student.update_memory(memory, token)
         memories.append(memory)
@@ -32,18 +40,13 @@ def run_chunks(
     Returns:
         Memories (M, K, D), one after each token of a chunk, and (M,) of which chunk and how many steps into it.
     """
-    memories, chunk, step = [], torch.arange(len(rows), device=x.device), 0
-    found = []
-    while len(chunk):
-        before = student.update_memory(before, x[rows[chunk], start[chunk] + step])
-        memories.append(before)
-        found.append(torch.stack([chunk, torch.full_like(chunk, step)]))
-        step += 1
-        going_on = start[chunk] + step < end[chunk]
-        before, chunk = before[going_on], chunk[going_on]
-    if not memories:
-        return before, chunk, chunk
-    return torch.cat(memories), *torch.cat(found, 1)
+    length = end - start
+    step = torch.arange(max(length.tolist(), default=0), device=x.device)
+    real = step < length[:, None]
+    at = (start[:, None] + step).clamp(max=x.shape[1] - 1)
+    memories = run(student, before, x[rows[:, None], at], None if bool(real.all()) else real)
+    found, steps = real.nonzero().unbind(1)
+    return memories[real], found, steps
 
 
 @torch.no_grad()

@@ -82,15 +82,14 @@ _TASKS = {
 FORECASTS = _TASKS["ForPrediction"]
 
 _NOTE = (
-    "Without the package, more slowly: `from_pretrained(..., trust_remote_code=True)`, where the checkpoint has been "
-    "pushed, or bundled (`hf-rnn bundle`)."
+    "Without hf_rnn installed a checkpoint that was pushed or bundled (`hf-rnn bundle`) loads with "
+    "`from_pretrained(..., trust_remote_code=True)`, and runs more slowly."
 )
 _NOTE_PACKED = (
-    "The matrices are integers of {bits} bits, multiplied as they lie (`hf_rnn.WeightOnlyConfig`): transformers reads "
-    "them where hf_rnn is imported. `model.dequantize()` makes plain weights of them, to train on; LoRA adapts them as "
-    "they are."
+    "The weight matrices are stored and used as integers of {bits} bits (`hf_rnn.WeightOnlyConfig`); import hf_rnn to "
+    "load them. To train all weights, call `model.dequantize()` first; LoRA works on the model as it is."
 )
-_NOTE_CODED = "The weights are coded: transformers reads them where hf_rnn is imported, and refuses them elsewhere."
+_NOTE_CODED = "The weights are stored in a compressed form: transformers loads them only after `import hf_rnn`."
 
 
 @dataclass
@@ -104,7 +103,7 @@ class Training:
         dataset: where the data is a dataset on the Hub, its name there.
     """
 
-    text: str = "How it was trained is not known here: it was shared without the trainer that trained it."
+    text: str = "How it was trained is not known here: this card was made without the trainer."
     arguments: dict[str, Any] = field(default_factory=dict)
     papers: tuple[str, ...] = ()
     dataset: str | None = None
@@ -284,13 +283,13 @@ def limits(training: Training, what: str) -> str:
     """What the model is not."""
     if what == FORECASTS:
         return (
-            "It knows the series above alone, and takes what comes for more of the kind. Its quantiles are no better "
-            "calibrated than the measurements say."
+            "It has learned only from the series above, and forecasts others as if they were of the same kind. Its "
+            "quantiles are only as well calibrated as the measurements show."
         )
-    known = "It knows the text above alone" if training.arguments else "It knows the text it was trained on alone"
+    known = "the text above" if training.arguments else "the text that it was trained on"
     return (
-        f"{known}, with that text's errors and prejudices, and it says what is likely, not what is true. What the text "
-        "said long ago is kept only so far as the state holds it."
+        f"It has learned only from {known}, with its errors and biases, and its output is what is likely, not what is "
+        "true. It remembers earlier text only as far as its state can hold it."
     )
 
 

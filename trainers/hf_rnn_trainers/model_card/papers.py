@@ -14,38 +14,40 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     "hf_rnn_lstm": Architecture(
         "LSTM",
-        "i, f, g, o = W x_t + R h_{t-1} + b; c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g); "
-        "h_t = sigmoid(o) tanh(c_t).",
+        "`i, f, g, o = W x_t + R h_{t-1} + b`, `c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)`, "
+        "`h_t = sigmoid(o) tanh(c_t)`.",
         ("hochreiter1997lstm", "gers2000forget"),
     ),
     "hf_rnn_gru": Architecture(
         "GRU",
-        "r, z = sigmoid(W x_t + R h_{t-1} + b); n = tanh(W x_t + b + r (R h_{t-1} + b')); h_t = (1 - z) n + z h_{t-1}.",
+        "`r, z = sigmoid(W x_t + R h_{t-1} + b)`, `n = tanh(W x_t + b + r (R h_{t-1} + b'))`, "
+        "`h_t = (1 - z) n + z h_{t-1}`.",
         ("cho2014gru",),
     ),
     "hf_rnn_mingru": Architecture(
         "minGRU",
-        "z_t = sigmoid(W_z x_t), h_t = (1 - z_t) h_{t-1} + z_t g(W_h x_t): gates see the input alone, so that training "
-        "is a scan over time.",
+        "`z_t = sigmoid(W_z x_t)`, `h_t = (1 - z_t) h_{t-1} + z_t g(W_h x_t)`. The gate depends only on the input, so "
+        "that training is a parallel scan over time.",
         ("feng2024rnns",),
     ),
     "hf_rnn_minlstm": Architecture(
         "minLSTM",
-        "f_t = sigmoid(W_f x_t), i_t = sigmoid(W_i x_t), h_t = f'_t h_{t-1} + i'_t g(W_h x_t), where f' and i' are the "
-        "gates, by default divided by their sum: gates see the input alone, so that training is a scan over time.",
+        "`f_t = sigmoid(W_f x_t)`, `i_t = sigmoid(W_i x_t)`, `h_t = f'_t h_{t-1} + i'_t g(W_h x_t)`, where f' and i' "
+        "are f and i, by default divided by their sum. The gates depend only on the input, so that training is a "
+        "parallel scan over time.",
         ("feng2024rnns",),
     ),
     "hf_rnn_xlstm": Architecture(
         "xLSTM",
-        "mLSTM, whose memory is a matrix: C_t = f_t C_{t-1} + i_t k_t v_t^T, n_t = f_t n_{t-1} + i_t k_t, "
-        "h_t = o_t norm(C_t^T q_t / max(|n_t q_t|, 1)); and sLSTM, whose gates see its state: "
-        "c_t = f_t c_{t-1} + i_t tanh(z_t), n_t = f_t n_{t-1} + i_t, h_t = norm(sigmoid(o_t) c_t / n_t); i_t is "
+        "mLSTM, whose memory is a matrix: `C_t = f_t C_{t-1} + i_t k_t v_t^T`, `n_t = f_t n_{t-1} + i_t k_t`, "
+        "`h_t = o_t norm(C_t^T q_t / max(|n_t q_t|, 1))`. sLSTM, whose gates depend on its state: "
+        "`c_t = f_t c_{t-1} + i_t tanh(z_t)`, `n_t = f_t n_{t-1} + i_t`, `h_t = norm(sigmoid(o_t) c_t / n_t)`. i_t is "
         "exponential in both.",
         ("beck2024xlstm", "beck2025xlstm7b"),
     ),
     "hf_rnn_memory": Architecture(
         "memory RNN",
-        "m_t = norm(update(m_{t-1}, norm(x_t))), y_t = read(m_t), where m_t are K vectors of length sqrt(D) and the "
+        "`m_t = norm(update(m_{t-1}, norm(x_t)))`, `y_t = read(m_t)`, where m_t are K vectors of length sqrt(D) and "
         "update is a small network.",
         ("kumar2026smt",),
     ),

@@ -25,7 +25,7 @@ _UNSAID = (
 
 
 class ModelCardMixin(Trainer):
-    """A Trainer whose `create_model_card`, by which also `push_to_hub` makes the README.md, tells of this run.
+    """A Trainer whose `create_model_card`, which `push_to_hub` also calls, describes this run in README.md.
 
     Attributes:
         card_papers: keys of the method's papers in `papers.BIBTEX`.
@@ -35,7 +35,7 @@ class ModelCardMixin(Trainer):
     card_papers: tuple[str, ...] = ("werbos1990bptt",)
 
     def card_method(self) -> str:
-        """How gradients were come by, as a part of a sentence."""
+        """How gradients are computed, as a part of a sentence."""
         return "backpropagation through time"
 
     def create_model_card(
@@ -93,8 +93,8 @@ class ModelCardMixin(Trainer):
         data = ", ".join(words) or hub_dataset or self._describe_data()
         steps = f"{self.state.global_step:,} steps of {self._train_batch_size * self.args.world_size} sequences"
         accumulated = self.args.gradient_accumulation_steps
-        steps += f", {accumulated} such batches each" if accumulated > 1 else ""
-        text = f"On {data}. Trained by `{type(self).__name__}`: {self.card_method()}; {steps}."
+        steps += f", each of {accumulated} such batches" if accumulated > 1 else ""
+        text = f"Data: {data}. Trained with `{type(self).__name__}` by {self.card_method()}: {steps}."
         return Training(text, said_arguments(self.args), self.card_papers, hub_dataset)
 
     def _describe_data(self) -> str:
@@ -104,9 +104,9 @@ class ModelCardMixin(Trainer):
             return "data that was not named"
 
     def _evaluated_on(self, what: str) -> str:
-        unit = ", losses are nats per token" if what in ("text-generation", "fill-mask") else ""
+        unit = ", losses are cross-entropy in nats per token" if what in ("text-generation", "fill-mask") else ""
         unit = ", losses are quantile losses in each series' own scale" if what == FORECASTS else unit
-        return f"After {self.state.global_step:,} steps; `eval_` is on held-out data{unit}."
+        return f"After {self.state.global_step:,} steps; `eval_` means on held-out data{unit}."
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -122,7 +122,8 @@ class ModelCardMixin(Trainer):
         """Trainer's, which uploads all of `output_dir` but checkpoints.
 
         Raises:
-            ValueError: there is what no checkpoint is made of, such as a text; `hf-rnn push` leaves it out.
+            ValueError: the folder has files that do not belong to a checkpoint, such as a text; `hf-rnn push` leaves
+                them out.
         """
         self._refuse_others()
         return super().push_to_hub(*args, **kwargs)
@@ -130,14 +131,14 @@ class ModelCardMixin(Trainer):
     def _refuse_others(self) -> None:
         if names := others(str(self.args.output_dir)):
             raise ValueError(
-                f"output_dir: {self.args.output_dir} holds {', '.join(names[:5])}, which no checkpoint is made of, and "
-                "a push would upload it; move it elsewhere, or save without push_to_hub and share by `hf-rnn push`"
+                f"output_dir: {self.args.output_dir} holds {', '.join(names[:5])}, which do not belong to a "
+                "checkpoint, and a push would upload them; move them, or save without push_to_hub and use `hf-rnn push`"
             )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Trainer's, which uploads output_dir, with card and code in it; not with what is none of a checkpoint's."""
         if names := others(str(self.args.output_dir)):
-            logger.warning(f"not pushed: output_dir holds {', '.join(names[:5])}, which no checkpoint is made of")
+            logger.warning(f"not pushed: output_dir holds {', '.join(names[:5])}, which do not belong to a checkpoint")
             return
         pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if pushing and not self.args.hub_always_push:
@@ -147,7 +148,7 @@ class ModelCardMixin(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _write_code(self) -> None:
-        """By which the checkpoint loads without the package, where the model knows."""
+        """Write the code with which the checkpoint loads without the package, if the model can."""
         model = self.accelerator.unwrap_model(self.model)
         knows = hasattr(model, "write_code") and not hasattr(model, "peft_config")
         if knows and self.is_world_process_zero():
@@ -168,7 +169,7 @@ def final_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
 
 
 def said_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """Arguments by which another run would do the same: a method's own, and of Trainer's those that differ from its
+    """Arguments that another run needs to do the same: a method's own, and of Trainer's those that differ from its
     defaults, with those that every run has."""
     always = {"learning_rate", "per_device_train_batch_size", "num_train_epochs", "optim", "seed", "weight_decay"}
     always |= {"lr_scheduler_type"}

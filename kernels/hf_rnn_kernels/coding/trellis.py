@@ -1,0 +1,307 @@
+"""Entropy-coded trellis quantisation: every second multiple of the step at each place, which of them by a state.
+
+Multiples n of the step are split by n mod 4 into four sets. In a state only even or only odd n may follow, and which of
+the two sets of these the n is in decides on the next state. A path through the states has spacings of two steps at each
+place and yet nearly the error of one: with 32 states 0.2 bits a weight less than rounding at equal error (Marcellin and
+Fischer, 1990; entropy-coded, Fischer and Wang, 1992; Ungerboeck's codes for amplitude modulation, 1982).
+
+The path is the one with the smallest error and bits together, by Viterbi's search. This is the code in numpy;
+`trellis_cpu.py` has it compiled.
+"""
+
+import struct
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_rnn_kernels import threads
+from hf_rnn_kernels.coding import exp_golomb
+from hf_rnn_kernels.coding.ans import MAX_SYMBOLS, PRECISION, Table
+from hf_rnn_kernels.coding.quantization import check_range, check_rate, entropy
+
+STATES = 32
+SEGMENT = 4096  # weights, after which the state is 0 again: what the search takes side by side
+_CHECKS = 0o10, 0o45  # Ungerboeck's parity-check polynomials of 32 states
+_SAMPLE = 32  # segments by which the bits of symbols are estimated
+WIDEST = 2**22 - 1  # of n; a table of more bits is beyond all use
+# An eighth of an octave: 2^(16 + i / 8), in integers, since powers differ in their last digit from machine to machine
+_EIGHTHS = np.array([65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194], np.int64)
+
+
+def _outputs() -> np.ndarray:
+    """(STATES, 2) int64: n mod 4 of the set that leads from a state s to (2 s + b) mod STATES, for b = 0 and 1."""
+    found = np.zeros((STATES, 2), np.int64)
+    for s in range(STATES):
+        for b in range(2):
+            low, high = ((2 * s + b) & check for check in _CHECKS)
+            found[s, b] = 2 * (high.bit_count() & 1) + (low.bit_count() & 1)
+    return found
+
+
+OUTPUTS = _outputs()
+ODD = OUTPUTS[:, 0] & 1  # whether n is odd, by state
+_INPUT = np.argsort(OUTPUTS >> 1, axis=1)  # [s, n >> 1 & 1]: the b that leads on
+
+
+def quantize_trellis(x: Tensor, exponent: int, rate: float = 0.1, curvature: Tensor | None = None) -> Tensor:
+    """The path n through the trellis with the smallest sum of c (x / step - n)^2 / 4 + rate * bits(n).
+
+    Bits are of the ideal codes for even and for odd n, over the tensor, estimated from two searches of a part of it.
+
+    Args:
+        x: weights, any shape, floating dtype.
+        exponent: of the step, a power of two; n at one place are two steps apart.
+        rate: in squares of these two steps a bit. Where steps are fine 0.1 is what a bit is worth by the slope of error
+            over bits.
+        curvature: c >= 0, x's shape: how much an error matters, in any unit; None: the same everywhere.
+
+    Returns:
+        int32, of x's shape: what `encode_tensor(..., coder="trellis")` takes.
+
+    Raises:
+        ValueError: a weight that is not finite or 2^22 steps and more from zero, a bad rate or curvature.
+    """
+    check_range(x, exponent, WIDEST)
+    check_rate(rate, x, curvature)
+    ratio = (x.detach().cpu().float() * 2.0**-exponent).flatten().numpy()
+    if not ratio.size:
+        return torch.zeros(x.shape, dtype=torch.int32)
+    importance = np.ones_like(ratio)
+    if curvature is not None and float(curvature.sum()) > 0:
+        c = curvature.detach().cpu().float()
+        importance = (c / c.mean()).flatten().numpy()
+    offset = int(np.abs(ratio).max()) + 8  # of a table over n: candidates are within 4 of a weight
+    counts = np.bincount(np.rint(ratio).astype(np.int64) + offset, minlength=2 * offset + 1).astype(np.float64)
+    counts = np.convolve(counts, [0.25, 0.5, 0.25], "same")
+    segments = -(-ratio.size // SEGMENT)
+    parts = np.unique(np.linspace(0, segments - 1, _SAMPLE).astype(np.int64))
+    multiplier = np.float32(4 * rate)
+    for _ in range(2):
+        bits = _bits(counts, offset)
+        n = search(ratio, importance, bits, multiplier, parts)
+        counts = np.bincount(n[n != _NOT] + offset, minlength=2 * offset + 1).astype(np.float64)
+    if segments > len(parts):
+        n = search(ratio, importance, _bits(counts, offset), multiplier, np.arange(segments))
+    return torch.from_numpy(n).reshape(x.shape)
+
+
+_NOT = np.iinfo(np.int32).min  # in segments that were left out
+
+
+def _bits(counts: np.ndarray, offset: int) -> np.ndarray:
+    """float32 bits of each n from -offset on, among those of its parity; never seen: a fifth of a time."""
+    odd = (np.arange(len(counts)) - offset) % 2
+    totals = np.array([counts[odd == u].sum() for u in (0, 1)]) + 1
+    return (np.log2(totals)[odd] - np.log2(counts + 0.2)).astype(np.float32)
+
+
+def search(ratio, importance, bits, multiplier, parts) -> np.ndarray:
+    """int32 n with the smallest importance * (ratio - n)^2 + multiplier * bits[n] in those segments; else -2^31."""
+    n = np.full(ratio.size, _NOT, np.int32)
+    if threads.available():
+        from hf_rnn_kernels.coding import trellis_cpu
+
+        trellis_cpu.search(ratio, importance, bits, multiplier, parts, n)
+    else:
+        _search(ratio, importance, bits, multiplier, parts, n)
+    return n
+
+
+def _search(ratio, importance, bits, multiplier, parts, n) -> None:
+    """Viterbi's, all segments side by side."""
+    places = parts[:, None] * SEGMENT + np.arange(SEGMENT)
+    inside = places < ratio.size
+    places = np.minimum(places, ratio.size - 1)
+    x, w, offset = ratio[places].T, importance[places].T, len(bits) // 2
+    half, length = STATES // 2, min(SEGMENT, ratio.size)
+    cost = np.full((STATES, len(parts)), 1e30, np.float32)
+    cost[0] = 0
+    later = np.empty((length, STATES, len(parts)), bool)
+    before = np.arange(STATES) >> 1
+    for t in range(length):
+        branch = np.stack([_nearest(x[t], w[t], bits, offset, multiplier, j)[0] for j in range(4)])
+        branch[:, ~inside[:, t]] = 0
+        first = cost[before] + branch[OUTPUTS[before, np.arange(STATES) & 1]]
+        second = cost[before + half] + branch[OUTPUTS[before + half, np.arange(STATES) & 1]]
+        later[t] = second < first
+        cost = np.where(later[t], second, first)
+        if t % 32 == 0:
+            cost = cost - cost.min(0)
+    state, lanes = cost.argmin(0), np.arange(len(parts))
+    for t in range(length - 1, -1, -1):
+        previous = before[state] + half * later[t, state, lanes]
+        sets = OUTPUTS[previous, state & 1]
+        found = np.zeros(len(parts), np.int32)
+        for j in range(4):
+            found = np.where(sets == j, _nearest(x[t], w[t], bits, offset, multiplier, j)[1], found)
+        n[places[inside[:, t], t]] = found[inside[:, t]]
+        state = previous
+
+
+def _nearest(x, w, bits, offset, multiplier, j) -> tuple[np.ndarray, np.ndarray]:
+    """Cost and n of the best of the set n mod 4 = j: of the two around x, and of zero."""
+    below = (np.floor((x - np.float32(j)) * np.float32(0.25)) * 4).astype(np.int32) + np.int32(j)
+    candidates = [below, below + 4] + ([np.zeros_like(below)] if j == 0 else [])
+    best, n = np.full_like(x, 1e30), below
+    for candidate in candidates:
+        d = x - candidate.astype(np.float32)
+        cost = w * d * d + multiplier * bits[candidate + offset]
+        n = np.where(cost < best, candidate, n)
+        best = np.minimum(cost, best)
+    return best, n
+
+
+def follow(n: np.ndarray) -> np.ndarray:
+    """uint8: whether n is odd at each place, by the state; 2 where the path is left."""
+    if threads.available():
+        from hf_rnn_kernels.coding import trellis_cpu
+
+        return trellis_cpu.follow(n)
+    found = np.empty(n.size, np.uint8)
+    for start in range(0, n.size, SEGMENT):
+        s = 0
+        for i in range(start, min(start + SEGMENT, n.size)):
+            found[i] = ODD[s] if n[i] & 1 == ODD[s] else 2
+            s = (2 * s + _INPUT[s, n[i] >> 1 & 1]) % STATES
+    return found
+
+
+class Tables:
+    """The frequencies of even and of odd n, kept to an eighth of an octave: that costs 0.001 bits a weight, and exact
+    ones of two tables would cost small tensors more.
+
+    Args:
+        even, odd: values, int64, rising, and 8 log2 of how often they occur, int64; None where there are none.
+    """
+
+    def __init__(self, *parts: tuple[np.ndarray, np.ndarray] | None):
+        self._parts = parts
+        self.pair = [None if part is None else Table(part[0], _counts(part[1])) for part in parts]
+
+    @classmethod
+    def of(cls, table: Table) -> "Tables | None":
+        """From how often each n occurs; None where there are too many distinct ones."""
+        parts: list[tuple[np.ndarray, np.ndarray] | None] = []
+        for u in (0, 1):
+            values, counts = (x[table.values % 2 == u] for x in (table.values, table.counts))
+            if len(values) > MAX_SYMBOLS:
+                return None
+            eighths = np.rint(8 * np.log2(counts)).astype(np.int64)
+            while len(values) and _counts(eighths).sum() > 2**PRECISION:  # what a table would change
+                eighths = np.maximum(eighths - 8, 0)
+            parts.append((values, eighths) if len(values) else None)
+        return cls(*parts)
+
+    def bits(self, table: Table) -> float:
+        """Of the codes of n that occur so often, and of the tables."""
+        total = 8.0 * len(self.to_bytes())
+        for u, own in enumerate(self.pair):
+            if own is not None:
+                total -= float((table.counts[table.values % 2 == u] * np.log2(own.frequencies / 2.0**PRECISION)).sum())
+        return total
+
+    def to_bytes(self) -> bytes:
+        parts = []
+        for found in self._parts:
+            part = b""
+            if found is not None:
+                halves = found[0] >> 1
+                gaps = np.concatenate([exp_golomb.zigzag(halves[:1]), np.diff(halves) - 1])
+                # Neighbours are about as frequent.
+                changes = exp_golomb.zigzag(np.diff(found[1], prepend=0))
+                orders = [exp_golomb.best_order(u, np.ones_like(u))[0] for u in (gaps, changes)]
+                codes = [exp_golomb.encode(u, k) for u, k in zip((gaps, changes), orders, strict=True)]
+                part = struct.pack("<IIBB", len(gaps), len(codes[0]), *orders) + b"".join(codes)
+            parts.append(struct.pack("<I", len(part)) + part)
+        return b"".join(parts)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Tables":
+        parts = []
+        for u in (0, 1):
+            (size,) = struct.unpack_from("<I", data)
+            part, data = data[4 : 4 + size], data[4 + size :]
+            if len(part) != size:
+                raise ValueError(f"a table of {size} bytes, {len(part)} are there")
+            parts.append(cls._part(part, u) if part else None)
+        return cls(*parts)
+
+    @staticmethod
+    def _part(data: bytes, u: int) -> tuple[np.ndarray, np.ndarray]:
+        head = struct.calcsize("<IIBB")
+        count, cut, k_gaps, k_counts = struct.unpack("<IIBB", data[:head])
+        # Before anything is allocated: a damaged count would ask for gigabytes.
+        if not 1 <= count <= min(MAX_SYMBOLS, 8 * len(data)) or max(k_gaps, k_counts) > exp_golomb.MAX_ORDER:
+            raise ValueError(f"{count} symbols of orders {k_gaps} and {k_counts}")
+        gaps = exp_golomb.decode([data[head : head + cut]], [count], k_gaps)
+        eighths = exp_golomb.unzigzag(exp_golomb.decode([data[head + cut :]], [count], k_counts)).cumsum()
+        if eighths.min() < 0 or eighths.max() >= 8 * 40:
+            raise ValueError("counts beyond all weights")
+        values = np.concatenate([exp_golomb.unzigzag(gaps[:1]), gaps[1:] + 1]).cumsum()
+        return 2 * values + u, eighths
+
+
+def _counts(eighths: np.ndarray) -> np.ndarray:
+    """Integers next to 2^(eighths / 8), the same on every machine."""
+    return np.maximum((_EIGHTHS[eighths % 8] << (eighths // 8)) + 2**15 >> 16, 1)
+
+
+def encode(chunks: list[np.ndarray], odd: list[np.ndarray], tables: Tables) -> list[bytes]:
+    """Each chunk of n as words of an ANS, as constriction's `AnsCoder` would with a model for each parity."""
+    if threads.available():
+        from hf_rnn_kernels.coding import trellis_cpu
+
+        return trellis_cpu.encode(chunks, odd, tables)
+    shares: list[dict[int, tuple[int, int]]] = [{}, {}]
+    for share, table in zip(shares, tables.pair, strict=True):
+        if table is not None:
+            frequencies = table.frequencies
+            first = (frequencies.cumsum() - frequencies).tolist()
+            share |= dict(zip(table.values.tolist(), zip(first, frequencies.tolist(), strict=True), strict=True))
+    found = []
+    for n, u in zip(chunks, odd, strict=True):
+        state, words = 0, []
+        # Last in, first out.
+        for value, parity in zip(n[::-1].tolist(), u[::-1].tolist(), strict=True):
+            left, frequency = shares[parity][value]
+            if state >> (64 - PRECISION) >= frequency:
+                words.append(state & 0xFFFFFFFF)
+                state >>= 32
+            state = (state // frequency << PRECISION) + left + state % frequency
+        while state:
+            words.append(state & 0xFFFFFFFF)
+            state >>= 32
+        found.append(np.array(words, "<u4").tobytes())
+    return found
+
+
+def decode(chunks: list[bytes], counts: list[int], tables: Tables) -> np.ndarray:
+    """The n of all chunks, int64. A damaged path, which checksums find, gives any."""
+    known = []
+    for table in tables.pair:
+        table = table or Table(np.zeros(1, np.int64), np.ones(1, np.int64))
+        known.append((table.values.tolist(), np.concatenate([[0], table.frequencies.cumsum()])))
+    found = []
+    for chunk, count in zip(chunks, counts, strict=True):
+        words = np.frombuffer(chunk, "<u4").tolist()
+        state, s = 0, 0
+        for _ in range(2):
+            state = state << 32 | words.pop() if words else state
+        for i in range(count):
+            s = 0 if i % SEGMENT == 0 else s
+            values, cumulative = known[ODD[s]]
+            quantile = state & (2**PRECISION - 1)
+            at = int(np.searchsorted(cumulative, quantile, side="right")) - 1
+            state = (state >> PRECISION) * int(cumulative[at + 1] - cumulative[at]) + quantile - int(cumulative[at])
+            if state < 2**32 and words:
+                state = state << 32 | words.pop()
+            found.append(values[at])
+            s = (2 * s + int(_INPUT[s, values[at] >> 1 & 1])) % STATES
+    return np.array(found, np.int64)
+
+
+def entropy_trellis(n: Tensor) -> float:
+    """Bits a symbol of the ideal codes for even and odd n."""
+    parts = (n[n % 2 == u] for u in (0, 1))
+    return sum(entropy(part) * part.numel() for part in parts) / max(n.numel(), 1)

@@ -1,0 +1,31 @@
+"""The equation of mlp_scan, step by step."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear, rms_norm
+
+
+def scan(
+    x: Tensor,
+    memory: Tensor,
+    in_weight: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Memories after each token, (B, T, K, D)."""
+    memories = []
+    for t in range(x.shape[1]):
+        a = x[:, t] + linear(memory.flatten(1), in_weight)
+        for n, weight in enumerate(weights):
+            a = a + linear(rms_norm(gelu(a), a.shape[-1:], eps=eps), weight, biases[n] if biases else None)
+        new = linear(gelu(a), out_weight, out_bias).view_as(memory)
+        new = rms_norm(new, new.shape[-1:])
+        memory = new if mask is None else torch.where(mask[:, t, None, None], new, memory)
+        memories.append(memory)
+    return torch.stack(memories, 1)
