@@ -79,15 +79,15 @@ def write_state(
     metadata = metadata | {"format": STATE_FORMAT}
     payload = save(tensors, metadata | {"sha256": _digest(tensors, metadata)})
     path = _regular(file)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as beside:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as new:
         try:
-            beside.write(payload)
-            beside.flush()
-            os.fsync(beside.fileno())
-            beside.close()
-            os.replace(beside.name, path)
+            new.write(payload)
+            new.flush()
+            os.fsync(new.fileno())
+            new.close()
+            os.replace(new.name, path)
         except BaseException:
-            os.unlink(beside.name)
+            os.unlink(new.name)
             raise
     if os.name != "nt":  # the name as well
         descriptor = os.open(path.parent, os.O_RDONLY)
