@@ -22,7 +22,11 @@ class Claims:
         self._fcntl = fcntl
         self._file = os.open(folder / ".claims", os.O_RDWR | os.O_CREAT, 0o600)  # until the process ends
         self.held: set[Path] = set()
-        fcntl.lockf(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, 2**62)  # nobody's place: whether it can be done
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, 2**62)  # nobody's place
+        except OSError as error:
+            told = f"sessions_dir: expected a file system with locks ({error.strerror})"
+            raise OSError(error.errno, told, str(folder)) from error
 
     def take(self, file: Path) -> bool:
         """Whether it is this process's now, until `release`."""

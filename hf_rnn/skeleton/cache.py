@@ -163,8 +163,17 @@ class RecurrentCache(Cache):
         return self._with(moved)
 
     def select(self, rows: Sequence[int] | Tensor) -> "RecurrentCache":
-        """These rows, in this order, as a new state."""
+        """These rows, in this order, as a new state.
+
+        Raises:
+            ValueError: a state before its first token, which has no rows.
+            IndexError: no such row.
+        """
+        if self.batch_size is None:
+            raise ValueError("state: nothing is read yet, and there are no rows")
         index = torch.as_tensor(rows, dtype=torch.long)
+        if bool(((index < 0) | (index >= self.batch_size)).any()):
+            raise IndexError(f"rows: expected numbers in [0, {self.batch_size}), got {index.tolist()}")
         return self._with(lambda x: x.index_select(0, index.to(x.device)))
 
     @classmethod
@@ -215,11 +224,10 @@ class RecurrentCache(Cache):
             raise ValueError(
                 "state: nothing is read yet" if None in self.states else "model: not known, pass the one that reads it"
             )
-        tensors = {f"{n}.{m}": x for n, state in enumerate(self.states) for m, x in enumerate(state or ())}
         metadata = dict(model_type=self.model_type, fingerprint=fingerprint(backbone), layers=len(self))
         metadata |= dict(seen_tokens=self.seen_tokens, ends_inside_patch=int(self.ends_inside_patch))
-        beside = {f"beside.{name}": x for name, x in self.beside.items()}
-        write_state(file, tensors | beside, {name: str(value) for name, value in metadata.items()})
+        states = [state or () for state in self.states]
+        write_state(file, states, self.beside, {name: str(value) for name, value in metadata.items()})
 
     @classmethod
     def load(cls, file: str | Path, model: Any = None) -> "RecurrentCache":
@@ -233,15 +241,11 @@ class RecurrentCache(Cache):
             FileNotFoundError: no such file.
             ValueError: a file that is no state, cut off or damaged; the state of another model.
         """
-        tensors, metadata = read_state(file)
-        cache = cls(int(metadata["layers"]))
+        layers, beside, metadata = read_state(file)
+        cache = cls(len(layers))
+        cache.states, cache.beside = [*layers], beside
         cache.model_type, cache.seen_tokens = metadata["model_type"], int(metadata["seen_tokens"])
         cache.ends_inside_patch = metadata["ends_inside_patch"] == "1"
-        for n in range(len(cache)):
-            count = sum(name.startswith(f"{n}.") for name in tensors)
-            cache.states[n] = tuple(tensors[f"{n}.{m}"] for m in range(count))
-        prefix = "beside."
-        cache.beside = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         if model is None:
             return cache
         backbone = model.base_model

@@ -5,6 +5,8 @@ import json
 import os
 import tempfile
 import weakref
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 STATE_FORMAT = "hf_rnn state 1"
+_BESIDE = "beside."
+_METADATA = {"model_type", "fingerprint", "layers", "seen_tokens", "ends_inside_patch"}
 
 # Of a backbone: its tensors, what they were like, and the fingerprint
 _FINGERPRINTS: weakref.WeakKeyDictionary[nn.Module, tuple[list, list, str]] = weakref.WeakKeyDictionary()
@@ -57,27 +61,33 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return total.hexdigest()
 
 
-def write_state(file: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors, and strings about them, so that `file` holds all of it or what it held before: to a file beside
-    it, readable by its owner alone, which takes its place when it is on the disk.
+def write_state(
+    file: str | Path, layers: Sequence[Sequence[Tensor]], beside: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write each layer's tensors, what lies beside, and strings about them (`_METADATA`), so that `file` holds all of
+    it or what it held before: to a file beside it, readable by its owner alone, which takes its place when it is on the
+    disk.
 
     Raises:
+        ValueError: a folder, or a device, which the file would replace.
         OSError: no such folder, or no room.
     """
+    tensors = {f"{n}.{m}": x for n, layer in enumerate(layers) for m, x in enumerate(layer)}
+    tensors |= {_BESIDE + name: x for name, x in beside.items()}
     # Copies: states may be views of one tensor, which safetensors does not write
     tensors = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
     metadata = metadata | {"format": STATE_FORMAT}
     payload = save(tensors, metadata | {"sha256": _digest(tensors, metadata)})
-    path = Path(file)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as beside:
+    path = _regular(file)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as new:
         try:
-            beside.write(payload)
-            beside.flush()
-            os.fsync(beside.fileno())
-            beside.close()
-            os.replace(beside.name, path)
+            new.write(payload)
+            new.flush()
+            os.fsync(new.fileno())
+            new.close()
+            os.replace(new.name, path)
         except BaseException:
-            os.unlink(beside.name)
+            os.unlink(new.name)
             raise
     if os.name != "nt":  # the name as well
         descriptor = os.open(path.parent, os.O_RDONLY)
@@ -85,7 +95,15 @@ def write_state(file: str | Path, tensors: dict[str, Tensor], metadata: dict[str
         os.close(descriptor)
 
 
-def read_state(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _regular(file: str | Path) -> Path:
+    """Where a link leads to."""
+    path = Path(file).resolve()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{file}: expected a state's file, got a folder or a device")
+    return path
+
+
+def read_state(file: str | Path) -> tuple[list[tuple[Tensor, ...]], dict[str, Tensor], dict[str, str]]:
     """What `write_state` wrote.
 
     Raises:
@@ -93,7 +111,7 @@ def read_state(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: another kind of file, or one that is cut off or damaged.
     """
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(_regular(file), framework="pt") as opened:
             metadata, names = opened.metadata() or {}, opened.keys()
             tensors = {name: opened.get_tensor(name).clone() for name in names}
     except SafetensorError as error:
@@ -102,4 +120,14 @@ def read_state(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{file}: expected a state, {STATE_FORMAT!r}, got format {metadata.get('format')!r}")
     if metadata.pop("sha256", None) != _digest(tensors, metadata):
         raise ValueError(f"{file}: the state is damaged: its SHA-256 is not the one written with it")
-    return tensors, metadata
+    beside = {name.removeprefix(_BESIDE): tensors.pop(name) for name in names if name.startswith(_BESIDE)}
+    sizes = Counter(name.partition(".")[0] for name in tensors)
+    layers = [[f"{n}.{m}" for m in range(sizes[str(n)])] for n in range(len(sizes))]
+    if (
+        {name for layer in layers for name in layer} != tensors.keys()
+        or not metadata.keys() >= _METADATA
+        or metadata["layers"] != str(len(layers))
+        or not metadata["seen_tokens"].isdecimal()
+    ):
+        raise ValueError(f"{file}: no state: expected each layer's tensors and {sorted(_METADATA)}")
+    return [tuple(tensors[name] for name in layer) for layer in layers], beside, metadata

@@ -6,10 +6,12 @@ import pickle
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import hf_rnn
 from hf_rnn import RecurrentCache
+from hf_rnn.skeleton import state_file
 from hf_rnn.skeleton.state_file import fingerprint
 
 
@@ -108,6 +110,19 @@ def test_damaged_files(model, ids, tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"a\.state: (the state is damaged|no state|expected a state)"):
             RecurrentCache.load(file, model)
+    file.write_bytes(whole)
+    with safe_open(file, framework="pt") as opened:
+        names, metadata = opened.keys(), opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in names}
+    for change in (  # what no program of ours writes, with a sum that is right
+        dict(layers="100000000"), dict(layers="x"), dict(seen_tokens="-1"), dict(model_type=None), "0.0", "1.0",
+    ):  # fmt: skip
+        about = metadata | (change if isinstance(change, dict) else {})
+        about = {name: value for name, value in about.items() if value is not None and name != "sha256"}
+        some = {name: x for name, x in tensors.items() if name != change}
+        save_file(some, file, about | {"sha256": state_file._digest(some, about)})
+        with pytest.raises(ValueError, match=r"a.state: no state: expected each layer's tensors and \['ends_inside"):
+            RecurrentCache.load(file, model)
     save_file({"0.0": torch.zeros(3, 4)}, file)
     with pytest.raises(ValueError, match="expected a state, 'hf_rnn state 1', got format None"):
         RecurrentCache.load(file)
@@ -134,6 +149,21 @@ def test_written_whole_or_not_at_all(model, ids, tmp_path, monkeypatch):
         assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["a.state"]
     with pytest.raises(FileNotFoundError):
         state.save(tmp_path / "nowhere" / "a.state")
+
+
+@pytest.mark.parametrize("architecture", ["gru"], indirect=True)
+def test_what_is_no_file(model, ids, tmp_path):
+    """A device or a folder is not replaced; a link stays one."""
+    state = read(model, ids)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        for act in (state.save, RecurrentCache.load):
+            with pytest.raises(ValueError, match="expected a state's file, got a folder or a device"):
+                act(path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "a.state")
+    state.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and RecurrentCache.load(tmp_path / "folder" / "a.state").seen_tokens == 17
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -201,6 +231,11 @@ def test_what_does_not_stack(model, ids):
     ):
         with pytest.raises(ValueError, match=f"caches: .*{message}"):
             RecurrentCache.stack(caches)
+    for rows in ([3], [-1], torch.tensor([0, 5])):
+        with pytest.raises(IndexError, match=r"rows: expected numbers in \[0, 3\)"):
+            state.select(rows)
+    with pytest.raises(ValueError, match="state: nothing is read yet"):
+        RecurrentCache(2).select([0])
 
 
 def test_clones_and_dtypes(model, ids):

@@ -17,7 +17,7 @@ from hf_rnn import byte_tokenizer
 from hf_rnn.cli.main import main
 from hf_rnn.serving.sessions import _read_about
 
-SESSIONS = [f"s{n}" for n in range(40)]
+SESSIONS = [f"s{n}" for n in range(24)]
 
 
 @pytest.fixture(scope="module")
