@@ -2,24 +2,24 @@
 
 from hf_rnn import (
     MinGRUConfig,
+    MinGRUModel,
     MinGRUForCausalLM,
     MinGRUForCTC,
     MinGRUForMaskedLM,
-    MinGRUForPrediction,
     MinGRUForQuestionAnswering,
     MinGRUForSequenceClassification,
     MinGRUForTokenClassification,
-    MinGRUModel,
+    MinGRUForPrediction,
 )
 
 __all__ = [
     "MinGRUConfig",
-    "MinGRUForCTC",
+    "MinGRUModel",
     "MinGRUForCausalLM",
+    "MinGRUForCTC",
     "MinGRUForMaskedLM",
-    "MinGRUForPrediction",
     "MinGRUForQuestionAnswering",
     "MinGRUForSequenceClassification",
     "MinGRUForTokenClassification",
-    "MinGRUModel",
+    "MinGRUForPrediction",
 ]
