@@ -37,7 +37,7 @@ PSF = (
 REPEATED = 10  # times that the documentation is read for once of the sources, which are twenty times as long
 BLOCK, BATCH = 512, 4
 TRAINING = Path("runs/training")  # the float32 weights, before they are coded
-MAX_ERROR = 0.08  # of each matrix, relative: 0.01 bits per byte (docs/log.md, 2026-12-01)
+MAX_ERROR = 0.12  # of each matrix, relative: 0.015 bits per byte (docs/log.md, 2026-12-01)
 
 
 @dataclass
@@ -75,11 +75,11 @@ def python_text() -> Text:
     order = np.random.default_rng(0).permutation(len(texts))
     return Text(
         f"The sources of the standard library of {PYTHON} (`hf_rnn.tasks.python_texts()`: a tenth of the files and all "
-        "tests left out) and, ten times, the language reference inside it (`hf_rnn.tasks.python_documentation()`: "
-        "the last 5% left out)",
+        "tests left out; measured on a fifth of those files) and, ten times, the language reference inside it "
+        "(`hf_rnn.tasks.python_documentation()`: the last 5% left out)",
         PSF,
         [texts[i] for i in order],
-        {"documentation": [held_out], "sources": python_texts("test")},
+        {"documentation": [held_out], "sources": python_texts("test")[::5]},
     )
 
 
@@ -133,8 +133,17 @@ def train(name: str, recipe: Recipe, text: Text, steps: int, folder: Path) -> tu
         (folder / file).unlink(missing_ok=True)
     result = hf_rnn.save_compressed(model, folder, max_error=MAX_ERROR)
     tokenizer.save_pretrained(folder)
+    leave_out_code(folder)
     found |= measure(model, tokenizer, text) | {"bits a weight": result.bits}
     return model, trainer, found
+
+
+def leave_out_code(folder: Path) -> None:
+    """Inside the package no code travels with the weights."""
+    (folder / "modeling_hf_rnn.py").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def measure(model: Any, tokenizer: Any, text: Text) -> dict[str, float]:
@@ -153,15 +162,15 @@ def command(name: str, recipe: Recipe) -> str:
 
 def write_card(name: str, recipe: Recipe, text: Text, trainer: Any, found: dict[str, float], folder: Path) -> None:
     arguments = {
-        key: getattr(trainer.args, key)
-        for key in ("max_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "rate_shrink")
+        key: str(getattr(trainer.args, key))
+        for key in ("max_steps", "per_device_train_batch_size", "learning_rate", "rate_shrink")
     }
     tokens = trainer.args.max_steps * BATCH * BLOCK
     training = Training(
         f"{text.about}, {tokens:,} bytes in sequences of {BLOCK}, by backpropagation with a rate term (weights pulled "
         f"towards what costs few bits). {text.licence} {found['seconds']:.0f} seconds of one core. "
         f"Again: `{command(name, recipe)}`",
-        arguments | {"sequence length": BLOCK},
+        arguments | {"lr_scheduler_type": "linear", "sequence length": BLOCK},
         trainer.card_papers,
     )
     rows = [(f"held-out {kind}", found[f"{kind}, before coding"], found[kind]) for kind in text.held_out]

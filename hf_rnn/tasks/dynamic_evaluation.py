@@ -42,7 +42,7 @@ def dynamic_loss(
     if not parameters:
         raise ValueError("model: expected weights that can be trained, got none")
     kept, was_training = [p.detach().clone() for p in parameters], model.training
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.0, 0.999))
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.0, 0.999), fused=True)
     model.eval()
     ids = ids.to(model.device)[None]
     total, state = 0.0, None
