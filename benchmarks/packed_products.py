@@ -62,10 +62,10 @@ def product(outputs: int, inputs: int) -> dict[str, dict[str, float]]:
     rows: dict[str, dict[str, float]] = {name: {} for name in runs}
     for bits in (8, 4):
         w, scale = pack(weight, bits)
-        group = inputs // scale.shape[1]
+        packed_sizes = U(bits), *sizes, U(inputs // scale.shape[1])
 
-        def multiply(w=w, scale=scale, sizes=(U(bits), *sizes, U(group))) -> Tensor:
-            _packed_product(sizes, w.view(-1).numpy(), scale.view(-1).numpy(), x.numpy(), y.numpy(), repeats)
+        def multiply(w=w, scale=scale, packed_sizes=packed_sizes) -> Tensor:
+            _packed_product(packed_sizes, w.view(-1).numpy(), scale.view(-1).numpy(), x.numpy(), y.numpy(), repeats)
             return y
 
         runs[f"{bits} bits"] = multiply
