@@ -28,7 +28,8 @@ _L6, _L7, _L8 = F32(0.078225933), F32(-0.0295052268), F32(0.0052326913)
 
 # `inline` is for what stands in a loop that is to be vectorised, `row` and `sums` for such a loop, `parallel` for what
 # starts them.
-inline = njit(fastmath=FAST, error_model="numpy", inline="always")  # Python's check for division by zero stops LLVM
+# Inlined by LLVM, for numba's own inlining took most of a cell's time to compile (docs/log.md, 2026-12-01).
+inline = njit(fastmath=FAST, error_model="numpy", forceinline=True)
 row = njit(fastmath=FAST, error_model="numpy")
 sums = njit(fastmath=FAST | {"reassoc"}, error_model="numpy")  # in any order, so that they vectorise; not around `exp`
 parallel = loop(fastmath=FAST, error_model="numpy", parallel=True)

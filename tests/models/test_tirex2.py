@@ -297,6 +297,18 @@ def test_hidden_states(model):
     assert len(outputs.hidden_states) == 4 and outputs.hidden_states[0].shape == (2, 5, 16)
 
 
+@torch.no_grad()
+def test_the_last_block_computes_only_the_patches_that_are_read(model):
+    x, groups = walk(3, 20), torch.tensor([0, 0, 1])
+    sizes = []
+    hook = model.model.layers[-1].ff.register_forward_hook(lambda module, inputs, y: sizes.append(y.shape[1]))
+    read = model(x, horizon=7, group_ids=groups).full_predictions
+    whole = model(x, horizon=7, group_ids=groups, output_hidden_states=True)
+    hook.remove()
+    assert sizes[0] < sizes[1] == whole.hidden_states[-1].shape[1]
+    assert relative_error(read, whole.full_predictions) < 1e-6
+
+
 def test_files(tmp_path):
     """Saved, found by the Auto classes, converted to tirex-2's names and back, under any of its names: the same."""
     model = make().float()

@@ -32,6 +32,9 @@ from hf_rnn_kernels.layout import ROWS
 register_checkpoint_conversion_mapping(TiRex2Config.model_type, [*other_names(), *tirex_weights()])
 
 
+_ALL = slice(None)  # patches
+
+
 @dataclass
 class TiRex2Output(BaseModelOutput):
     """What `TiRex2Model` gives.
@@ -70,10 +73,12 @@ class TiRex2Block(GradientCheckpointingLayer):
         groups: Groups | None = None,
         cache: RecurrentCache | None = None,
         ahead: int = 0,
+        wanted: slice = _ALL,
     ) -> Tensor:
-        """x (R, L, D), the rows `known` over the horizon (K,) and the series of several rows to (R, L, D); reads and
-        writes its layer's state in `cache` where there is one, which the last `ahead` patches leave as it is."""
-        x = x + self._recurrence(self.mixer_norm(x), known, cache, ahead)
+        """x (R, L, D), the rows `known` over the horizon (K,) and the series of several rows to (R, L, D), or to the
+        `wanted` of its L patches; reads and writes its layer's state in `cache` where there is one, which the last
+        `ahead` patches leave as it is."""
+        x = (x + self._recurrence(self.mixer_norm(x), known, cache, ahead))[:, wanted]
         x = x + self.ff(self.ff_norm(x))
         return x if groups is None else self.variates(x, groups)
 
@@ -132,6 +137,7 @@ class TiRex2Model(TiRex2PreTrainedModel):
         group_ids: Tensor | None = None,
         target_mask: Tensor | None = None,
         known_mask: Tensor | None = None,
+        wanted: slice = _ALL,
         **kwargs,
     ) -> TiRex2Output:
         """Run the model over rows of values: R of them, each a series or a variate of one.
@@ -142,10 +148,12 @@ class TiRex2Model(TiRex2PreTrainedModel):
             group_ids: (R,) whole numbers, the same for rows of one series; None: each row is one.
             target_mask: (R,) bool, False for covariates, which do not see the series' targets; None: all are targets.
             known_mask: (R,) bool, True for covariates that are read from both ends; None: none is.
+            wanted: of which of the L patches the output is asked for: the last block computes no others.
             kwargs: `output_hidden_states`, `return_dict`.
 
         Returns:
-            `last_hidden_state` (R, L, hidden_size), `scaling`, `hidden_states` if asked for.
+            `last_hidden_state` (R, L, hidden_size), of the `wanted` patches alone; `scaling`; `hidden_states` if asked
+            for.
 
         Raises:
             TypeError, ValueError: an argument of another type, shape or value, named in the message.
@@ -158,7 +166,7 @@ class TiRex2Model(TiRex2PreTrainedModel):
         )
         known = None if known_mask is None else known_mask.nonzero()[:, 0]
         groups = None if group_ids is None else Groups.of(group_ids, target_mask)
-        x = self.encode(scaling.apply(past_values), known, groups)
+        x = self.encode(scaling.apply(past_values), known, groups, wanted=wanted)
         return TiRex2Output(last_hidden_state=x, scaling=scaling)  # type: ignore[arg-type]
 
     def encode(
@@ -168,12 +176,15 @@ class TiRex2Model(TiRex2PreTrainedModel):
         groups: Groups | None,
         cache: RecurrentCache | None = None,
         ahead: int = 0,
+        wanted: slice = _ALL,
     ) -> Tensor:
-        """Scaled values (R, T), the rows known over the horizon (K,) and the series of several rows to (R, L, D); the
-        state `cache` moves on, which the last `ahead` patches leave as it is."""
+        """Scaled values (R, T), the rows known over the horizon (K,) and the series of several rows to (R, L, D), or to
+        the `wanted` of its L patches; the state `cache` moves on, which the last `ahead` patches leave as it is."""
         x = self.patch_embedding(self._patches(z))
-        for layer in self.layers:
+        *others, last = self.layers
+        for layer in others:
             x = layer(x, known, groups, cache=cache, ahead=ahead)
+        x = last(x, known, groups, cache=cache, ahead=ahead, wanted=wanted)
         return self.norm(x)
 
     def _patches(self, z: Tensor) -> Tensor:
@@ -236,9 +247,11 @@ class TiRex2ForPrediction(ForecasterMixin, TiRex2PreTrainedModel):
         horizon = find_horizon(horizon, self.config.prediction_length, rows, **futures)
         _, target_mask = of_rows(rows, past_values, group_ids=group_ids, target_mask=target_mask)
         window, known, first = self._window(past_values, future_covariates, target_mask, horizon, pad_context)
-        outputs = self.model(window, group_ids, target_mask, known, **kwargs | {"return_dict": True})
-        patches = -(-horizon // self.config.patch_size)
-        x = self.dropout(outputs.last_hidden_state[:, first : first + patches])
+        wanted = slice(first, first - (-horizon // self.config.patch_size))
+        whole = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        read = _ALL if whole else wanted
+        outputs = self.model(window, group_ids, target_mask, known, read, **kwargs | {"return_dict": True})
+        x = self.dropout(outputs.last_hidden_state[:, wanted] if whole else outputs.last_hidden_state)
         z = self.quantiles_of(x)[:, :horizon].to(window.dtype)
         forecast = forecast_output(z, outputs.scaling, self.config.quantiles, future_values, target_mask)
         forecast.hidden_states = outputs.hidden_states

@@ -38,21 +38,23 @@ def _over_deviation(size, x, x0, eps, y, y0):
         y[y0 + d] = (x[x0 + d] - mean) * scale
 
 
-def norm(line, factors, bases, rows, part, parts):
-    size, heads, has_weight = U(line[1]), U(line[2]), line[4]
-    x, x_apart = operand(line, 0, bases)
-    weight, _ = operand(line, 1, bases)
-    y, y_apart = operand(line, 2, bases)
-    for r in range(rows * part // parts, rows * (part + U(1)) // parts):
-        for k in range(heads):
-            x0, y0 = r * x_apart + k * size, r * y_apart + k * size
-            if line[3]:
-                _over_deviation(size, x, x0, factors[0], y, y0)
-            else:
-                _over_root_mean_square(size, x, x0, factors[0], y, y0)
-        if has_weight:
-            for d in range(size * heads):
-                y[r * y_apart + d] *= weight[d]
+def _norm(op: Op, normalize: Callable) -> Callable:
+    """Two operations, for a model has one of them, and the other would be compiled with it."""
+
+    def operation(line, factors, bases, rows, part, parts):
+        size, heads, has_weight = U(line[1]), U(line[2]), line[3]
+        x, x_apart = operand(line, 0, bases)
+        weight, _ = operand(line, 1, bases)
+        y, y_apart = operand(line, 2, bases)
+        for r in range(rows * part // parts, rows * (part + U(1)) // parts):
+            for k in range(heads):
+                normalize(size, x, r * x_apart + k * size, factors[0], y, r * y_apart + k * size)
+            if has_weight:
+                for d in range(size * heads):
+                    y[r * y_apart + d] *= weight[d]
+
+    operation.__qualname__ = op.name.lower()  # its name in the cache
+    return operation
 
 
 @inline
@@ -117,5 +119,9 @@ _FUNCTIONS: dict[Op, Callable] = {
     Op.SIGMOID_MULTIPLY: lambda a, b, factor: a * sigmoids(b)[1],
     Op.SOFT_CAP: lambda a, b, factor: factor * tanh(a / factor),
 }
-LAYERS = {Op.EMBED: embed, Op.NORM: norm, Op.CONV: conv}
+LAYERS = {Op.EMBED: embed, Op.CONV: conv}
+LAYERS |= {
+    op: _norm(op, normalize)
+    for op, normalize in {Op.RMS_NORM: _over_root_mean_square, Op.CENTRED_NORM: _over_deviation}.items()
+}
 LAYERS |= {op: _pointwise(op, function) for op, function in _FUNCTIONS.items()}

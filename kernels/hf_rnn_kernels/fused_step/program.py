@@ -25,8 +25,8 @@ class Op(IntEnum):
     """Products first: their outputs are shared out among threads."""
 
     LINEAR_ONE, LINEAR, PACKED_ONE, PACKED = range(4)
-    EMBED, NORM, CONV, LSTM, GRU, SLSTM, MIN_GRU, MIN_LSTM, MLSTM = range(4, 13)
-    COPY, ADD, MULTIPLY, SILU, GELU, SILU_MULTIPLY, GELU_MULTIPLY, SIGMOID_MULTIPLY, SOFT_CAP = range(13, 22)
+    EMBED, RMS_NORM, CENTRED_NORM, CONV, LSTM, GRU, SLSTM, MIN_GRU, MIN_LSTM, MLSTM = range(4, 14)
+    COPY, ADD, MULTIPLY, SILU, GELU, SILU_MULTIPLY, GELU_MULTIPLY, SIGMOID_MULTIPLY, SOFT_CAP = range(14, 23)
 
 
 _ONE_ROW = {Op.LINEAR: Op.LINEAR_ONE, Op.PACKED: Op.PACKED_ONE}
@@ -177,8 +177,8 @@ class Program:
         """x over the root of its mean square (its deviation if `centred`), each head for itself, times the weight."""
         y = self.vector(x.width) if out is None else out
         _check(y.width == x.width and x.width % heads == 0, "numbers of a norm", y.width, x.width)
-        numbers = [x.width // heads, heads, centred, weight is not None]
-        self.emit(Op.NORM, [x, self.weight(weight, x.width), y], numbers, [eps])
+        numbers = [x.width // heads, heads, weight is not None]
+        self.emit(Op.CENTRED_NORM if centred else Op.RMS_NORM, [x, self.weight(weight, x.width), y], numbers, [eps])
         return y
 
     def normalized(self, module: nn.Module, x: Vector) -> Vector:
