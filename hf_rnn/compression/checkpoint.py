@@ -22,6 +22,7 @@ from hf_rnn_kernels.coding import (
     encode_rows,
     encode_tensor,
     store_tensor,
+    suited,
     symbols,
 )
 
@@ -99,7 +100,7 @@ def compress(
     else:
         exponents = choose_exponents(parameters, step, max_error, evaluate, max_loss_increase, rate, coder, bases)
         for name, p in parameters.items():  # all, before the first is changed
-            check_symbols(difference(p, bases.get(name)), exponents[name], coder)
+            check_symbols(difference(p, bases.get(name)), exponents[name], suited(coder, p))
         choice = {}
     payloads = {}
     for name, p in tqdm(parameters.items(), desc="coding weights", leave=False):
@@ -107,12 +108,12 @@ def compress(
         if name in choice:
             own, q = choice.pop(name)
         else:
-            q = symbols(x, exponents[name], rate, coder)
+            q = symbols(x, exponents[name], rate, suited(coder, x))
             own = torch.full((x.shape[:-1].numel(),), exponents[name])
         with torch.no_grad():
             weights = dequantize_rows(q, own, x.dtype).to(p.device)
             p.copy_(restored(weights, bases.get(name), p.dtype))
-        payloads[name] = encode_rows(q, own, x.dtype, coder)
+        payloads[name] = encode_rows(q, own, x.dtype, suited(coder, x))
     tensors, count = _tensors(model), sum(p.numel() for p in parameters.values())
     bits = 8 * sum(p.numel() for p in payloads.values()) / max(count, 1)
     for name in bases.keys() & tensors.keys() - payloads.keys():

@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_rnn.compression.search import coded_parameters, difference, restored, root_mean_square
-from hf_rnn_kernels.coding import dequantize_rows, quantize_rows
+from hf_rnn_kernels.coding import dequantize_rows, quantize_rows, suited
 
 # Squared steps that a bit is worth where the squared error is step^2 / 12 and a bit halves the step: 2 ln 2 / 12.
 _SLOPE = 2 * math.log(2) / 12
 _LEAST = 1 / 32  # of a tensor's mean curvature, added to every weight's: what a text did not have may come in another
 _COARSEST = 2  # exponent, above a tensor's root mean square
-_SMALL = 1024  # weights; for fewer a table of their own costs more than a coarser step saves
+_SMALL = 2048  # weights; for fewer a table of their own costs more than a coarser step saves
 _CLOSE = 0.9  # of the loss allowed: near enough
 
 
@@ -86,8 +86,9 @@ def quantised(coded: Mapping[str, Tensor], importance: Mapping[str, Tensor], mul
     """All tensors where a bit is worth `multiplier`."""
     found = {}
     for name, x in coded.items():
-        exponents = row_steps(x, importance[name], multiplier, coder)
-        found[name] = exponents, quantize_rows(x, exponents, multiplier, importance[name], coder)
+        own = suited(coder, x)
+        exponents = row_steps(x, importance[name], multiplier, own)
+        found[name] = exponents, quantize_rows(x, exponents, multiplier, importance[name], own)
     return found
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_rnn_kernels.coding import dequantize, symbol_entropy, symbols
+from hf_rnn_kernels.coding import dequantize, suited, symbol_entropy, symbols
 
 _FINEST, _LEVELS = 5, 6  # the search's steps: 2^-5 of a tensor's root mean square, and five coarser ones
 _BISECTIONS = 12
@@ -96,7 +96,9 @@ def _coarsest(p: Tensor, bound: float, rate: float, coder: str) -> int:
     if size * 2.0**-20 > bound * size:
         raise ValueError(f"max_error: expected at least 1e-6, got {bound}")
     while exponent > -126 and size > 0:
-        error = root_mean_square(dequantize(symbols(p, exponent, rate, coder), exponent) - p.detach().float())
+        error = root_mean_square(
+            dequantize(symbols(p, exponent, rate, suited(coder, p)), exponent) - p.detach().float()
+        )
         if error <= bound * size:
             break
         exponent -= 1
@@ -128,7 +130,9 @@ def _search(
         """With these tensors quantised and all others as they were."""
         try:
             for name, exponent in exponents.items():
-                x = dequantize(symbols(coded[name], exponent, rate, coder), exponent, coded[name].dtype)
+                x = dequantize(
+                    symbols(coded[name], exponent, rate, suited(coder, coded[name])), exponent, coded[name].dtype
+                )
                 parameters[name].copy_(restored(x, bases.get(name), kept[name].dtype))
             found = evaluate()
             return found if math.isfinite(found) else math.inf
@@ -138,12 +142,13 @@ def _search(
 
     choices: dict[str, list[tuple[int, float, float]]] = {}  # exponent, loss, bits
     for name, x in tqdm(coded.items(), desc="how coarse each tensor may be", leave=False):
-        first = _start(x) - _FINEST - (coder == "trellis")  # which uses every second multiple
+        own = suited(coder, x)
+        first = _start(x) - _FINEST - (own == "trellis")  # which uses every second multiple
         choices[name] = []
         for exponent in range(first, first + _LEVELS):
-            q = symbols(x, exponent, rate, coder)
+            q = symbols(x, exponent, rate, own)
             choices[name].append(
-                (exponent, max(loss({name: exponent}) - start, 0.0), symbol_entropy(q, coder) * q.numel())
+                (exponent, max(loss({name: exponent}) - start, 0.0), symbol_entropy(q, own) * q.numel())
             )
 
     def chosen(multiplier: float) -> dict[str, int]:

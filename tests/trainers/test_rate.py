@@ -13,8 +13,9 @@ from hf_rnn import (
     RateCallback,
     RateConstrainedConfig,
     RateConstrainedTrainer,
+    compress,
 )
-from hf_rnn_kernels.coding import GeneralizedGaussian
+from hf_rnn_kernels.coding import GeneralizedGaussian, dequantize, quantize
 from hf_rnn_trainers.rate import RateSettings
 from hf_rnn_trainers.rate.rate_step import fit, moments, published_step, shrink
 
@@ -191,8 +192,12 @@ class TestTrainer:
                     stock.train()
             else:
                 stock.train()
-        for i, model in enumerate(models):
-            assert_equal(model, make_model(i))
+        assert_equal(models[0], make_model(0))
+        for name, p in models[1].named_parameters():  # ended where it should: on the grid
+            own = dict(make_model(1).named_parameters())[name]
+            coded = name in callback._parameters
+            expected = dequantize(quantize(own, callback.step_exponent, 0.1), callback.step_exponent) if coded else own
+            assert torch.equal(p, expected), name
 
     def test_callbacks_restored_from_a_checkpoint(self, tmp_path):
         settings = dict(restore_callback_states_from_checkpoint=True, save_strategy="steps", save_steps=5)
@@ -237,13 +242,21 @@ class TestTrainer:
         assert_equal(whole.model, again.model)
         assert whole.rate.multiplier == again.rate.multiplier
 
-    def test_bits_are_reached(self, tmp_path):
-        settings = dict(target_bits=3.0, rate_every=2, rate_shrink=0.5, rate_step=2.0**-4, rate_finetune=0.1)
-        trainer = make_trainer(tmp_path, max_steps=100, lr_scheduler_type="constant", **settings)
+    @pytest.mark.parametrize("aware", [False, True])
+    def test_bits_are_reached(self, aware, tmp_path):
+        """Within 3%; and where training was in quantised weights, they are coded without a loss."""
+        settings = dict(target_bits=3.0, rate_every=2, rate_shrink=0.5, rate_step=2.0**-4, quantization_aware=aware)
+        trainer = make_trainer(tmp_path, max_steps=100, lr_scheduler_type="constant", logging_steps=1, **settings)
         trainer.train()
-        history = [e["coded_bits"] for e in trainer.state.log_history if e.get("step", 0) <= 90 and "coded_bits" in e]
+        history = [e["coded_bits"] for e in trainer.state.log_history if "coded_bits" in e]
         assert history[0] > 3.3
-        assert history[-1] == pytest.approx(3.0, abs=0.2)
+        assert trainer.rate.coded_bits() == pytest.approx(3.0, rel=0.03)
+        if aware:
+            before, loss = weights(trainer.model), trainer.evaluate()["eval_loss"]
+            compress(trainer.model, step=trainer.rate.step, rate=0.0)
+            assert trainer.evaluate()["eval_loss"] == loss
+            for name, p in weights(trainer.model).items():
+                assert torch.equal(p, before[name]), name
 
     def test_a_bound_on_the_loss_steers(self, tmp_path):
         """Too much of a rise, and the multiplier goes down; else up."""
@@ -287,18 +300,25 @@ class TestTrainer:
             torch.testing.assert_close(weights(model)[name], expected)
 
     def test_quantised_forward(self, tmp_path):
-        """In the last share the loss is that of quantised weights; between steps the weights are the real ones."""
-        model, seen = make_model(), []
+        """In the last share the loss is that of quantised weights, and training ends with them; between steps the
+        weights are the real ones."""
+        model, seen, between = make_model(), [], []
 
         def on_grid() -> bool:
             return all((p * 8 == (p * 8).round()).all() for p in trainer.rate._parameters.values())
 
         model.register_forward_pre_hook(lambda *_: seen.append(on_grid()))
         settings = dict(quantization_aware=True, rate_step=2.0**-3, rate_finetune=0.5, gradient_accumulation_steps=2)
-        trainer = make_trainer(tmp_path, model, max_steps=6, per_device_train_batch_size=4, **settings)
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                between.append(on_grid())
+
+        settings |= dict(callbacks=[Watch()], max_steps=6, per_device_train_batch_size=4)
+        trainer = make_trainer(tmp_path, model, **settings)
         trainer.train()
-        assert seen == [False] * 6 + [True] * 6
-        assert not on_grid()
+        assert seen == [False] * 6 + [True] * 6 and between == [False] * 6
+        assert on_grid()
 
     def test_a_failing_step_leaves_the_real_weights(self, tmp_path):
         model = make_model()

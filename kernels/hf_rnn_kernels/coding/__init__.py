@@ -17,6 +17,7 @@ from hf_rnn_kernels.coding.rows import (
     encode_rows,
     quantize_rows,
     row_exponents,
+    suited,
     symbol_entropy,
     symbols,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "read_header",
     "row_exponents",
     "store_tensor",
+    "suited",
     "symbol_bits",
     "symbol_entropy",
     "symbols",

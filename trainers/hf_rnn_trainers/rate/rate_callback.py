@@ -19,6 +19,7 @@ from hf_rnn_trainers.rate.rate_step import fit, local, moments, published_step, 
 
 logger = logging.get_logger(__name__)
 _GAIN_BITS, _GAIN_LOSS = 0.2, 0.5  # of the logarithm of the multiplier, an estimate and an evaluation
+_ROUNDING = 0.1, 3.0  # squared steps of error that a bit is worth where weights are rounded: to begin with, at most
 _AHEAD = 6  # estimates: bits follow the multiplier slowly, so it is steered by where they are going
 _PUBLISHED_LAMBDA = 2e3
 
@@ -29,7 +30,9 @@ class RateCallback(TrainerCallback, ExportableState):
     Matrices that train are constrained, adapters of PEFT included; parameters of one dimension and those that
     `rate_exclude` matches are not. Shapes are estimated over all shards of a tensor (FSDP 2), so that processes agree.
     Interrupted while `quantization_aware` stands in quantised weights, a stock Trainer leaves them: `restore()`.
-    In the last share of the steps (`rate_finetune`) the term rests, and what is zero stays zero.
+    In the last share of the steps (`rate_finetune`) the term rests, and what is zero stays zero; with `target_bits` it
+    goes on, since bits would leave the target. With `quantization_aware` the weights are on the grid when training
+    ends: coded with this step and `rate=0` the model is the same bit for bit.
 
     Logged: `rate_shape` (nu, mean over weights), `estimated_bits` (of the fitted density) and `coded_bits` (order-0
     entropy of the quantised weights), both per constrained weight at `rate_step`, `zeros` (their share),
@@ -48,6 +51,7 @@ class RateCallback(TrainerCallback, ExportableState):
 
     def _begin(self) -> None:
         self.multiplier = 1.0
+        self.rounding = _ROUNDING[0]
         self.fits: list[list[float]] = []  # (nu, root mean square) of each constrained tensor
         self.last_bits: float | None = None
         self.steered_at = -1  # step of the last evaluation that counted
@@ -59,7 +63,7 @@ class RateCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        names = ("multiplier", "fits", "last_bits", "steered_at", "step_exponent", "reference_loss")
+        names = ("multiplier", "rounding", "fits", "last_bits", "steered_at", "step_exponent", "reference_loss")
         return {"args": asdict(self.settings), "attributes": {name: getattr(self, name) for name in names}}
 
     @property
@@ -102,12 +106,17 @@ class RateCallback(TrainerCallback, ExportableState):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.settings.quantization_aware and self._finetunes(state) and not self._kept:
-            assert self.step_exponent is not None
-            with torch.no_grad():
-                self._kept = [local(p).clone() for p in self._parameters.values()]
-                for p in self._parameters.values():
-                    here = local(p)
-                    here.copy_(dequantize(quantize(here, self.step_exponent), self.step_exponent, here.dtype))
+            self._kept = [local(p).detach().clone() for p in self._parameters.values()]
+            self._round()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Weights to the grid, with what a bit is worth there."""
+        assert self.step_exponent is not None
+        for p in self._parameters.values():
+            here = local(p)
+            q = quantize(here, self.step_exponent, self.rounding)
+            here.copy_(dequantize(q, self.step_exponent, here.dtype))
 
     def restore(self) -> None:
         """Put back the weights that quantised ones stood in for."""
@@ -131,12 +140,14 @@ class RateCallback(TrainerCallback, ExportableState):
             self._rests = False
             return
         weights = self._weights()
-        if self._finetunes(state):
+        last = self._finetunes(state)
+        if last:
             with torch.no_grad():
                 for w, zero in zip(weights, self._zeros, strict=False):  # none, or all
                     local(w).masked_fill_(zero, 0)
             self._zeros, self._sizes = [], []
-            return
+            if self.settings.target_bits is None:
+                return
         every = 1 if self.settings.paper_preset else self.settings.rate_every
         if not self.fits or state.global_step % every == 0:
             scope = "global" if self.settings.paper_preset else self.settings.rate_scope
@@ -146,6 +157,9 @@ class RateCallback(TrainerCallback, ExportableState):
                 ahead = bits + _AHEAD * (bits - (bits if self.last_bits is None else self.last_bits))
                 self._steer(_GAIN_BITS * max(-1.0, min(1.0, ahead - self.settings.target_bits)))
                 self.last_bits = bits
+                if last and self.settings.quantization_aware:
+                    off = (bits - self.settings.target_bits) / self.settings.target_bits
+                    self.rounding = min(_ROUNDING[1], self.rounding * math.exp(5 * max(-0.2, min(0.2, off))))
         if self.settings.paper_preset:
             total = sum(p.numel() for p in self._parameters.values())
             published_step([local(w) for w in weights], self.fits[0][0], _PUBLISHED_LAMBDA, total)
@@ -176,9 +190,23 @@ class RateCallback(TrainerCallback, ExportableState):
                 state.log_history[-1].update(found)
 
     def on_train_end(self, args, state, control, **kwargs):
+        if self.settings.quantization_aware:
+            self.restore()
+            self._reach()
+            self._round()
+            self.rounding = 0.0  # they are rounded
         weights = {name: whole(p.detach()).float().cpu() for name, p in self._parameters.items()}
         if state.is_world_process_zero:
             draw_rate(state.log_history, weights, Path(args.output_dir) / "rate.png")
+
+    def _reach(self) -> None:
+        """The rounding that comes nearest to the target: the last of what training left."""
+        if self.settings.target_bits is None:
+            return
+        low, high = 0.0, _ROUNDING[1]
+        for _ in range(8):
+            self.rounding = (low + high) / 2
+            low, high = (self.rounding, high) if self.coded_bits() > self.settings.target_bits else (low, self.rounding)
 
     def metrics(self) -> dict[str, float]:
         """What is logged."""
@@ -202,11 +230,13 @@ class RateCallback(TrainerCallback, ExportableState):
         return found | {"paper_lambda": self._paper_lambda(sums)}
 
     def coded_bits(self) -> float:
-        """Order-0 entropy of the quantised weights, bits each: what `save_compressed` at this step comes near to."""
+        """Order-0 entropy of the quantised weights, bits each: what `save_compressed` at this step comes near to; with
+        `quantization_aware` of those on the grid that training is in."""
         assert self.step_exponent is not None
+        rounding = self.rounding if self.settings.quantization_aware else 0.0
         total = bits = 0.0
         for p in self._parameters.values():
-            q = quantize(whole(p.detach()), self.step_exponent)
+            q = quantize(whole(p.detach()), self.step_exponent, rounding)
             total += q.numel()
             bits += q.numel() * entropy(q)
         return bits / total

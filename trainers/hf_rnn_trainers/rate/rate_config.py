@@ -45,10 +45,14 @@ class RateSettings:
         },
     )
     quantization_aware: bool = field(
-        default=False, metadata={"help": "in the last share, losses and gradients are those of the quantised weights"}
+        default=False,
+        metadata={
+            "help": "in the last share, losses and gradients are those of the quantised weights, and so is the model "
+            "that training ends with"
+        },
     )
     target_bits: float | None = field(
-        default=None, metadata={"help": "bits a weight: the multiplier is steered to reach it before the last share"}
+        default=None, metadata={"help": "bits a weight: the multiplier is steered to reach it"}
     )
     max_loss_increase: float | None = field(
         default=None,
