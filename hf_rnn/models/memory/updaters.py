@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_rnn.layers import FeedForward, RMSNorm
-from hf_rnn.layers.multi_head import is_bare
+from hf_rnn.layers.multi_head import has_hooks, is_bare
 from hf_rnn.models.memory.configuration_memory import MemoryRNNConfig
 from hf_rnn_kernels.fused_step.program import NotFusable, Op, Program, Vector
 from hf_rnn_kernels.mlp_scan import mlp_scan
@@ -89,7 +89,7 @@ class MLPUpdater(nn.Module):
         linears, norms = [self.in_proj, *self.layers, self.memory_proj], [*self.norms]
         weights = [p for module in (*linears, *norms) for p in (module.weight, getattr(module, "bias", None))]
         given = all(type(p) is nn.Parameter and p.dtype == memory.dtype for p in weights if p is not None)
-        bare = all(is_bare(module) for module in linears)
+        bare = all(is_bare(module) for module in linears) and not any(has_hooks(module) for module in (self, *norms))
         if not (given and bare) or tokens.dtype != memory.dtype or torch.is_autocast_enabled(tokens.device.type):
             return None
         width = memory[0].numel() if len(memory) else memory.shape[1] * memory.shape[2]
