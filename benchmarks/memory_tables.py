@@ -95,7 +95,7 @@ def memory_sequential(results: Results) -> str:
         )
     text = (
         "Text, rows of 64, seed 0: evaluations of the student that wait for one another in forward passes, the loss "
-        "they end at, norms of its gradients, and MiB of tensors at the peak of a step, of SMT and of DMT where there are "
+        "they end at, norms of its gradients, MiB of tensors at the peak of a step, of SMT and of DMT where there are "
         "both.\n\n![loss over sequential evaluations](../benchmarks/results/memory_sequential_cpu.png)\n\n"
     )
     return text + markdown(["", "evaluations", "nats", "CPU s", "median norm", "MiB"], lines)
