@@ -46,7 +46,8 @@ def memory_presets(results: Results) -> str:
             steps = " + ".join(f"{n:,}" for n in runs[0]["steps"] if n)
             if not name.startswith("dense"):
                 steps = f"{sum(runs[0]['steps']):,}"
-            seconds = number(statistics.mean(run["cpu_seconds"] for run in runs), 2)
+            measured = [run["cpu_seconds"] for run in runs if "cpu_seconds" in run]
+            seconds = number(statistics.mean(measured), 2) if measured else ""
             lines.append(
                 [method(name), f"{rate:g}", steps, str(len(runs)), spread([r["loss"] for r in runs], 3), seconds]
             )
@@ -55,7 +56,7 @@ def memory_presets(results: Results) -> str:
         text.append("Least CPU milliseconds of a step, of SMT and of DMT where there are both:")
         lines = [
             [
-                PARTS[part].partition(",")[2].partition(", as many")[0].strip(),
+                PARTS[part].split(", ")[1],
                 method(name),
                 ", ".join(f"{ms:.0f}" for ms in found),
             ]
