@@ -72,8 +72,9 @@ class MemoryMixin:
         self.model(input_ids, None if mask is None else mask.long(), cache=cache, use_cache=True)
         if input_ids.shape[1] == 1:
             return self._join(cache.states)[:, None]
+        assert cache.past is not None
         _, states = cache.past[-1]
-        after = self._join([tuple(x.flatten(0, 1) for x in layer) for layer in states])
+        after = self._join([tuple(x.flatten(0, 1) for x in layer or ()) for layer in states])
         return after.unflatten(0, input_ids.shape)
 
     def read_memory(self, memory: Tensor, input_ids: Tensor) -> Tensor:
