@@ -118,12 +118,9 @@ def quietly(trainer: Any) -> Any:
 
 def dense(model: Any, data: Any, k: int, steps: tuple[int, int], rate: float, clocks: Clocks, **both: Any) -> dict:
     """With k steps of the student; 0: no label's gradient comes into the updater, which learns from the teacher's
-    memories alone, by the paper's coefficients. With one step, which needs it, memories are held to the teacher's more.
-    DMT at half of SMT's rate."""
+    memories alone, by the paper's coefficients. DMT at half of SMT's rate."""
     if k:
         smt, dmt = dict(student_steps=k), dict(readout_steps=k)
-        if k == 1:  # whose steps begin and end at the teacher's memories
-            smt |= dict(coef_dynamics=0.1)
     else:
         smt = dict(student_steps=1, coef_student=0.0, coef_dynamics=0.1)
         dmt = dict(readout_steps=0, coef_dynamics=10.0, label_every=4)

@@ -13,6 +13,7 @@ from pathlib import Path
 import at_a_glance
 from forecast_tables import forecast_tuning, forecasting, series_classification
 from markdown_tables import Results, markdown, mean_and, number
+from memory_tables import memory_preset_tasks, memory_presets, memory_sequential
 from published import published_rows
 
 HERE = Path(__file__).parent
@@ -39,6 +40,9 @@ TITLES = {
     "quality": "Quality at equal budget",
     "state_tracking": "State tracking, recall and selective copying",
     "classification": "Expressions and pixels, classified",
+    "memory_presets": "Training by memories: presets beside backpropagation through time",
+    "memory_preset_tasks": "Training by memories: retrieval and parity",
+    "memory_sequential": "Training by memories: evaluations that wait for one another",
     "tagging": "Both directions: sources of Python, tagged",
     "digits_ctc": "Both directions: digits, transcribed and classified",
     "forecasting": "Forecasts beside statsforecast's",
@@ -410,6 +414,9 @@ WRITERS = {
     "series_classification": series_classification,
     "long_sequences": long_sequences,
     "streams": streams,
+    "memory_presets": memory_presets,
+    "memory_preset_tasks": memory_preset_tasks,
+    "memory_sequential": memory_sequential,
     "classification": classification,
     "tagging": tagging,
     "digits_ctc": digits_ctc,

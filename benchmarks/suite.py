@@ -37,8 +37,8 @@ SPEED = [
 QUALITY = [
     "demo", "quality", "weight_bits", "streams", "state_tracking", "classification", "tagging",
     "digits_ctc", "language_model", "zero_order", "zero_order_memory", "zero_order_race",
-    "memory_scaling", "memory_retrieval", "memory_drift", "memory_tasks", "memory_language", "rate_constrained",
-    "coding", "planning", "faults", "states", "assisted", "serving",
+    "memory_scaling", "memory_retrieval", "memory_drift", "memory_tasks", "memory_language", "memory_preset_tasks",
+    "memory_sequential", "rate_constrained", "coding", "planning", "faults", "states", "assisted", "serving",
 ]  # fmt: skip
 WITH_DATA = {"quality", "weight_bits", "streams"}  # questions about a text
 WORSE = 0.15

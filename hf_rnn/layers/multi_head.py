@@ -61,10 +61,14 @@ class MultiHeadMixer(RecurrentMixer):
 
 def is_bare(module: nn.Module) -> bool:
     """Whether a linear layer is its weight and bias, and nothing that its call would run beside."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    own = "forward" in vars(module) or any(getattr(module, name) for name in hooks)
     # torch.export puts a class of its own around a module
     plain_class = (
         nn.Linear.forward is type(module).forward if torch.compiler.is_exporting() else type(module) is nn.Linear
     )
-    return plain_class and not own
+    return plain_class and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module's call would run more than its class's `forward`."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)

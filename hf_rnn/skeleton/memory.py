@@ -72,7 +72,8 @@ class MemoryMixin:
         self.model(input_ids, None if mask is None else mask.long(), cache=cache, use_cache=True)
         if input_ids.shape[1] == 1:
             return self._join(cache.states)[:, None]
-        _, states = cache.past.parts[-1]  # type: ignore[union-attr]
+        assert cache.past is not None
+        _, states = cache.past.parts[-1]
         after = self._join([tuple(x.flatten(0, 1) for x in layer or ()) for layer in states])
         return after.unflatten(0, input_ids.shape)
 

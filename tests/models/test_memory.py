@@ -96,6 +96,16 @@ def test_memories_by_the_compiled_loops(name):
             torch.testing.assert_close(found[:, t], memory, rtol=1e-4, atol=1e-5)
 
 
+def test_hooks_inside_an_updater_are_called():
+    """They make it run step by step, instead of as one operator."""
+    model, ids, calls = make("mlp, two memories"), torch.randint(0, 31, (2, 5)), []
+    expected = model(ids).logits
+    for module in (model.model.layers[0].mixer.updater, model.model.layers[1].mixer.updater.norms[0]):
+        module.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert len(calls) == 10
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_memory_can_be_held(name):
     """What a teacher says is, as `to_memory` turns it, what the recurrence can come to and go on from."""

@@ -1,5 +1,7 @@
 """Steps of the student with a gradient: chunks, SMT's and DMT's losses through them, and training without a teacher."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +21,7 @@ from hf_rnn import (
 )
 from hf_rnn.tasks import Parity
 from hf_rnn_trainers.dmt.dmt_trainer import DMTLosses
+from hf_rnn_trainers.memory.rollouts import rollout, run_chunks
 from hf_rnn_trainers.memory.windows import Sequences, chunks, sample_positions, sequences
 from hf_rnn_trainers.smt.smt_trainer import SMTLosses
 
@@ -54,6 +57,17 @@ def test_every_position_begins_a_chunk_as_often():
     _, start, _ = chunks(torch.full((8000,), 9), 4, generator)
     share = torch.bincount(start, minlength=9) / 8000
     assert share[0] == 1 and (share[1:] - 0.25).abs().max() < 0.02
+
+
+def test_students_that_update_one_token_at_a_time():
+    model, x = make_student(), torch.randint(0, VOCABULARY, (3, 6))
+    alone = SimpleNamespace(initial_memory=model.initial_memory, update_memory=model.update_memory)
+    torch.testing.assert_close(rollout(alone, x), rollout(model, x))
+    places = [torch.tensor(part) for part in ([0, 0, 2], [0, 2, 4], [2, 6, 5])]
+    found = [run_chunks(student, x, model.initial_memory(3), *places) for student in (alone, model)]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    assert found[0][1].tolist() == [0, 0, 1, 1, 1, 1, 2] and found[0][2].tolist() == [0, 1, 0, 1, 2, 3, 0]
 
 
 @pytest.mark.parametrize("k", [1, 3, 20])

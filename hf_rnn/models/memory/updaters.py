@@ -4,12 +4,14 @@ Nothing carries a memory over but what the network writes: no gates in "transfor
 (N, 1, K, D), so that perturbed copies of parameters, (rows, 1, ...), meet them row by row.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_rnn.layers import FeedForward, RMSNorm
-from hf_rnn.layers.multi_head import is_bare
+from hf_rnn.layers.multi_head import has_hooks, is_bare
 from hf_rnn.models.memory.configuration_memory import MemoryRNNConfig
 from hf_rnn_kernels.fused_step.program import NotFusable, Op, Program, Vector
 from hf_rnn_kernels.mlp_scan import mlp_scan
@@ -86,17 +88,19 @@ class MLPUpdater(nn.Module):
     def scan(self, memory: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
         """Normalised memories after each of several tokens: (N, K, D), (N, T, D) and (N, T) to (N, T, K, D), by one
         operator. None where this network is more than its weights, in float32 or float64."""
-        linears, norms = [self.in_proj, *self.layers, self.memory_proj], [*self.norms]
+        norms: list[Any] = [*self.norms]
+        layers: list[Any] = [*self.layers]
+        linears = [self.in_proj, *layers, self.memory_proj]
         weights = [p for module in (*linears, *norms) for p in (module.weight, getattr(module, "bias", None))]
         given = all(type(p) is nn.Parameter and p.dtype == memory.dtype for p in weights if p is not None)
-        bare = all(is_bare(module) for module in linears)
+        bare = all(is_bare(module) for module in linears) and not any(has_hooks(module) for module in (self, *norms))
         if not (given and bare) or tokens.dtype != memory.dtype or torch.is_autocast_enabled(tokens.device.type):
             return None
-        width = memory[0].numel() if len(memory) else memory.shape[1] * memory.shape[2]
+        width = memory.shape[1] * memory.shape[2]
         of_memory, of_token = self.in_proj.weight.split([width, tokens.shape[-1]], 1)
         x = F.linear(tokens, of_token, self.in_proj.bias)
-        inner = [layer.weight * norm.weight for layer, norm in zip(self.layers, norms, strict=True)]
-        biases = [layer.bias for layer in self.layers if layer.bias is not None]
+        inner = [layer.weight * norm.weight for layer, norm in zip(layers, norms, strict=True)]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
         eps = norms[0].eps if norms else 1.0
         out = self.memory_proj
         return mlp_scan(x, memory, of_memory, inner, biases, out.weight, out.bias, mask, eps=eps)

@@ -12,6 +12,10 @@ class MemoryProtocol(Protocol):
     A memory is (N, K, D) in float32 (float64 in a float64 model): the whole state of N sequences, as K tokens of D
     channels. The models of `hf_rnn` have all five, and say by `check_memories` which of them memories cannot train:
     `isinstance` looks for the names.
+
+    A sixth may be there, and saves time in rollouts: `update_memories(memory, input_ids, mask=None)`, the memories
+    after each of several more tokens, (N, K, D) and (N, T) to (N, T, K, D); where the mask (N, T) is False nothing is
+    read.
     """
 
     @property
