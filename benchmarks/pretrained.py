@@ -1,11 +1,11 @@
 """Byte-level models of five million parameters that know Python's standard library, for `pretrained_rate.py`.
 
-    python benchmarks/pretrained.py minGRU [--seconds 800]
-    python benchmarks/pretrained.py GPT-2 [--seconds 800]
+    python benchmarks/pretrained.py minGRU --seconds 450
+    python benchmarks/pretrained.py GPT-2 --seconds 600
 
 minGRU in the gated layout, four blocks, and transformers' GPT-2, six of width 256, on the sources of the standard
-library (`hf_rnn.tasks.python_sources`, training split) and the documentation in `pydoc_data.topics`, but for the modules
-that the fine-tuning tasks are made of. Held out: the sources of the test split and the last twentieth of the
+library (`hf_rnn.tasks.python_sources`, training split) and the documentation in `pydoc_data.topics`, but for the
+modules that the fine-tuning tasks are made of. Held out: the sources of the test split and the last twentieth of the
 documentation. Windows of 256 bytes, 16 a step, AdamW, cosine schedule over seconds of the process's own CPU time, so
 that a busy machine changes nothing; one thread, products in bfloat16, weights in float32. Checkpoints go to
 `runs/pretrained/`, which git ignores; the log of losses to `results/pretrained_cpu.json`.
@@ -37,7 +37,10 @@ from hf_rnn.tasks import python_sources
 FOLDER = Path(__file__).resolve().parents[1] / "runs" / "pretrained"
 TIME, BATCH, POINTS, WINDOWS = 256, 16, 20, 128  # windows held out for a point of the curve
 # Modules that only fine-tuning sees: ten to tell apart, and the one whose text is learned
-CLASSES = ("_pydecimal", "argparse", "doctest", "inspect", "ipaddress", "mailbox", "pickletools", "subprocess", "tarfile", "typing")  # fmt: skip
+CLASSES = (
+    "_pydecimal", "argparse", "doctest", "inspect", "ipaddress", "mailbox", "pickletools", "subprocess", "tarfile",
+    "typing",
+)  # fmt: skip
 LEARNED = "turtle"
 RATES = {"minGRU": 3e-3, "GPT-2": 1e-3}
 PAD = 0  # a byte that no source has
@@ -146,7 +149,7 @@ def pretrain(name: str, seconds: float, learning_rate: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=tuple(RATES))
-    parser.add_argument("--seconds", type=float, default=800.0, help="of the process's CPU time")
+    parser.add_argument("--seconds", type=float, default=600.0, help="of the process's CPU time")
     parser.add_argument("--learning_rate", type=float)
     options = parser.parse_args()
     torch.set_num_threads(1)
