@@ -1,7 +1,7 @@
 """Byte-level models of five million parameters that know Python's standard library, for `pretrained_rate.py`.
 
-    python benchmarks/pretrained.py minGRU --seconds 450
-    python benchmarks/pretrained.py GPT-2 --seconds 600
+    python benchmarks/pretrained.py minGRU --seconds 450 --stop 90
+    python benchmarks/pretrained.py minGRU --seconds 150 --go_on
 
 minGRU in the gated layout, four blocks, and transformers' GPT-2, six of width 256, on the sources of the standard
 library (`hf_rnn.tasks.python_sources`, training split) and the documentation in `pydoc_data.topics`, but for the
@@ -30,7 +30,7 @@ from models import make
 from quality import rate
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, set_seed
 
 from hf_rnn.tasks import python_sources
 
@@ -105,15 +105,15 @@ def held_out(model: PreTrainedModel, data: Tensor, windows: int | None = None) -
     return total / (len(rows) * (TIME - 1)) / math.log(2)
 
 
-def pretrain(name: str, seconds: float, learning_rate: float) -> dict:
-    set_seed(0)
+def pretrain(name: str, seconds: float, learning_rate: float, stop: float, go_on: bool) -> dict:
+    set_seed(int(go_on))
     training, tested = corpus()
-    model = build(name).train()
+    model = (AutoModelForCausalLM.from_pretrained(FOLDER / name) if go_on else build(name)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(int(go_on))
     curve: list[dict] = []
     spent, step, losses = 0.0, 0, []
-    while spent < seconds:
+    while spent < min(seconds, stop):
         start = time.process_time()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rate(spent / seconds)
@@ -151,12 +151,16 @@ def main() -> None:
     parser.add_argument("name", choices=tuple(RATES))
     parser.add_argument("--seconds", type=float, default=600.0, help="of the process's CPU time")
     parser.add_argument("--learning_rate", type=float)
+    parser.add_argument("--stop", type=float, default=math.inf, help="after so many of them, with the schedule of all")
+    parser.add_argument("--go_on", action="store_true", help="from the checkpoint there, with a new optimizer")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = pretrain(options.name, options.seconds, options.learning_rate or RATES[options.name])
+    learning_rate = options.learning_rate or RATES[options.name]
+    found = pretrain(options.name, options.seconds, learning_rate, options.stop, options.go_on)
     path = results_path("pretrained")
     results = json.loads(path.read_text())["results"] if path.exists() else {}
-    save("pretrained", results | {options.name: found})
+    before = results.get(options.name, []) if options.go_on else []
+    save("pretrained", results | {options.name: [*before, found]})
 
 
 if __name__ == "__main__":
