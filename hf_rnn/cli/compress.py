@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rate", type=float, default=0.1, help="squared steps of error that a bit is worth")
     parser.add_argument("--coder", choices=CODERS, default="ans")
     parser.add_argument("--exclude", default=r"norm|bias", help="regular expression of parameters to leave alone")
+    parser.add_argument("--base", help="the checkpoint it was fine-tuned from: only the difference is coded")
     parser.add_argument("--max_shard_size", default="5GB", help="of a file with weights")
     add_device(parser)
     arguments = parser.parse_args(argv)
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> None:
         rate=arguments.rate,
         coder=arguments.coder,
         exclude=arguments.exclude,
+        base=arguments.base,
     )
     if tokenizer is not None:
         tokenizer.save_pretrained(arguments.folder)

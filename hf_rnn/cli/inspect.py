@@ -7,7 +7,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_rnn.compression.quantizer import SUFFIX
+from hf_rnn.compression.quantizer import DIFFERENCE, SUFFIX
 from hf_rnn_kernels.coding import GeneralizedGaussian, decode_tensor, read_header
 
 ROW = "{:44} {:>16} {:>9} {:>14} {:>6} {:>8} {:>8}"
@@ -16,7 +16,7 @@ ROW = "{:44} {:>16} {:>9} {:>14} {:>6} {:>8} {:>8}"
 def describe(name: str, tensor: Tensor) -> tuple[str, int, int]:
     """A row of the table, how many weights, and their bytes in the file."""
     size, stored, step = tensor.numel() * tensor.element_size(), "", ""
-    if name.endswith(SUFFIX):
+    if name.endswith((SUFFIX, DIFFERENCE)):
         name = name.removesuffix(SUFFIX)
         header, _ = read_header(tensor, name)
         stored, step = (header.coder, f"2^{header.exponent}") if header.coder != "raw" else ("", "")

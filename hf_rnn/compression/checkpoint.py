@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_rnn.compression.quantizer import SUFFIX, UNREADABLE, CodedConfig, CodedQuantizer
-from hf_rnn.compression.search import choose_exponents, coded_parameters
+from hf_rnn.compression.base import base_tensors, fingerprint, relative_to
+from hf_rnn.compression.quantizer import DIFFERENCE, SUFFIX, UNREADABLE, CodedConfig, CodedQuantizer
+from hf_rnn.compression.search import choose_exponents, coded_parameters, difference, restored
 from hf_rnn_kernels.coding import CODERS, check_range, dequantize, encode_tensor, quantize, store_tensor
 
 
@@ -21,13 +22,14 @@ class Compression:
     """A compressed model: `payloads`, the coded tensors by name, and what it cost and saved.
 
     `bits` a coded weight, headers and tables included; `bytes` of all tensors, coded or not, and `float_bytes` that
-    they had before.
+    they had before. `fingerprints` are of the base's tensors that payloads are differences to.
     """
 
     payloads: dict[str, Tensor] = field(repr=False)
     bits: float
     bytes: int
     float_bytes: int
+    fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         share = self.bytes / max(self.float_bytes, 1)
@@ -43,6 +45,7 @@ def compress(
     rate: float = 0.1,
     coder: str = "ans",
     exclude: str = r"norm|bias",
+    base: str | Path | None = None,
 ) -> Compression:
     """Quantise a model's matrices in place and code them.
 
@@ -57,6 +60,9 @@ def compress(
         rate: how many squared steps of error a bit is worth where weights are rounded (`quantize`). 0 rounds.
         coder: "ans", or "exp_golomb".
         exclude: regular expression of parameters that stay as they are; those of one dimension always do.
+        base: the checkpoint that the model was fine-tuned from, a folder or a name on the Hub: what is quantised and
+            coded is the difference to it, and `max_error` is relative to that. What is as in the base costs next to
+            nothing; tensors that it does not have, as of a new head, are coded whole.
 
     Returns:
         The `Compression`; the model now has the quantised weights.
@@ -69,20 +75,29 @@ def compress(
     if not 0 <= rate < float("inf"):
         raise ValueError(f"rate: expected a finite number of at least 0, got {rate}")
     parameters = coded_parameters(model, exclude)
-    exponents = choose_exponents(parameters, step, max_error, evaluate, max_loss_increase, rate)
+    bases = {} if base is None else base_tensors(model, base)
+    exponents = choose_exponents(parameters, step, max_error, evaluate, max_loss_increase, rate, bases)
     for name, p in parameters.items():  # all, before the first is changed
-        check_range(p, exponents[name])
+        check_range(difference(p, bases.get(name)), exponents[name])
     payloads = {}
     for name, p in tqdm(parameters.items(), desc="coding weights", leave=False):
-        q = quantize(p, exponents[name], rate)
+        x = difference(p, bases.get(name))
+        q = quantize(x, exponents[name], rate)
         with torch.no_grad():
-            p.copy_(dequantize(q, exponents[name], p.dtype))
-        payloads[name] = encode_tensor(q, exponents[name], p.dtype, coder)
-    count = sum(p.numel() for p in parameters.values())
-    sizes = {name: x.numel() * x.element_size() for name, x in _tensors(model).items()}
-    coded = sum(p.numel() for p in payloads.values())
+            p.copy_(restored(dequantize(q, exponents[name], x.dtype), bases.get(name), p.dtype))
+        payloads[name] = encode_tensor(q, exponents[name], x.dtype, coder)
+    tensors, count = _tensors(model), sum(p.numel() for p in parameters.values())
+    bits = 8 * sum(p.numel() for p in payloads.values()) / max(count, 1)
+    for name in bases.keys() & tensors.keys() - payloads.keys():
+        x = tensors[name]
+        if x.is_floating_point() and torch.equal(x.cpu(), bases[name].to(x.dtype)):
+            zeros = torch.zeros_like(x, dtype=torch.int32)
+            payloads[name] = encode_tensor(zeros, 0, torch.promote_types(x.dtype, torch.float32), coder)
+    sizes = {name: x.numel() * x.element_size() for name, x in tensors.items()}
     rest = sum(size for name, size in sizes.items() if name not in payloads)
-    return Compression(payloads, 8 * coded / max(count, 1), coded + rest, sum(sizes.values()))
+    coded = sum(p.numel() for p in payloads.values())
+    fingerprints = {name: fingerprint(bases[name]) for name in payloads if name in bases}
+    return Compression(payloads, bits, coded + rest, sum(sizes.values()), fingerprints)
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -98,7 +113,8 @@ def save_compressed(
 
     The folder is `save_pretrained`'s, shards of model.safetensors with a U8 tensor `NAME.coded` for each, coded or
     stored as it is; `quantization_config` in config.json names the reader and all tensors. Loaded, the model has the
-    quantised weights bit for bit and is like any other: it trains, and saves plainly.
+    quantised weights bit for bit and is like any other: it trains, and saves plainly. With `base` the tensors are
+    `NAME.difference`; loading reads the base, too, and refuses one whose tensors are not the same bit for bit.
 
     Args:
         model: changed in place: afterwards its weights are the quantised ones.
@@ -118,16 +134,19 @@ def save_compressed(
         raise ValueError(f"folder: {folder} holds weights already; choose a new one")
     result = compress(model, **options)
     tensors = _tensors(model)
-    quantizer = CodedQuantizer(CodedConfig(list(tensors)), pre_quantized=True)
+    config = CodedConfig(list(tensors))
+    if options.get("base") is not None:
+        config.base, config.fingerprints = relative_to(options["base"], folder), result.fingerprints
+    quantizer = CodedQuantizer(config, pre_quantized=True)
     for name, x in tensors.items():
         payload = result.payloads[name] if name in result.payloads else store_tensor(x)
-        quantizer.state_dict[name + SUFFIX] = payload
+        quantizer.state_dict[name + (DIFFERENCE if name in result.fingerprints else SUFFIX)] = payload
     model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config  # type: ignore
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)
     finally:
         del model.hf_quantizer, model.config.quantization_config
     path = Path(folder) / "config.json"
-    config = json.loads(path.read_text()) | {"transformers_weights": UNREADABLE}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    written = json.loads(path.read_text()) | {"transformers_weights": UNREADABLE}
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     return result

@@ -40,8 +40,10 @@ def choose_exponents(
     evaluate: Callable[[], float] | None = None,
     max_loss_increase: float = 0.005,
     rate: float = 0.1,
+    bases: Mapping[str, Tensor] | None = None,
 ) -> dict[str, int]:
-    """The exponent of each tensor's step; `compress` says what the arguments mean."""
+    """The exponent of each tensor's step; `compress` says what the arguments mean. Where `bases` has a tensor of a
+    parameter's name, the difference to it is what is quantised."""
     if isinstance(step, Mapping):
         missing = sorted(set(parameters) - set(step))
         if missing:
@@ -55,11 +57,26 @@ def choose_exponents(
             raise ValueError(f"step: expected a power of two, such as 0.03125, got {step}")
         return dict.fromkeys(parameters, round(exponent))
     if evaluate is not None:
-        return _search(parameters, evaluate, max_loss_increase, rate)
+        return _search(parameters, bases or {}, evaluate, max_loss_increase, rate)
     bound = 0.05 if max_error is None else max_error
     if not 0 < bound < 1:
         raise ValueError(f"max_error: expected a share in (0, 1), got {bound}")
-    return {name: _coarsest(p, bound, rate) for name, p in parameters.items()}
+    return {name: _coarsest(difference(p, (bases or {}).get(name)), bound, rate) for name, p in parameters.items()}
+
+
+def difference(p: Tensor, base: Tensor | None) -> Tensor:
+    """What is coded of a parameter: itself, or p - base, in float32 at least."""
+    if base is None:
+        return p.detach()
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return p.detach().to(wide) - base.to(p.device, wide)
+
+
+def restored(x: Tensor, base: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A parameter again from what was coded of it, x: base + x, rounded once."""
+    if base is None:
+        return x.to(dtype)
+    return (base.to(x.device, torch.promote_types(dtype, torch.float32)) + x).to(dtype)
 
 
 def root_mean_square(x: Tensor) -> float:
@@ -85,7 +102,11 @@ def _coarsest(p: Tensor, bound: float, rate: float) -> int:
 
 @torch.no_grad()
 def _search(
-    parameters: Mapping[str, Tensor], evaluate: Callable[[], float], max_loss_increase: float, rate: float
+    parameters: Mapping[str, Tensor],
+    bases: Mapping[str, Tensor],
+    evaluate: Callable[[], float],
+    max_loss_increase: float,
+    rate: float,
 ) -> dict[str, int]:
     """Each tensor alone is quantised with each step, and the loss measured. As if the increases added up, the steps
     with the smallest sum of loss + multiplier * bits are taken; the multiplier, the largest for which the loss of all
@@ -93,6 +114,7 @@ def _search(
     if not 0 < max_loss_increase < float("inf"):
         raise ValueError(f"max_loss_increase: expected a share above 0, got {max_loss_increase}")
     kept = {name: p.detach().clone() for name, p in parameters.items()}
+    coded = {name: difference(p, bases.get(name)) for name, p in kept.items()}
     start = evaluate()
     if not 0 < start < math.inf:
         raise ValueError(f"evaluate: expected a finite loss above 0, got {start}")
@@ -102,8 +124,8 @@ def _search(
         """With these tensors quantised and all others as they were."""
         try:
             for name, exponent in exponents.items():
-                p = parameters[name]
-                p.copy_(dequantize(quantize(kept[name], exponent, rate), exponent, p.dtype))
+                x = dequantize(quantize(coded[name], exponent, rate), exponent, coded[name].dtype)
+                parameters[name].copy_(restored(x, bases.get(name), kept[name].dtype))
             found = evaluate()
             return found if math.isfinite(found) else math.inf
         finally:
@@ -111,11 +133,11 @@ def _search(
                 parameters[name].copy_(kept[name])
 
     choices: dict[str, list[tuple[int, float, float]]] = {}  # exponent, loss, bits
-    for name, p in tqdm(parameters.items(), desc="how coarse each tensor may be", leave=False):
-        first = _start(p) - _FINEST
+    for name, x in tqdm(coded.items(), desc="how coarse each tensor may be", leave=False):
+        first = _start(x) - _FINEST
         choices[name] = []
         for exponent in range(first, first + _LEVELS):
-            q = quantize(p, exponent, rate)
+            q = quantize(x, exponent, rate)
             choices[name].append((exponent, max(loss({name: exponent}) - start, 0.0), entropy(q) * q.numel()))
 
     def chosen(multiplier: float) -> dict[str, int]:

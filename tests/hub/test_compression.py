@@ -307,3 +307,91 @@ def test_command_line(tmp_path, capsys):
     )
     assert type(again) is GRUForSequenceClassification and not info["missing_keys"]
     assert os.listdir(tmp_path / "coded")
+
+
+class TestDifferences:
+    """A fine-tune as what was added to a checkpoint."""
+
+    @staticmethod
+    def tuned(folder, dtype=torch.float32, **settings):
+        """A base in `folder`, and a model that moved away from it: but for one matrix and the norms."""
+        model = llama(**settings).to(dtype)
+        model.save_pretrained(folder)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.dim() > 1 and "q_proj" not in name:
+                    p.add_(1e-3 * torch.randn_like(p, dtype=torch.float32).to(dtype))
+        return model
+
+    @pytest.mark.parametrize("dtype, coded_base", [(torch.float32, True), (torch.bfloat16, False)])
+    def test_there_and_back(self, dtype, coded_base, tmp_path, monkeypatch):
+        """Both folders may move; what the base has is not stored again."""
+        here = tmp_path / "here"
+        model = self.tuned(here / "base", dtype)
+        if coded_base:
+            save_compressed(AutoModelForCausalLM.from_pretrained(here / "base"), here / "coded", step=2.0**-9)
+        base = "coded" if coded_base else "base"
+        monkeypatch.chdir(here)
+        plain = {name: p.detach().clone() for name, p in model.named_parameters()}
+        result = save_compressed(model, "tuned", base=base, step=2.0**-10, rate=0.0)
+        monkeypatch.chdir(tmp_path)
+        there = here.rename(tmp_path / "there")
+        loaded = AutoModelForCausalLM.from_pretrained(there / "tuned")
+        assert_same(model, loaded)
+        assert loaded.dtype == dtype and not hasattr(loaded.config, "quantization_config")
+        before = AutoModelForCausalLM.from_pretrained(there / base).state_dict()
+        for name, p in loaded.named_parameters():
+            exact = before[name].float() + ((plain[name].float() - before[name].float()) * 2**10).round() / 2**10
+            assert torch.equal(p, (exact if p.dim() > 1 else plain[name]).to(dtype)), name
+        assert_same(AutoModel.from_pretrained(there / "tuned"), model.model)
+        if not coded_base:
+            assert result.bits < 4 and result.bytes < 0.3 * result.float_bytes
+            assert result.payloads["model.norm.weight"].numel() < 100
+            assert result.payloads["model.layers.0.self_attn.q_proj.weight"].numel() < 100
+
+    def test_a_new_head_is_coded_whole(self, tmp_path):
+        self.tuned(tmp_path / "base")
+        settings = dict(num_labels=5, pad_token_id=0)
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", **settings)
+        save_compressed(model, tmp_path / "tuned", base=tmp_path / "base", step=2.0**-9)
+        assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned"), model)
+        with safe_open(tmp_path / "tuned" / "model.safetensors", "pt") as file:
+            assert {n for n in file.keys() if n.endswith(".coded")} == {"score.weight.coded"}  # noqa: SIM118
+
+    def test_by_the_loss(self, tmp_path):
+        model = self.tuned(tmp_path / "base")
+        x = torch.randint(61, (4, 17), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            start = float(model(x, labels=x).loss)
+            save_compressed(
+                model,
+                tmp_path / "tuned",
+                base=tmp_path / "base",
+                evaluate=lambda: float(model(x, labels=x).loss),
+                max_loss_increase=0.001,
+            )
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+            assert float(loaded(x, labels=x).loss) <= 1.001 * start
+
+    def test_no_base_or_another_one(self, tmp_path):
+        model = self.tuned(tmp_path / "base")
+        save_compressed(model, tmp_path / "tuned", base=tmp_path / "base")
+        assert main(["inspect", str(tmp_path / "tuned")]) == 0
+        (tmp_path / "base").rename(tmp_path / "moved")
+        with pytest.raises(ValueError, match="base: cannot read '../base'.*config.json") as caught:
+            AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+        assert str(caught.value).count("base: cannot read") == 1
+        llama(num_hidden_layers=1).save_pretrained(tmp_path / "base")
+        with pytest.raises(ValueError, match="base: '../base' is not what this.* differs"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+        path = tmp_path / "tuned" / "config.json"
+        path.write_text(path.read_text().replace("../base", "../moved"))
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "tuned"), model)
+        with torch.no_grad():
+            other = AutoModelForCausalLM.from_pretrained(tmp_path / "moved")
+            other.lm_head.weight[3, 2] += 1e-6
+            other.save_pretrained(tmp_path / "moved")
+        with pytest.raises(ValueError, match="base: '../moved' is not what this.*lm_head.weight differs"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+        with pytest.raises(OSError, match="nothing"):
+            save_compressed(llama(), tmp_path / "b", base=tmp_path / "nothing")
