@@ -36,8 +36,8 @@ from hf_rnn.tasks import python_sources
 
 FOLDER = Path(__file__).resolve().parents[1] / "runs" / "pretrained"
 TIME, BATCH, POINTS, WINDOWS = 256, 16, 20, 128  # windows held out for a point of the curve
-# Modules that only fine-tuning sees: ten to tell apart, and the one whose text is learned
-CLASSES = (
+# Modules that only fine-tuning sees: some to tell apart, and the one whose text is learned
+LEFT_OUT = (
     "_pydecimal", "argparse", "doctest", "inspect", "ipaddress", "mailbox", "pickletools", "subprocess", "tarfile",
     "typing",
 )  # fmt: skip
@@ -79,7 +79,7 @@ def module(name: str) -> np.ndarray:
 
 def corpus() -> tuple[Tensor, Tensor]:
     """Bytes to train on, and held out."""
-    left_out = {f"{name}.py" for name in (*CLASSES, LEARNED)}
+    left_out = {f"{name}.py" for name in (*LEFT_OUT, LEARNED)}
     parts = {
         split: np.concatenate([ids for path, ids in rows.items() if path not in left_out])
         for split, rows in files().items()

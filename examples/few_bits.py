@@ -67,7 +67,9 @@ def stage(name: str, folder: Path, **how: object) -> str:
     disk = (folder / "model.safetensors").stat().st_size
     memory = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
     bits = nats(model, held_out) / np.log(2)
-    print(f"{name:24} {bits:6.3f} bits a byte {disk:9,} bytes on disk {memory:9,} in memory {64 / seconds:6.0f} tokens/s")
+    print(
+        f"{name:24} {bits:6.3f} bits a byte {disk:9,} bytes on disk {memory:9,} in memory {64 / seconds:6.0f} tokens/s"
+    )
     return hf_rnn.byte_tokenizer().decode(tokens[0])
 
 

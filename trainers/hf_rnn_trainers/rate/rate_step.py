@@ -7,6 +7,8 @@ from torch import Tensor
 
 from hf_rnn_kernels.coding import GeneralizedGaussian
 
+_LEAST_SENSITIVITY = 0.1  # of the mean: what has no gradient at all shrinks ten times as far
+
 
 def local(x: Tensor) -> Tensor:
     """The part of a sharded tensor that lies here, sharing memory; a plain tensor as it is."""
@@ -33,7 +35,14 @@ def fit(sums: Tensor, scope: str) -> list[tuple[float, float]]:
 
 
 @torch.no_grad()
-def shrink(weights: list[Tensor], fits: list[tuple[float, float]], sizes: list[float], epsilon: float) -> None:
+def shrink(
+    weights: list[Tensor],
+    fits: list[tuple[float, float]],
+    sizes: list[float],
+    epsilon: float,
+    keep_norm: Sequence[bool] | None = None,
+    squares: Sequence[Tensor] | None = None,
+) -> None:
     """w <- c sign(w) max(|w| - size * nu * (|w| / r + epsilon)^(nu - 1), 0), in place.
 
     c gives each tensor its norm back, as far as doubling can. Without it most of what is saved is scale, which norms
@@ -43,6 +52,9 @@ def shrink(weights: list[Tensor], fits: list[tuple[float, float]], sizes: list[f
         weights: any shapes, of one device; of a sharded tensor each process changes its part.
         fits: (nu, r) of each.
         sizes: learning rate times multiplier, of each.
+        keep_norm: whether c is applied, to each; None: to all. A difference has no norm to keep.
+        squares: running means of squared gradients, of each: weights that matter less than others of their tensor
+            shrink more, s is divided by root(square) / mean(root) + 0.1. None: all alike.
     """
     parts = [local(w) for w in weights]
     step = list(torch._foreach_abs(parts))
@@ -50,13 +62,17 @@ def shrink(weights: list[Tensor], fits: list[tuple[float, float]], sizes: list[f
     torch._foreach_add_(step, epsilon)
     torch._foreach_pow_(step, [nu - 1 for nu, _ in fits])
     torch._foreach_mul_(step, [size * nu for size, (nu, _) in zip(sizes, fits, strict=True)])
-    before = [_norm(w) for w in weights]
+    for size, square in zip(step, squares or (), strict=False):
+        root = local(square).sqrt()
+        size.div_(root.div_(root.mean().clamp(min=1e-30)).add_(_LEAST_SENSITIVITY))
+    kept = [w for w, keep in zip(weights, keep_norm or [True] * len(weights), strict=True) if keep]
+    before = [_norm(w) for w in kept]
     lower = torch._foreach_neg(step)
     torch._foreach_minimum_(step, parts)
     torch._foreach_maximum_(step, lower)
     torch._foreach_sub_(parts, step)  # what is nearer to zero than its step becomes zero
-    for w, part, norm in zip(weights, parts, before, strict=True):
-        part.mul_((norm / _norm(w).clamp(min=1e-30)).clamp(max=2.0).to(part.dtype))
+    for w, norm in zip(kept, before, strict=True):
+        local(w).mul_((norm / _norm(w).clamp(min=1e-30)).clamp(max=2.0).to(w.dtype))
 
 
 def _norm(w: Tensor) -> Tensor:
