@@ -1,7 +1,7 @@
 """Byte-level models of five million parameters that know Python's standard library, for `pretrained_rate.py`.
 
     python benchmarks/pretrained.py minGRU --seconds 450 --stop 90
-    python benchmarks/pretrained.py minGRU --seconds 150 --go_on
+    python benchmarks/pretrained.py minGRU --seconds 150 --stop 105 --go_on
 
 minGRU in the gated layout, four blocks, and transformers' GPT-2, six of width 256, on the sources of the standard
 library (`hf_rnn.tasks.python_sources`, training split) and the documentation in `pydoc_data.topics`, but for the
