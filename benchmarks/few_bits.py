@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from driver import save
 from fine_tuned import fit, measure
-from pretrained_rate import ALLOWED, METHODS, coarsest
+from pretrained_rate import ALLOWED, coarsest, settings
 
 from hf_rnn import MinGRUConfig, MinGRUForCausalLM, save_compressed
 
@@ -107,7 +107,7 @@ def main() -> None:
             print(name, rows[name], flush=True)
 
         for method in ("normal", "rate"):
-            model, _ = fit("minGRU", TASK, 0, **METHODS[method])
+            model, _ = fit("minGRU", TASK, 0, **settings("minGRU", TASK, method))
             model.save_pretrained(folder / method)
             stage(f"{method}, float32", folder / method)
             if method == "normal" and importlib.util.find_spec("zipnn"):

@@ -1,7 +1,7 @@
 """The two small tasks that `pretrained_rate.py` fine-tunes on, and one fine-tuning.
 
 "which module": 128 bytes, from which of four modules of the standard library are they; of every three passages one is
-held out, 240 to train on and 100 held out of each module. "one module": the text of `turtle.py`, 115,000 bytes to
+held out, 240 to train on and 75 held out of each module. "one module": the text of `turtle.py`, 115,000 bytes to
 train on, the last fifth held out, its next-byte accuracy. Neither is in what the models were pretrained on.
 """
 
@@ -26,7 +26,7 @@ from hf_rnn import RateConstrainedConfig, RateConstrainedTrainer
 
 CLASSES = ("_pydecimal", "ipaddress", "mailbox", "pickletools")
 TASKS = ("which module", "one module")
-PASSAGE, TRAINED, TESTED, WINDOW = 128, 240, 100, 128  # bytes of a passage; passages of a class; bytes of a window
+PASSAGE, TRAINED, TESTED, WINDOW = 128, 240, 75, 128  # bytes of a passage; passages of a class; bytes of a window
 STEPS, BATCH = 160, {"which module": 8, "one module": 8}
 RATES = {"minGRU": 1e-3, "GPT-2": 1e-3}
 LORA_RATE = 3e-3
