@@ -8,7 +8,8 @@ Each fine-tune is measured in float32; in 8 bits (integers, a scale for each row
 of its matrices at which accuracy is at most half a point below that of the normal fine-tune of the same seed in float32
 (by bisection over `ERRORS`); the same of the coded difference to the pretrained model (LoRA: of its coded adapter); and
 pruned by magnitude. Bits are of all that is stored, headers, tables and vectors in float32 included, for each
-parameter of the whole model. An interrupted measurement goes on.
+parameter of the whole model. A later call keeps the rows that are there, of other seeds, too, in
+results/pretrained_rate_cpu.partial.json.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 from driver import save
 from fine_tuned import TASKS, data, fit, measure
 from pretrained import FOLDER
-from resumable import finish, run_all
+from resumable import read_partial, run_all
 from torch import nn
 
 from hf_rnn import compress, prune
@@ -113,7 +114,7 @@ def saved(rows: dict[str, dict]) -> dict[str, dict]:
     None: one of the two is not as accurate at any error."""
     found: dict[str, dict] = {}
     for key, row in rows.items():
-        name, task, method, seed = key.split(", ")
+        name, task, _, seed = key.split(", ")
         control = rows[f"{name}, {task}, normal, {seed}"]
         for part in ("coded", "difference"):
             pair = control[part], row[part]
@@ -135,9 +136,9 @@ def main() -> None:
         for n, task, seed in keys
         for m in options.methods
     }
-    rows |= run_all("pretrained_rate", run, others)
+    run_all("pretrained_rate", run, others)
+    rows = read_partial("pretrained_rate")["runs"]  # those of earlier calls, too
     save("pretrained_rate", dict(rows=rows, saved=saved(rows)))
-    finish("pretrained_rate")
 
 
 if __name__ == "__main__":
