@@ -157,9 +157,9 @@ class RateCallback(TrainerCallback, ExportableState):
         elif self.settings.rate_shrink > 0:
             self._sizes = self._step_sizes(state, optimizer)
             keep_norm = [base is None for base in self._bases]
-            squares = self._squares(optimizer) if self.settings.rate_sensitivity else None
-            fits = [(nu, r) for nu, r in self.fits]
-            shrink(weights, fits, self._sizes, self.settings.rate_epsilon, keep_norm, squares)
+            # Adam's first steps leave a flat difference, of a shape whose slope at zero is none
+            fits = [(nu if keep else min(nu, 1.0), r) for (nu, r), keep in zip(self.fits, keep_norm, strict=True)]
+            shrink(weights, fits, self._sizes, self.settings.rate_epsilon, keep_norm)
             self._put(weights)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -248,10 +248,6 @@ class RateCallback(TrainerCallback, ExportableState):
         scale = self.settings.rate_shrink * self.multiplier * min(1.0, (state.global_step + 1) / max(warmup, 1))
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         return [float(rates.get(id(p), 0.0)) * scale for p in self._parameters.values()]
-
-    def _squares(self, optimizer) -> list[Tensor]:
-        """Adam's running means of squared gradients."""
-        return [optimizer.state[p]["exp_avg_sq"] for p in self._parameters.values()]
 
     def _paper_lambda(self, sums: Tensor) -> float:
         """N times the mean shrinkage of the last step over nu, at a root mean square weight."""

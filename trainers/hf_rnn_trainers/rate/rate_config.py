@@ -17,7 +17,7 @@ class RateSettings:
     where nu is the shape of a generalised Gaussian with the weights' moments, r their root mean square and eps
     `rate_epsilon`: the slope of the rate |w|^nu, proximal, so that zeros are exact, and decoupled from the gradient. c
     keeps the tensor's norm, so that it is the shape of the density that saves bits and not its scale. With `rate_base`
-    w is the difference to that checkpoint's weights, and c = 1.
+    w is the difference to that checkpoint's weights, c = 1, and nu at most 1.
     """
 
     rate_shrink: float = field(
@@ -33,10 +33,6 @@ class RateSettings:
     rate_exclude: str = field(
         default=r"norm|bias",
         metadata={"help": "regular expression of parameters to leave alone; those of one dimension always are"},
-    )
-    rate_sensitivity: bool = field(
-        default=False,
-        metadata={"help": "weights with small gradients, by the squares that Adam keeps, shrink more than others"},
     )
     rate_base: str | None = field(
         default=None,

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from hf_rnn_kernels.coding import GeneralizedGaussian
 
-_LEAST_SENSITIVITY = 0.1  # of the mean: what has no gradient at all shrinks ten times as far
-
 
 def local(x: Tensor) -> Tensor:
     """The part of a sharded tensor that lies here, sharing memory; a plain tensor as it is."""
@@ -41,7 +39,6 @@ def shrink(
     sizes: list[float],
     epsilon: float,
     keep_norm: Sequence[bool] | None = None,
-    squares: Sequence[Tensor] | None = None,
 ) -> None:
     """w <- c sign(w) max(|w| - size * nu * (|w| / r + epsilon)^(nu - 1), 0), in place.
 
@@ -53,8 +50,6 @@ def shrink(
         fits: (nu, r) of each.
         sizes: learning rate times multiplier, of each.
         keep_norm: whether c is applied, to each; None: to all. A difference has no norm to keep.
-        squares: running means of squared gradients, of each: weights that matter less than others of their tensor
-            shrink more, s is divided by root(square) / mean(root) + 0.1. None: all alike.
     """
     parts = [local(w) for w in weights]
     step = list(torch._foreach_abs(parts))
@@ -62,9 +57,6 @@ def shrink(
     torch._foreach_add_(step, epsilon)
     torch._foreach_pow_(step, [nu - 1 for nu, _ in fits])
     torch._foreach_mul_(step, [size * nu for size, (nu, _) in zip(sizes, fits, strict=True)])
-    for size, square in zip(step, squares or (), strict=False):
-        root = local(square).sqrt()
-        size.div_(root.div_(root.mean().clamp(min=1e-30)).add_(_LEAST_SENSITIVITY))
     kept = [w for w, keep in zip(weights, keep_norm or [True] * len(weights), strict=True) if keep]
     before = [_norm(w) for w in kept]
     lower = torch._foreach_neg(step)
