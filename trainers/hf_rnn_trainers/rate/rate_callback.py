@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -46,6 +46,7 @@ class RateCallback(TrainerCallback, ExportableState):
     def __init__(self, **settings: Any):
         self.settings = RateSettings(**settings)
         self._parameters: dict[str, Tensor] = {}
+        self._bases: list[Tensor | None] = []  # of each, what only the difference to costs bits
         self._kept: list[Tensor] = []
         self._begin()
 
@@ -87,6 +88,8 @@ class RateCallback(TrainerCallback, ExportableState):
         }
         if not self._parameters:
             raise ValueError(f"rate_exclude: {self.settings.rate_exclude!r} leaves no matrix that trains to constrain")
+        bases = {} if self.settings.rate_base is None else read_base(model, self.settings.rate_base)
+        self._bases = [None if name not in bases else bases[name].to(p) for name, p in self._parameters.items()]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.restore()  # of a run that was interrupted
@@ -102,7 +105,9 @@ class RateCallback(TrainerCallback, ExportableState):
             self.step_exponent = round(math.log2(self.settings.rate_step))
         elif self.step_exponent is None:
             total = moments(self._weights()).sum(0)
-            self.step_exponent = round(math.log2(max(float((total[1] / total[2]).sqrt()) / 8, 2.0**-100)))
+            # A difference is nothing yet; an optimizer moves weights by about its learning rate
+            size = float((total[1] / total[2]).sqrt()) / 8 if self.settings.rate_base is None else args.learning_rate
+            self.step_exponent = round(math.log2(max(size, 2.0**-100)))
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.settings.quantization_aware and self._finetunes(state) and not self._kept:
@@ -111,12 +116,10 @@ class RateCallback(TrainerCallback, ExportableState):
 
     @torch.no_grad()
     def _round(self) -> None:
-        """Weights to the grid, with what a bit is worth there."""
+        """Weights, or their differences to the base, to the grid, with what a bit is worth there."""
         assert self.step_exponent is not None
-        for p in self._parameters.values():
-            here = local(p)
-            q = quantize(here, self.step_exponent, self.rounding)
-            here.copy_(dequantize(q, self.step_exponent, here.dtype))
+        grid = [(quantize(local(w), self.step_exponent, self.rounding), w.dtype) for w in self._weights()]
+        self._put([dequantize(q, self.step_exponent, dtype) for q, dtype in grid])
 
     def restore(self) -> None:
         """Put back the weights that quantised ones stood in for."""
@@ -133,7 +136,7 @@ class RateCallback(TrainerCallback, ExportableState):
         self.restore()
         # Zeros that the rate made, not those that a fresh adapter or a model without a rate begins with
         if self._finetunes(state) and self.fits and self.settings.rate_shrink > 0:
-            self._zeros = [local(p) == 0 for p in self._parameters.values()]
+            self._zeros = [local(w) == 0 for w in self._weights()]
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self._rests or getattr(optimizer, "step_was_skipped", False):
@@ -145,6 +148,7 @@ class RateCallback(TrainerCallback, ExportableState):
             with torch.no_grad():
                 for w, zero in zip(weights, self._zeros, strict=False):  # none, or all
                     local(w).masked_fill_(zero, 0)
+            self._put(weights)
             self._zeros, self._sizes = [], []
             if self.settings.target_bits is None:
                 return
@@ -165,7 +169,11 @@ class RateCallback(TrainerCallback, ExportableState):
             published_step([local(w) for w in weights], self.fits[0][0], _PUBLISHED_LAMBDA, total)
         elif self.settings.rate_shrink > 0:
             self._sizes = self._step_sizes(state, optimizer)
-            shrink(weights, [(nu, r) for nu, r in self.fits], self._sizes, self.settings.rate_epsilon)
+            keep_norm = [base is None for base in self._bases]
+            # Adam's first steps leave a flat difference, of a shape whose slope at zero is none
+            fits = [(nu if keep else min(nu, 1.0), r) for (nu, r), keep in zip(self.fits, keep_norm, strict=True)]
+            shrink(weights, fits, self._sizes, self.settings.rate_epsilon, keep_norm)
+            self._put(weights)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self.settings.max_loss_increase is None or not metrics or state.global_step == self.steered_at:
@@ -195,7 +203,8 @@ class RateCallback(TrainerCallback, ExportableState):
             self._reach()
             self._round()
             self.rounding = 0.0  # they are rounded
-        weights = {name: whole(p.detach()).float().cpu() for name, p in self._parameters.items()}
+        found = zip(self._parameters, self._weights(), strict=True)
+        weights = {name: whole(w).float().cpu() for name, w in found}
         if state.is_world_process_zero:
             draw_rate(state.log_history, weights, Path(args.output_dir) / "rate.png")
 
@@ -217,7 +226,7 @@ class RateCallback(TrainerCallback, ExportableState):
         gone = [name for name, total in zip(self._parameters, sums[:, 0].tolist(), strict=True) if total == 0]
         if gone:
             logger.warning_once(f"rate_shrink: nothing is left of {', '.join(gone)}; a smaller one leaves more")
-        nonzero = sum(int(whole((p.detach() != 0).sum())) for p in self._parameters.values())
+        nonzero = sum(int(whole((w != 0).sum())) for w in self._weights())
         shape = float(sum(d.shape * s for d, s in zip(densities, share.tolist(), strict=True)))
         bits = sum(d.bits(self.step) * s for d, s in zip(densities, share.tolist(), strict=True))
         found = dict(
@@ -235,14 +244,25 @@ class RateCallback(TrainerCallback, ExportableState):
         assert self.step_exponent is not None
         rounding = self.rounding if self.settings.quantization_aware else 0.0
         total = bits = 0.0
-        for p in self._parameters.values():
-            q = quantize(whole(p.detach()), self.step_exponent, rounding)
+        for w in self._weights():
+            q = quantize(whole(w), self.step_exponent, rounding)
             total += q.numel()
             bits += q.numel() * entropy(q)
         return bits / total
 
     def _weights(self) -> list[Tensor]:
-        return [p.detach() for p in self._parameters.values()]
+        """What costs bits: the parameters themselves, or their differences to a base."""
+        pairs = zip(self._parameters.values(), self._bases, strict=True)
+        return [p.detach() if base is None else p.detach() - base for p, base in pairs]
+
+    @torch.no_grad()
+    def _put(self, weights: list[Tensor]) -> None:
+        """Make the parameters what `_weights` would give these for."""
+        for p, w, base in zip(self._parameters.values(), weights, self._bases, strict=True):
+            if base is not None:
+                p.copy_(base + w)
+            elif local(w).data_ptr() != local(p).data_ptr():
+                local(p).copy_(local(w))
 
     def _finetunes(self, state) -> bool:
         return state.global_step >= round(state.max_steps * (1 - self.settings.rate_finetune))
@@ -267,6 +287,20 @@ class RateCallback(TrainerCallback, ExportableState):
         nu = torch.tensor([nu for nu, _ in self.fits], dtype=torch.float64)
         slope = (1 + self.settings.rate_epsilon) ** (nu - 1)
         return float((sums[:, 2] * torch.tensor(self._sizes, dtype=torch.float64) * slope).sum())
+
+
+def read_base(model: torch.nn.Module, base: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that the model has too, by its names, in the dtype they are stored in.
+
+    Raises:
+        ValueError: adapters, or a sharded model.
+    """
+    if not isinstance(model, PreTrainedModel) or any(hasattr(p, "to_local") for p in model.parameters()):
+        raise ValueError("rate_base: expected a PreTrainedModel without adapters, not sharded; leave it out")
+    how: dict[str, Any] = dict(dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
+    found, info = type(model).from_pretrained(base, **how)
+    new = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+    return {name: p.detach() for name, p in found.named_parameters() if name not in new}
 
 
 def settings_of(args: Any) -> dict[str, Any]:

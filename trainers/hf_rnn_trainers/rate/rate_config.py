@@ -16,7 +16,8 @@ class RateSettings:
     After each optimizer step: w <- c sign(w) max(|w| - s, 0), s = lr * rate_shrink * nu * (|w| / r + eps)^(nu - 1),
     where nu is the shape of a generalised Gaussian with the weights' moments, r their root mean square and eps
     `rate_epsilon`: the slope of the rate |w|^nu, proximal, so that zeros are exact, and decoupled from the gradient. c
-    keeps the tensor's norm, so that it is the shape of the density that saves bits and not its scale.
+    keeps the tensor's norm, so that it is the shape of the density that saves bits and not its scale. With `rate_base`
+    w is the difference to that checkpoint's weights, c = 1, and nu at most 1.
     """
 
     rate_shrink: float = field(
@@ -33,6 +34,13 @@ class RateSettings:
         default=r"norm|bias",
         metadata={"help": "regular expression of parameters to leave alone; those of one dimension always are"},
     )
+    rate_base: str | None = field(
+        default=None,
+        metadata={
+            "help": "the checkpoint that is fine-tuned, a folder or a name on the Hub: not the weights cost few bits "
+            "but their difference to it, for save_compressed(base=...)"
+        },
+    )
     rate_warmup: float = field(default=0.1, metadata={"help": "share of the steps over which the rate term grows"})
     rate_finetune: float = field(
         default=0.2, metadata={"help": "share of the steps, the last, without the rate term: zeros stay zeros"}
@@ -41,7 +49,7 @@ class RateSettings:
         default=None,
         metadata={
             "help": "quantisation step, a power of two, of reported bits, target_bits and quantization_aware; default: "
-            "an eighth of the weights' root mean square at the start, rounded"
+            "an eighth of the weights' root mean square at the start, with rate_base the learning rate, rounded"
         },
     )
     quantization_aware: bool = field(
@@ -95,6 +103,8 @@ class RateSettings:
                 raise ValueError(f"{name}: expected a finite number above 0, got {value}")
         if (self.target_bits is not None or self.max_loss_increase is not None) and self.rate_shrink == 0:
             raise ValueError("rate_shrink: a multiplier of 0 cannot be steered; leave the default")
+        if self.paper_preset and self.rate_base is not None:
+            raise ValueError("paper_preset: is a rate of the weights; leave rate_base")
         if self.paper_preset and (self.target_bits is not None or self.max_loss_increase is not None):
             raise ValueError("paper_preset: its multiplier is fixed; leave target_bits and max_loss_increase")
         if self.quantization_aware and self.rate_finetune == 0:

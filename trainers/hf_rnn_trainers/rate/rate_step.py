@@ -33,7 +33,13 @@ def fit(sums: Tensor, scope: str) -> list[tuple[float, float]]:
 
 
 @torch.no_grad()
-def shrink(weights: list[Tensor], fits: list[tuple[float, float]], sizes: list[float], epsilon: float) -> None:
+def shrink(
+    weights: list[Tensor],
+    fits: list[tuple[float, float]],
+    sizes: list[float],
+    epsilon: float,
+    keep_norm: Sequence[bool] | None = None,
+) -> None:
     """w <- c sign(w) max(|w| - size * nu * (|w| / r + epsilon)^(nu - 1), 0), in place.
 
     c gives each tensor its norm back, as far as doubling can. Without it most of what is saved is scale, which norms
@@ -43,6 +49,7 @@ def shrink(weights: list[Tensor], fits: list[tuple[float, float]], sizes: list[f
         weights: any shapes, of one device; of a sharded tensor each process changes its part.
         fits: (nu, r) of each.
         sizes: learning rate times multiplier, of each.
+        keep_norm: whether c is applied, to each; None: to all. A difference has no norm to keep.
     """
     parts = [local(w) for w in weights]
     step = list(torch._foreach_abs(parts))
@@ -50,13 +57,14 @@ def shrink(weights: list[Tensor], fits: list[tuple[float, float]], sizes: list[f
     torch._foreach_add_(step, epsilon)
     torch._foreach_pow_(step, [nu - 1 for nu, _ in fits])
     torch._foreach_mul_(step, [size * nu for size, (nu, _) in zip(sizes, fits, strict=True)])
-    before = [_norm(w) for w in weights]
+    kept = [w for w, keep in zip(weights, keep_norm or [True] * len(weights), strict=True) if keep]
+    before = [_norm(w) for w in kept]
     lower = torch._foreach_neg(step)
     torch._foreach_minimum_(step, parts)
     torch._foreach_maximum_(step, lower)
     torch._foreach_sub_(parts, step)  # what is nearer to zero than its step becomes zero
-    for w, part, norm in zip(weights, parts, before, strict=True):
-        part.mul_((norm / _norm(w).clamp(min=1e-30)).clamp(max=2.0).to(part.dtype))
+    for w, norm in zip(kept, before, strict=True):
+        local(w).mul_((norm / _norm(w).clamp(min=1e-30)).clamp(max=2.0).to(w.dtype))
 
 
 def _norm(w: Tensor) -> Tensor:
