@@ -182,29 +182,19 @@ class ContinuousBatch:
         for request in moved:
             if request.finish_reason is None and len(request.tokens) >= request.max_new_tokens:
                 request.finish_reason = "length"
-        for request in reversed(moved):  # the last rows first: none takes the place of one that leaves as well
             if request.finish_reason is not None:
                 self._leave(request)
         return ended + moved
 
     def _admit(self) -> None:
-        begin = []  # rows
         while self.waiting and len(self.rows) < self.max_rows:
             request, row = self.waiting.popleft(), len(self.rows)
             request.read_tokens, request.read_in_step = 0, self._step
-            if request.state is None:
-                begin.append(row)
-            else:
-                self._write([row], request.state.states)
+            states = self.initial if request.state is None else request.state.states
+            for mine, theirs in zip(self.buffer, states, strict=True):
+                for x, y in zip(mine, theirs, strict=True):  # type: ignore[arg-type]
+                    x[row] = y[0]
             self.rows.append(request)
-        if begin:
-            self._write(begin, self.initial)
-
-    def _write(self, rows: list[int], states: Sequence[tuple[Tensor, ...] | None]) -> None:
-        """One state into rows."""
-        for mine, theirs in zip(self.buffer, states, strict=True):
-            for x, y in zip(mine, theirs, strict=True):  # type: ignore[arg-type]
-                x[rows] = y.to(x.device, x.dtype)
 
     def _decode(self) -> list[Request]:
         """One token of each row in front."""
