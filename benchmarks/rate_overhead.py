@@ -2,8 +2,8 @@
 
 python benchmarks/rate_overhead.py [--steps 20]
 
-Steps of 2,048 tokens in float32 with AdamW. The rate's parts are timed by themselves between the steps, so that what
-runs beside takes from both alike: the estimate of shapes and, for a target, the entropy of the quantised weights once in
+Steps of 2,048 tokens in float32 with AdamW. The rate's parts are timed by themselves between the steps, so that other
+work takes from both alike: the estimate of shapes and, for a target, the entropy of the quantised weights once in
 `rate_every` steps, the shrinking at each.
 """
 

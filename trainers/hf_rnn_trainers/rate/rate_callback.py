@@ -298,6 +298,8 @@ def read_base(model: torch.nn.Module, base: str) -> dict[str, Tensor]:
     if not isinstance(model, PreTrainedModel) or any(hasattr(p, "to_local") for p in model.parameters()):
         raise ValueError("rate_base: expected a PreTrainedModel without adapters, not sharded; leave it out")
     how: dict[str, Any] = dict(dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
+    found: Any
+    info: dict[str, Any]
     found, info = type(model).from_pretrained(base, **how)
     new = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
     return {name: p.detach() for name, p in found.named_parameters() if name not in new}
