@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_rnn_kernels.coding import GeneralizedGaussian
+from hf_rnn_kernels.threads import worthwhile
 
 
 def local(x: Tensor) -> Tensor:
@@ -44,6 +45,22 @@ def shrink(weights: list[Tensor], fits: list[tuple[float, float]], sizes: list[f
         fits: (nu, r) of each.
         sizes: learning rate times multiplier, of each.
     """
+    rest = []
+    for w, (nu, r), size in zip(weights, fits, sizes, strict=True):
+        if type(w) is Tensor and worthwhile(w) and w.is_contiguous():
+            from hf_rnn_kernels.coding import shrink_cpu  # which takes a while
+
+            squares, left = shrink_cpu.shrink(w.view(-1).numpy(), nu, max(r, 1e-30), size, epsilon)
+            w.mul_(min((squares / max(left, 1e-60)) ** 0.5, 2.0))
+        else:
+            rest.append((w, (nu, r), size))
+    if rest:
+        _shrink_together(*map(list, zip(*rest, strict=True)), epsilon)
+
+
+def _shrink_together(
+    weights: list[Tensor], fits: list[tuple[float, float]], sizes: list[float], epsilon: float
+) -> None:
     parts = [local(w) for w in weights]
     step = list(torch._foreach_abs(parts))
     torch._foreach_div_(step, [max(r, 1e-30) for _, r in fits])
