@@ -68,7 +68,7 @@ def exp(x):
 
 @inline
 def log(x):
-    """Natural logarithm of a normal number above 0: of its exponent and mantissa, that one as log(1 + e), 0 <= e < 1."""
+    """Natural logarithm of a normal number above 0, from its exponent and log(1 + e) of its mantissa, 0 <= e < 1."""
     bits = _as_int(x)
     e = _as_float((bits & np.int32(0x7FFFFF)) | np.int32(0x3F800000)) - ONE
     p = (((_L8 * e + _L7) * e + _L6) * e + _L5) * e + _L4

@@ -55,7 +55,7 @@ def shrink(weights: list[Tensor], fits: list[tuple[float, float]], sizes: list[f
         else:
             rest.append((w, (nu, r), size))
     if rest:
-        _shrink_together(*map(list, zip(*rest, strict=True)), epsilon)
+        _shrink_together([w for w, _, _ in rest], [fit for _, fit, _ in rest], [size for _, _, size in rest], epsilon)
 
 
 def _shrink_together(
