@@ -31,7 +31,17 @@ from driver import RESULTS, save
 from transformers import AutoModelForCausalLM
 
 from hf_rnn import save_compressed
-from hf_rnn_kernels.coding import decode_tensor, dequantize, encode_tensor, entropy, quantize
+from hf_rnn.compression import curvature as steps
+from hf_rnn_kernels.coding import (
+    decode_tensor,
+    dequantize,
+    encode_rows,
+    encode_tensor,
+    entropy,
+    quantize,
+    suited,
+    symbols,
+)
 
 LOAD = """
 import json, re, sys, time
@@ -54,14 +64,14 @@ def speeds(millions: int = 16) -> dict:
     """MB of float32 weights a second, best of three; Laplacian weights at about four bits."""
     x = torch.distributions.Laplace(0.0, 0.1).sample((millions * 10**6,))
     found: dict[str, Any] = {}
-    for coder in ("ans", "exp_golomb"):
+    for coder in ("ans", "exp_golomb", "trellis"):
         rates: dict[str, list[float]] = {"encode": [], "decode": []}
         for _ in range(4):
-            start = time.perf_counter()
-            payload = encode_tensor(quantize(x, -5), -5, coder=coder)
-            middle = time.perf_counter()
+            start = time.process_time()  # one thread
+            payload = encode_tensor(symbols(x, -5, 0.0, coder), -5, coder=coder)
+            middle = time.process_time()
             decode_tensor(payload)
-            end = time.perf_counter()
+            end = time.process_time()
             rates["encode"].append(4 * millions / (middle - start))
             rates["decode"].append(4 * millions / (end - middle))
         found[coder] = {name: max(values[1:]) for name, values in rates.items()}
@@ -84,17 +94,22 @@ def sizes(weights: dict[str, torch.Tensor], exponent: int) -> list[dict]:
         rows.append(dict(name=name, step=f"2^{exponent}", bits=bits, error=error))
         print(f"  {name:34} {bits:6.3f} bits, error {error:.4f}", flush=True)
 
+    coders = [suited("trellis", w) for w in values]
+    paths = [symbols(w, exponent, 0.1, coder) for w, coder in zip(values, coders, strict=True)]
+    size = sum(encode_tensor(q, exponent, coder=coder).numel() for q, coder in zip(paths, coders, strict=True))
+    error = relative_error([dequantize(q, exponent) for q in paths], values)
+    row("trellis, rate 0.1", 8 * size / total, error)
     for rate in (0.0, 0.1, 0.3):
-        symbols = [quantize(w, exponent, rate) for w in values]
-        error = relative_error([dequantize(q, exponent) for q in symbols], values)
+        found = [quantize(w, exponent, rate) for w in values]
+        error = relative_error([dequantize(q, exponent) for q in found], values)
         label = "rounded" if rate == 0 else f"rate {rate}"
-        row(f"order-0 entropy, {label}", sum(entropy(q) * q.numel() for q in symbols) / total, error)
+        row(f"order-0 entropy, {label}", sum(entropy(q) * q.numel() for q in found) / total, error)
         for coder in ("ans", "exp_golomb"):
-            size = sum(encode_tensor(q, exponent, coder=coder).numel() for q in symbols)
+            size = sum(encode_tensor(q, exponent, coder=coder).numel() for q in found)
             row(f"{coder}, {label}", 8 * size / total, error)
         if rate == 0:
-            wide = np.int8 if max(int(q.abs().max()) for q in symbols) < 128 else np.int16
-            raw = b"".join(q.numpy().astype(wide).tobytes() for q in symbols)
+            wide = np.int8 if max(int(q.abs().max()) for q in found) < 128 else np.int16
+            raw = b"".join(q.numpy().astype(wide).tobytes() for q in found)
             row("lzma -9 of the symbols", 8 * len(lzma.compress(raw, preset=9)) / total, error)
             try:
                 import zstandard
@@ -128,8 +143,10 @@ def lossless(weights: dict[str, torch.Tensor]) -> list[dict]:
     return rows
 
 
-def deep_cabac(weights: dict[str, torch.Tensor], qps: tuple[int, ...] = (-38, -32, -28, -24, -20)) -> list[dict]:
-    """nncodec's bits and errors at its quantisation parameters."""
+def deep_cabac(
+    weights: dict[str, torch.Tensor], qps: tuple[int, ...] = (-38, -32, -28, -24, -20), loss: Any = None
+) -> list[dict]:
+    """nncodec's bits and errors at its quantisation parameters, and losses of what it decodes to."""
     nncodec = _nncodec()
     if nncodec is None:
         print("  nncodec is not installed")
@@ -141,10 +158,11 @@ def deep_cabac(weights: dict[str, torch.Tensor], qps: tuple[int, ...] = (-38, -3
             coded = nncodec.encode(arrays, {"qp": qp, "results": folder, "verbose": False})
             bits = 8 * len(coded) / total
             decoded = nncodec.decode(coded)
-        error = relative_error(
-            [torch.from_numpy(np.asarray(decoded[name])) for name in weights], list(weights.values())
-        )
+        again = {name: torch.from_numpy(np.asarray(decoded[name])) for name in weights}
+        error = relative_error(list(again.values()), list(weights.values()))
         rows.append(dict(name="nncodec (DeepCABAC)", qp=qp, bits=bits, error=error))
+        if loss is not None:
+            rows[-1]["loss"] = loss(again)
         print(f"  nncodec, qp {qp:4} {bits:6.3f} bits, error {error:.4f}", flush=True)
     return rows
 
@@ -168,6 +186,55 @@ def at_error(rows: list[dict], error: float) -> float | None:
         if e1 <= error <= e2:
             return b1 + (b2 - b1) * np.log(error / e1) / np.log(e2 / e1)
     return None
+
+
+def equal_loss(model: Any, ids: np.ndarray) -> dict:
+    """Bits of each quantiser at shares above the held-out loss of the weights in float32; curvature is of the text that
+    the model was trained on."""
+    import rate_constrained
+
+    parameters = steps.coded_parameters(model, "norm|bias")
+    weights, total = (
+        {name: p.detach().clone() for name, p in parameters.items()},
+        sum(map(torch.numel, parameters.values())),
+    )
+    row, train, held_out = rate_constrained.ROW, rate_constrained.TRAIN, rate_constrained.HELD_OUT
+    held = torch.from_numpy(ids[train : train + held_out // row * row].reshape(-1, row)).long()
+    seen = torch.from_numpy(ids[: 256 * row].reshape(-1, row)).long()
+    curvature = steps.weight_curvature(model, ({"input_ids": x[None], "labels": x[None]} for x in seen))
+
+    @torch.no_grad()
+    def loss(decoded: dict[str, torch.Tensor]) -> float:
+        for name, p in parameters.items():
+            p.copy_(decoded[name])
+        found = rate_constrained.mean_loss(model, held, held)
+        for name, p in parameters.items():
+            p.copy_(weights[name])
+        return found
+
+    start, rows = loss(weights), {"nncodec": deep_cabac(weights, (-34, -32, -30, -28, -24, -20, -16), loss)}
+
+    def point(name: str, payloads: dict[str, torch.Tensor]) -> None:
+        bits = 8 * sum(p.numel() for p in payloads.values()) / total
+        rows.setdefault(name, []).append(dict(bits=bits, loss=loss({n: decode_tensor(p) for n, p in payloads.items()})))
+        print(f"  {name:24} {bits:6.3f} bits, {rows[name][-1]['loss'] / start - 1:+.2%}", flush=True)
+
+    for coder in ("ans", "trellis"):
+        for e in range(-8, -2):
+            own = {n: suited(coder, w) for n, w in weights.items()}
+            point(coder, {n: encode_tensor(symbols(w, e, 0.1, own[n]), e, coder=own[n]) for n, w in weights.items()})
+        for exponent in np.arange(-26, -17):
+            found = steps.quantised(weights, steps.floored(weights, curvature), 2.0**exponent, coder)
+            coded = {n: encode_rows(q, e, coder=suited(coder, weights[n])) for n, (e, q) in found.items()}
+            point(f"{coder}, steps of rows", coded)
+    bits = {}
+    for share in (0.0025, 0.005, 0.01, 0.015, 0.03):
+        bits[f"+{share:.2%}"] = {
+            name: at_error([r | {"error": r["loss"] / start - 1} for r in found if r["loss"] > start], share)
+            for name, found in rows.items()
+        }
+        print(f"  at +{share:.2%}: {bits[f'+{share:.2%}']}", flush=True)
+    return dict(loss=start, rows=rows, bits=bits)
 
 
 def loading(millions: int = 100) -> dict:
@@ -196,11 +263,12 @@ def loading(millions: int = 100) -> dict:
     return found
 
 
-def trained() -> dict[str, torch.Tensor]:
+def trained() -> tuple[Any, np.ndarray]:
     import rate_constrained
 
-    model, _ = rate_constrained.train(0, 400, rate_constrained.read_text(), rate_shrink=0.0)
-    return {name: p.detach() for name, p in model.named_parameters() if p.dim() > 1}
+    ids = rate_constrained.read_text()
+    model, _ = rate_constrained.train(0, 400, ids, rate_shrink=0.0)
+    return model, ids
 
 
 def main() -> None:
@@ -217,14 +285,18 @@ def main() -> None:
             model = AutoModelForCausalLM.from_pretrained(options.checkpoint)
             weights = {name: p.detach() for name, p in model.named_parameters() if p.dim() > 1}
         else:
-            weights = trained()
+            model, ids = trained()
+            weights = {name: p.detach() for name, p in model.named_parameters() if p.dim() > 1}
+            results["at_equal_loss"] = equal_loss(model, ids)
         results["weights"] = sum(w.numel() for w in weights.values())
         results["lossless"] = lossless(weights)
-        results["sizes"] = [row for exponent in (-7, -6, -5, -4) for row in sizes(weights, exponent)]
+        results["sizes"] = [row for exponent in (-8, -7, -6, -5, -4) for row in sizes(weights, exponent)]
         results["deep_cabac"] = deep_cabac(weights)
         results["at_equal_error"] = []
         for row in results["deep_cabac"]:
             best = {"deep_cabac": row["bits"], "error": row["error"]}
+            own = [r for r in results["sizes"] if r["name"].startswith("trellis")]
+            best["trellis, rate 0.1"] = at_error(own, row["error"])
             for coder in ("ans", "exp_golomb"):
                 for label in ("rounded", "rate 0.1", "rate 0.3"):
                     same = [r for r in results["sizes"] if r["name"] == f"{coder}, {label}"]

@@ -2,9 +2,9 @@
 
 python benchmarks/rate_overhead.py [--steps 20]
 
-Steps of 2,048 tokens in float32 with AdamW. The rate's parts are timed by themselves between the steps, so that other
-work takes from both alike: the estimate of shapes and, for a target, the entropy of the quantised weights once in
-`rate_every` steps, the shrinking at each.
+Steps of 2,048 tokens in float32 with AdamW. The rate's parts are timed by themselves between the steps, so that what
+runs beside takes from both alike: the estimate of shapes and, for a target, the entropy of the quantised weights once
+in `rate_every` steps, the shrinking at each.
 """
 
 import argparse
@@ -59,13 +59,12 @@ def measure(steps: int, tokens: tuple[int, int], **settings: Any) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
-    options, rows = parser.parse_args(), []
-    for tokens in ((8, 256),):
-        for settings in ({}, {"target_bits": 3.0}):
-            rows.append(measure(options.steps, tokens, **settings))
-            shown = {key: round(v, 4) for key, v in rows[-1].items() if isinstance(v, float)}
-            print(rows[-1]["parameters"], rows[-1]["tokens"], settings, shown, flush=True)
-            save("rate_overhead", rows)
+    options, rows = parser.parse_args(), {}
+    for name, settings in {"shapes": {}, "shapes and target_bits": {"target_bits": 3.0}}.items():
+        rows[name] = row = measure(options.steps, (8, 256), **settings)
+        shown = {key: round(v, 4) for key, v in row.items() if isinstance(v, float)}
+        print(name, row["parameters"], row["tokens"], shown, flush=True)
+        save("rate_overhead", rows)
 
 
 if __name__ == "__main__":

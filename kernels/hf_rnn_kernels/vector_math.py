@@ -68,6 +68,16 @@ def exp(x):
 
 
 @inline
+def log(x):
+    """Natural logarithm of a normal number above 0, from its exponent and log(1 + e) of its mantissa, 0 <= e < 1."""
+    bits = as_int(x)
+    e = as_float((bits & np.int32(0x7FFFFF)) | np.int32(0x3F800000)) - ONE
+    p = (((_L8 * e + _L7) * e + _L6) * e + _L5) * e + _L4
+    p = (((p * e + _L3) * e + _L2) * e + _L1) * e + _L0
+    return F32((bits >> np.int32(23)) - np.int32(127)) * F32(0.6931471805599453) + p * e
+
+
+@inline
 def sigmoids(x):
     """sigmoid(-x) and sigmoid(x), each to the last bits (for |x| < 87), with one exponential and one division."""
     # The exponent is clamped instead of taking |x| first: 111 instead of 122 ns for four gates of 64 units, with errors

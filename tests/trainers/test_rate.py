@@ -86,6 +86,16 @@ class TestStep:
         assert not zeros.any()
         assert w.float().norm() == pytest.approx(float(norm), rel=0.02 if dtype == torch.float16 else 0.1)
 
+    @pytest.mark.parametrize("nu", [0.3, 1.0, 1.9])
+    def test_compiled(self, nu):
+        """Large tensors by one loop: as the equation in float64."""
+        w = torch.randn(300, 301)
+        expected = w.double()
+        step = 0.1 * nu * (expected.abs() / 0.7 + 0.1) ** (nu - 1)
+        left = expected.sign() * (expected.abs() - step).clamp(min=0)
+        shrink([w], [(nu, 0.7)], [0.1], 0.1)
+        torch.testing.assert_close(w.double(), left * expected.norm() / left.norm(), rtol=1e-5, atol=1e-6)
+
     def test_too_much_is_not_made_up_for(self):
         """What is left grows by a factor of two a step at most."""
         w = torch.randn(1000)

@@ -8,6 +8,7 @@ from hf_rnn_kernels.coding.payload import (
     decode_tensor,
     encode_tensor,
     read_header,
+    row_exponents,
     store_tensor,
 )
 from hf_rnn_kernels.coding.quantization import check_range, dequantize, entropy, quantize, symbol_bits
@@ -16,7 +17,6 @@ from hf_rnn_kernels.coding.rows import (
     dequantize_rows,
     encode_rows,
     quantize_rows,
-    row_exponents,
     suited,
     symbol_entropy,
     symbols,

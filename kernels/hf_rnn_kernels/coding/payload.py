@@ -185,9 +185,7 @@ def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
                 "the file again"
             )
     if header.coder == "rows":
-        from hf_rnn_kernels.coding.rows import decode_rows  # which is made of payloads
-
-        return decode_rows(header, data, name)
+        return _decode_rows(header, data, name)
     if header.coder == "raw":
         # A copy, which begins where any dtype may.
         raw = torch.empty(data.size, dtype=torch.uint8)
@@ -224,6 +222,34 @@ def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
             q = exp_golomb.unzigzag(exp_golomb.decode(chunks, header.counts, header.order))
         weights = torch.from_numpy(q).float() * 2.0**header.exponent
     return weights.to(header.dtype).reshape(header.shape)
+
+
+def row_exponents(header: Header, name: str = "payload") -> Tensor:
+    """(rows,) int64 of a header; CorruptPayloadError where its table cannot be read."""
+    rows = header.numel // header.shape[-1] if header.shape and header.shape[-1] else 0
+    if header.coder != "rows":
+        return torch.full((max(rows, 1),), header.exponent)
+    damaged = CorruptPayloadError(f"{name}: the steps of its rows are damaged; get the file again")
+    if not header.table or header.table[0] > exp_golomb.MAX_ORDER or rows > 8 * len(header.table):
+        raise damaged
+    above = exp_golomb.decode([header.table[1:]], [rows], header.table[0])
+    if len(np.unique(above)) != header.order or above.max(initial=0) > 300:
+        raise damaged
+    return torch.from_numpy(above) + header.exponent
+
+
+def _decode_rows(header: Header, data: np.ndarray, name: str) -> Tensor:
+    """The weights of a payload of payloads, whose checksums were compared."""
+    exponents = row_exponents(header, name)
+    out = torch.empty((len(exponents), header.shape[-1]), dtype=header.dtype)
+    borders = np.concatenate([[0], np.cumsum(header.sizes)]).astype(np.int64)
+    for exponent, (a, b) in zip(exponents.unique().tolist(), pairwise(borders), strict=True):
+        part, own = torch.from_numpy(data[a:b].copy()), exponents == exponent
+        inner, _ = read_header(part, name)
+        if inner.coder == "rows" or inner.shape != (int(own.sum()), header.shape[-1]) or inner.dtype != header.dtype:
+            raise CorruptPayloadError(f"{name}: the rows of step 2^{exponent} are damaged; get the file again")
+        out[own] = decode_tensor(part, name)
+    return out.reshape(header.shape)
 
 
 def _frequencies(symbols: np.ndarray, low: int, high: int) -> ans.Table:

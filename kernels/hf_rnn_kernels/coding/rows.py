@@ -5,14 +5,12 @@ Exp-Golomb codes of the difference to the finest, behind their order (a byte); e
 one step, finest first.
 """
 
-from itertools import pairwise
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_rnn_kernels.coding import exp_golomb
-from hf_rnn_kernels.coding.payload import CorruptPayloadError, Header, decode_tensor, encode_tensor, join, read_header
+from hf_rnn_kernels.coding.payload import encode_tensor, join
 from hf_rnn_kernels.coding.quantization import MAX_SYMBOL, check_range, entropy, quantize
 from hf_rnn_kernels.coding.trellis import WIDEST, entropy_trellis, quantize_trellis
 
@@ -92,31 +90,3 @@ def encode_rows(q: Tensor, exponents: Tensor, dtype: torch.dtype = torch.float32
     rows = _as_rows(q)
     chunks = [encode_tensor(rows[exponents == e], e, dtype, coder).numpy().tobytes() for e in steps]
     return join(chunks, dtype, q.shape, steps[0], "rows", len(steps), table)
-
-
-def row_exponents(header: Header, name: str = "payload") -> Tensor:
-    """(rows,) int64 of a header; CorruptPayloadError where its table cannot be read."""
-    rows = header.numel // header.shape[-1] if header.shape and header.shape[-1] else 0
-    if header.coder != "rows":
-        return torch.full((max(rows, 1),), header.exponent)
-    damaged = CorruptPayloadError(f"{name}: the steps of its rows are damaged; get the file again")
-    if not header.table or header.table[0] > exp_golomb.MAX_ORDER or rows > 8 * len(header.table):
-        raise damaged
-    above = exp_golomb.decode([header.table[1:]], [rows], header.table[0])
-    if len(np.unique(above)) != header.order or above.max(initial=0) > 300:
-        raise damaged
-    return torch.from_numpy(above) + header.exponent
-
-
-def decode_rows(header: Header, data: np.ndarray, name: str) -> Tensor:
-    """The weights of a payload of payloads, whose checksums were compared."""
-    exponents = row_exponents(header, name)
-    out = torch.empty((len(exponents), header.shape[-1]), dtype=header.dtype)
-    borders = np.concatenate([[0], np.cumsum(header.sizes)]).astype(np.int64)
-    for exponent, (a, b) in zip(exponents.unique().tolist(), pairwise(borders), strict=True):
-        part, own = torch.from_numpy(data[a:b].copy()), exponents == exponent
-        inner, _ = read_header(part, name)
-        if inner.coder == "rows" or inner.shape != (int(own.sum()), header.shape[-1]) or inner.dtype != header.dtype:
-            raise CorruptPayloadError(f"{name}: the rows of step 2^{exponent} are damaged; get the file again")
-        out[own] = decode_tensor(part, name)
-    return out.reshape(header.shape)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_rnn_kernels.coding import GeneralizedGaussian
+from hf_rnn_kernels.threads import worthwhile
 
 
 def local(x: Tensor) -> Tensor:
@@ -51,13 +52,31 @@ def shrink(
         sizes: learning rate times multiplier, of each.
         keep_norm: whether c is applied, to each; None: to all. A difference has no norm to keep.
     """
+    rest = []
+    norms = [True] * len(weights) if keep_norm is None else keep_norm
+    for w, (nu, r), size, keep in zip(weights, fits, sizes, norms, strict=True):
+        if type(w) is Tensor and worthwhile(w) and w.is_contiguous():
+            from hf_rnn_kernels.coding import shrink_cpu  # which takes a while
+
+            squares, left = shrink_cpu.shrink(w.view(-1).numpy(), nu, max(r, 1e-30), size, epsilon)
+            if keep:
+                w.mul_(min((squares / max(left, 1e-60)) ** 0.5, 2.0))
+        else:
+            rest.append((w, (nu, r), size, keep))
+    if rest:
+        _shrink_together(rest, epsilon)
+
+
+def _shrink_together(rest: list[tuple[Tensor, tuple[float, float], float, bool]], epsilon: float) -> None:
+    """The same of several tensors at once: each with its fit, its size and whether it keeps its norm."""
+    weights, fits, sizes = [w for w, *_ in rest], [fit for _, fit, *_ in rest], [size for *_, size, _ in rest]
     parts = [local(w) for w in weights]
     step = list(torch._foreach_abs(parts))
     torch._foreach_div_(step, [max(r, 1e-30) for _, r in fits])
     torch._foreach_add_(step, epsilon)
     torch._foreach_pow_(step, [nu - 1 for nu, _ in fits])
     torch._foreach_mul_(step, [size * nu for size, (nu, _) in zip(sizes, fits, strict=True)])
-    kept = [w for w, keep in zip(weights, keep_norm or [True] * len(weights), strict=True) if keep]
+    kept = [w for w, *_, keep in rest if keep]
     before = [_norm(w) for w in kept]
     lower = torch._foreach_neg(step)
     torch._foreach_minimum_(step, parts)
