@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--chunk", type=int, default=4096, help="tokens a forward pass")
     parser.add_argument("--dynamic", action="store_true", help="also: the model goes on learning from what it has read")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="--dynamic: of a step")
+    parser.add_argument("--learning_rate", type=float, default=3e-4, help="--dynamic: of a step")
     parser.add_argument("--segment", type=int, default=32, help="--dynamic: tokens between two steps")
     parser.add_argument("--positions", metavar="PICTURE", help="also: loss over the distance from the start, as a PNG")
     parser.add_argument("--rows", type=int, default=16, help="--positions: parts of the text, each read from its start")
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.positions is None and (arguments.rows, arguments.trained) != (16, None):
         raise ValueError("rows, trained: only with --positions")
-    if not arguments.dynamic and (arguments.learning_rate, arguments.segment) != (1e-3, 32):
+    if not arguments.dynamic and (arguments.learning_rate, arguments.segment) != (3e-4, 32):
         raise ValueError("learning_rate, segment: only with --dynamic")
     if arguments.positions is not None:
         check_picture(arguments.positions)
