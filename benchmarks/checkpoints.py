@@ -11,6 +11,7 @@ with the package. One thread. The texts are those of the CPython that runs it; a
 import argparse
 import hashlib
 import json
+import math
 import platform
 import time
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ import hf_rnn
 from hf_rnn.cli.data import blocks, tokenize
 from hf_rnn.cli.train import RateTrainArguments, default_learning_rate
 from hf_rnn.tasks import python_documentation, python_texts
+from hf_rnn.tasks.dynamic_evaluation import dynamic_loss
 from hf_rnn.tasks.evaluation import bits_per_byte
 from hf_rnn_trainers.model_card.card import Evaluation, Training, make_card
 
@@ -135,6 +137,9 @@ def train(name: str, recipe: Recipe, text: Text, steps: int, folder: Path) -> tu
     tokenizer.save_pretrained(folder)
     leave_out_code(folder)
     found |= measure(model, tokenizer, text) | {"bits a weight": result.bits}
+    kind = next(iter(text.held_out))
+    ids = torch.from_numpy(tokenize(text.held_out[kind], tokenizer)[0])
+    found[f"{kind}, learning on the way"] = dynamic_loss(model, ids) / math.log(2) / (len(ids) - 1)
     return model, trainer, found
 
 

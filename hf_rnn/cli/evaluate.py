@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--dynamic", action="store_true", help="also measure dynamic evaluation: the model learns from what it has read"
     )
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="with --dynamic: learning rate of a step")
+    parser.add_argument("--learning_rate", type=float, default=3e-4, help="with --dynamic: learning rate of a step")
     parser.add_argument("--segment", type=int, default=32, help="with --dynamic: tokens between two steps")
     parser.add_argument(
         "--positions", metavar="PICTURE", help="also plot the loss over the distance from the start, as a PNG"
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.positions is None and (arguments.rows, arguments.trained) != (16, None):
         raise ValueError("rows, trained: only with --positions")
-    if not arguments.dynamic and (arguments.learning_rate, arguments.segment) != (1e-3, 32):
+    if not arguments.dynamic and (arguments.learning_rate, arguments.segment) != (3e-4, 32):
         raise ValueError("learning_rate, segment: only with --dynamic")
     if arguments.positions is not None:
         check_picture(arguments.positions)

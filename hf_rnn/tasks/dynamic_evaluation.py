@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 def dynamic_loss(
     model: PreTrainedModel,
     ids: Tensor,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-4,
     segment: int = 32,
     progress: bool = False,
 ) -> float:

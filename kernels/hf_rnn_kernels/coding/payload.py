@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_rnn_kernels import threads
 from hf_rnn_kernels.coding import ans, exp_golomb, trellis
 from hf_rnn_kernels.coding.quantization import MAX_SYMBOL
+from hf_rnn_kernels.coding.trellis_tables import Tables
 
 CODERS = ("ans", "exp_golomb", "trellis")
 _CODERS = ("ans", "exp_golomb", "raw", "trellis", "rows")  # by their numbers in files
@@ -95,7 +96,7 @@ def encode_tensor(q: Tensor, exponent: int, dtype: torch.dtype = torch.float32, 
         odd = trellis.follow(symbols)
         if (odd == 2).any():
             raise ValueError("q: expected a path through the trellis, from quantize_trellis")
-        tables = trellis.Tables.of(table)
+        tables = Tables.of(table)
         if symbols.size and tables is not None and tables.bits(table) < bits:
             chunks = trellis.encode(_split(symbols), _split(odd), tables)
             return join(chunks, dtype, q.shape, exponent, coder, 0, tables.to_bytes())
@@ -195,7 +196,7 @@ def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
         return raw.view(header.dtype).reshape(header.shape)
     try:
         table = ans.Table.from_bytes(header.table) if header.coder == "ans" else None
-        tables = trellis.Tables.from_bytes(header.table) if header.coder == "trellis" else None
+        tables = Tables.from_bytes(header.table) if header.coder == "trellis" else None
     except (ValueError, IndexError, struct.error) as error:  # only where a checksum was made to fit
         raise CorruptPayloadError(f"{name}: the table of frequencies is damaged ({error})") from error
     if threads.available() and not (table is not None and len(table.values) == 1):
