@@ -6,7 +6,7 @@ The minGRU of `pretrained.py`, as it is ("pretrained") or fine-tuned on the text
 rate of `pretrained_rate.py`; each in float32, coded by `save_compressed` at the largest relative error that costs at
 most half a point of next-byte accuracy, decoded when loaded or kept as integers; the float32 file by ZipNN, which is
 lossless and decodes to the same floats; and a Mamba of random weights and equal size in GGUF, by llama.cpp (size,
-memory and speed only), where these are installed. Each stage is loaded in a process of its own: bits per byte of
+memory and speed only; where just the package gguf is installed, its size), where these are installed. Each stage is loaded in a process of its own: bits per byte of
 held-out text, bytes on disk, resident bytes after 64 tokens beyond those of a small model, and tokens a second of CPU
 time, the best of five.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from driver import save
 from fine_tuned import fit, load, measure
+from llama import write_gguf
 from pretrained_rate import ALLOWED, coarsest, settings
 
 from hf_rnn import MinGRUConfig, MinGRUForCausalLM, save_compressed
@@ -133,10 +134,16 @@ def main() -> None:
             stage(f"{method}, coded, floats in memory", folder / f"{method} coded")
             stage(f"{method}, coded, integers in memory", folder / f"{method} coded", "integers")
         count = model.num_parameters()
-    if importlib.util.find_spec("llama_cpp"):
-        for kind in ("F32", "Q8_0", "Q4_0"):
-            rows[f"Mamba, llama.cpp, {kind}"] = call(LLAMA, count, kind)
-            print(kind, rows[f"Mamba, llama.cpp, {kind}"], flush=True)
+    for kind in ("F32", "Q8_0", "Q4_0"):
+        name = f"Mamba, llama.cpp, {kind}"
+        if importlib.util.find_spec("llama_cpp"):
+            rows[name] = call(LLAMA, count, kind)
+        elif importlib.util.find_spec("gguf"):  # which writes the format, but runs nothing
+            with tempfile.TemporaryDirectory() as temporary:
+                path = Path(temporary) / "mamba.gguf"
+                write_gguf(path, count, kind)
+                rows[name] = dict(file_bytes=path.stat().st_size)
+        print(name, rows.get(name), flush=True)
     save("few_bits", dict(parameters=count, tokens=TOKENS, stages=rows))
 
 
