@@ -6,9 +6,9 @@ The minGRU of `pretrained.py`, as it is ("pretrained") or fine-tuned on the text
 rate of `pretrained_rate.py`; each in float32, coded by `save_compressed` at the largest relative error that costs at
 most half a point of next-byte accuracy, decoded when loaded or kept as integers; the float32 file by ZipNN, which is
 lossless and decodes to the same floats; and a Mamba of random weights and equal size in GGUF, by llama.cpp (size,
-memory and speed only; where just the package gguf is installed, its size), where these are installed. Each stage is loaded in a process of its own: bits per byte of
-held-out text, bytes on disk, resident bytes after 64 tokens beyond those of a small model, and tokens a second of CPU
-time, the best of five.
+memory and speed only; its size alone where just the package gguf is there). Each stage is loaded in a process of its
+own: bits per byte of held-out text, bytes on disk, resident bytes after 64 tokens beyond those of a small model, and
+tokens a second of CPU time, the best of five.
 """
 
 import argparse
