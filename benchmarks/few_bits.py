@@ -1,15 +1,17 @@
 """From training to tokens: what a model of five million parameters costs at each stage of few bits, beside others.
 
-    python benchmarks/few_bits.py
+    python benchmarks/few_bits.py [--methods normal rate]
 
-The minGRU of `pretrained.py`, fine-tuned on the text of one module, normally and with the rate of `pretrained_rate.py`;
-each in float32, coded by `save_compressed` at the largest relative error that costs at most half a point of next-byte
-accuracy, decoded when loaded or kept as integers; the float32 file by ZipNN, which is lossless; and a Mamba of random
-weights and equal size in GGUF, by llama.cpp (size, memory and speed only), where these are installed. Each stage is
-loaded in a process of its own: bits per byte of held-out text, bytes on disk, resident bytes after 64 tokens beyond
-those of a small model, and tokens a second of CPU time, the best of five.
+The minGRU of `pretrained.py`, as it is ("pretrained") or fine-tuned on the text of one module, normally or with the
+rate of `pretrained_rate.py`; each in float32, coded by `save_compressed` at the largest relative error that costs at
+most half a point of next-byte accuracy, decoded when loaded or kept as integers; the float32 file by ZipNN, which is
+lossless and decodes to the same floats; and a Mamba of random weights and equal size in GGUF, by llama.cpp (size,
+memory and speed only; its size alone where just the package gguf is there). Each stage is loaded in a process of its
+own: bits per byte of held-out text, bytes on disk, resident bytes after 64 tokens beyond those of a small model, and
+tokens a second of CPU time, the best of five.
 """
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -19,7 +21,8 @@ from pathlib import Path
 
 import torch
 from driver import save
-from fine_tuned import fit, measure
+from fine_tuned import fit, load, measure
+from llama import write_gguf
 from pretrained_rate import ALLOWED, coarsest, settings
 
 from hf_rnn import MinGRUConfig, MinGRUForCausalLM, save_compressed
@@ -95,6 +98,9 @@ def zipnn_bytes(path: Path) -> int:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="*", default=["normal", "rate"], choices=("pretrained", "normal", "rate"))
+    options = parser.parse_args()
     torch.set_num_threads(1)
     rows: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -106,15 +112,19 @@ def main() -> None:
             rows[name] = dict(file_bytes=file_bytes(where)) | call(STAGE, folder / "small", where, how)
             print(name, rows[name], flush=True)
 
-        for method in ("normal", "rate"):
-            model, _ = fit("minGRU", TASK, 0, **settings("minGRU", TASK, method))
+        for method in options.methods:
+            if method == "pretrained":
+                model = load("minGRU", TASK).eval()
+            else:
+                model, _ = fit("minGRU", TASK, 0, **settings("minGRU", TASK, method))
             model.save_pretrained(folder / method)
             stage(f"{method}, float32", folder / method)
-            if method == "normal" and importlib.util.find_spec("zipnn"):
+            first = method == options.methods[0]
+            if first and importlib.util.find_spec("zipnn"):
                 size = zipnn_bytes(folder / method / "model.safetensors")
-                rows["normal, ZipNN"] = rows["normal, float32"] | dict(file_bytes=size)
+                rows[f"{method}, ZipNN"] = rows[f"{method}, float32"] | dict(file_bytes=size)
                 print("ZipNN", size, flush=True)
-            if method == "normal":
+            if first:
                 least = measure(model, TASK)["accuracy"] - ALLOWED
             found = coarsest(model, TASK, least)
             if found is None:
@@ -124,10 +134,16 @@ def main() -> None:
             stage(f"{method}, coded, floats in memory", folder / f"{method} coded")
             stage(f"{method}, coded, integers in memory", folder / f"{method} coded", "integers")
         count = model.num_parameters()
-    if importlib.util.find_spec("llama_cpp"):
-        for kind in ("F32", "Q8_0", "Q4_0"):
-            rows[f"Mamba, llama.cpp, {kind}"] = call(LLAMA, count, kind)
-            print(kind, rows[f"Mamba, llama.cpp, {kind}"], flush=True)
+    for kind in ("F32", "Q8_0", "Q4_0"):
+        name = f"Mamba, llama.cpp, {kind}"
+        if importlib.util.find_spec("llama_cpp"):
+            rows[name] = call(LLAMA, count, kind)
+        elif importlib.util.find_spec("gguf"):  # which writes the format, but runs nothing
+            with tempfile.TemporaryDirectory() as temporary:
+                path = Path(temporary) / "mamba.gguf"
+                write_gguf(path, count, kind)
+                rows[name] = dict(file_bytes=path.stat().st_size)
+        print(name, rows.get(name), flush=True)
     save("few_bits", dict(parameters=count, tokens=TOKENS, stages=rows))
 
 
