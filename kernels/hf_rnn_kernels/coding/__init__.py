@@ -5,7 +5,6 @@ from hf_rnn_kernels.coding.payload import (
     CODERS,
     CorruptPayloadError,
     Header,
-    decode_tensor,
     encode_tensor,
     read_header,
     store_tensor,
@@ -13,6 +12,7 @@ from hf_rnn_kernels.coding.payload import (
 from hf_rnn_kernels.coding.quantization import check_range, dequantize, entropy, quantize, symbol_bits
 from hf_rnn_kernels.coding.rows import (
     check_symbols,
+    decode_tensor,
     dequantize_rows,
     encode_rows,
     quantize_rows,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_rnn_kernels.coding import exp_golomb
-from hf_rnn_kernels.coding.payload import CorruptPayloadError, Header, decode_tensor, encode_tensor, join, read_header
+from hf_rnn_kernels.coding.payload import CorruptPayloadError, Header, decode_chunks, encode_tensor, join, verified
 from hf_rnn_kernels.coding.quantization import MAX_SYMBOL, check_range, entropy, quantize
 from hf_rnn_kernels.coding.trellis import WIDEST, entropy_trellis, quantize_trellis
 
@@ -115,8 +115,22 @@ def decode_rows(header: Header, data: np.ndarray, name: str) -> Tensor:
     borders = np.concatenate([[0], np.cumsum(header.sizes)]).astype(np.int64)
     for exponent, (a, b) in zip(exponents.unique().tolist(), pairwise(borders), strict=True):
         part, own = torch.from_numpy(data[a:b].copy()), exponents == exponent
-        inner, _ = read_header(part, name)
+        inner, own_data = verified(part, name)
         if inner.coder == "rows" or inner.shape != (int(own.sum()), header.shape[-1]) or inner.dtype != header.dtype:
             raise CorruptPayloadError(f"{name}: the rows of step 2^{exponent} are damaged; get the file again")
-        out[own] = decode_tensor(part, name)
+        out[own] = decode_chunks(inner, own_data, name)
     return out.reshape(header.shape)
+
+
+def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
+    """The weights, bit for bit `dequantize(q, exponent, dtype)`, or the tensor that was stored.
+
+    Args:
+        payload: from `encode_tensor` or `store_tensor`.
+        name: what errors call it.
+
+    Raises:
+        CorruptPayloadError: a checksum differs: which chunk, and of which weights.
+    """
+    header, data = verified(payload, name)
+    return decode_rows(header, data, name) if header.coder == "rows" else decode_chunks(header, data, name)
