@@ -372,7 +372,7 @@ class TestTrellis:
     def test_tables(self):
         """Frequencies are those of the encoder, to an eighth of an octave of the counts."""
         from hf_rnn_kernels.coding.ans import Table
-        from hf_rnn_kernels.coding.trellis import Tables
+        from hf_rnn_kernels.coding.trellis_tables import Tables
 
         every = np.array([-7, -3, 0, 1, 2, 50_000])
         for values, shift in ((every, 0), (every, 9), (np.array([2]), 3), (np.array([-1]), 0)):

@@ -4,7 +4,7 @@ import numpy as np
 from numba import njit, prange
 
 from hf_rnn_kernels.coding.ans import PRECISION
-from hf_rnn_kernels.coding.trellis import _INPUT, ODD, OUTPUTS, SEGMENT, STATES, Tables
+from hf_rnn_kernels.coding.trellis_tables import INPUT, ODD, OUTPUTS, SEGMENT, STATES, Tables
 from hf_rnn_kernels.cpu_cache import loop
 from hf_rnn_kernels.threads import run
 
@@ -108,7 +108,7 @@ def _follow(n, odd, inputs, out):
 
 def follow(n: np.ndarray) -> np.ndarray:
     out = np.empty(n.size, np.uint8)
-    run(_follow, n, ODD, _INPUT, out)
+    run(_follow, n, ODD, INPUT, out)
     return out
 
 
@@ -210,7 +210,7 @@ def decode(data: np.ndarray, sizes: np.ndarray, tables: Tables, chunk: int, step
         left.astype(np.uint32),
         values,
         ODD,
-        _INPUT,
+        INPUT,
         chunk,
         np.float32(step),
         out,
