@@ -6,9 +6,9 @@ tasks: normally, with a small and a larger rate, with a rate on the difference t
 The models are those of `pretrained.py`, to be run before; the tasks those of `fine_tuned.py`. All get the same steps.
 Each fine-tune is measured in float32; in 8 bits (integers, a scale for each row); coded at the largest relative error
 of its matrices at which accuracy is at most half a point below that of the normal fine-tune of the same seed in float32
-(by bisection over `ERRORS`), and below its own; the former of the coded difference to the pretrained model (LoRA: of its coded adapter); and
-pruned by magnitude. Bits are of all that is stored, headers, tables and vectors in float32 included, for each
-parameter of the whole model. A later call keeps the rows that are there, of other seeds, too, in
+(by bisection over `ERRORS`), and below its own; the former of the coded difference to the pretrained model, too (LoRA:
+of its coded adapter); and pruned by magnitude. Bits are of all that is stored, headers, tables and vectors in float32
+included, for each parameter of the whole model. A later call keeps the rows that are there, of other seeds, too, in
 results/pretrained_rate_cpu.partial.json.
 """
 
