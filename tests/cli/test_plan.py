@@ -134,7 +134,7 @@ def test_more_gpus(work):
         (["--config", "hidden=4"], "config: expected name=value with a setting of a mingru, got 'hidden=4'"),
         (["--gpus", "0"], "gpus: expected at least 1, got 0"),
         (["--config", "bidirectional=True", "--trainer", "zo"], "trainer: a model that reads both ways trains by back"),
-        (["--model", "checkpoint"], "expected a ForCausalLM or ForMaskedLM, got MinGRUForCTC"),
+        (["--model", "checkpoint"], "expected a language model, ForCausalLM or ForMaskedLM, got MinGRUForCTC"),
         (["--share", "1.5"], "share: expected a number above 0"),
     ],
 )

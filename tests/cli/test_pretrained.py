@@ -106,7 +106,7 @@ def test_eval_dynamic(tmp_path, capsys):
     command = ["eval", DEFAULT, "--data", str(tmp_path / "text.txt")]
     assert main([*command, "--dynamic", "--segment", "64"]) == 0
     out = capsys.readouterr().out
-    still, learning = (float(out.split(words)[1].split()[0]) for words in ("bits per byte: ", "on the way: "))
+    still, learning = (float(out.split(words)[1].split()[0]) for words in ("bits per byte: ", "dynamic evaluation: "))
     assert 0 < learning < still
     assert main([*command, "--segment", "64"]) == 1
     assert "learning_rate, segment: only with --dynamic" in capsys.readouterr().err

@@ -178,7 +178,7 @@ def test_predict_says_what_it_takes(tmp_path, capsys):
     hf_rnn.GRUForCausalLM(hf_rnn.GRUConfig(hidden_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
     for arguments, message in (
         (["a text"], "got GRUForCausalLM; hf-rnn generate"),
-        ([], "texts, data: expected texts"),
+        ([], "texts, data: expected either texts"),
         (["a", "--data", "b"], "either texts on the command line or --data"),
     ):
         assert main(["predict", str(tmp_path), *arguments, "--device", "cpu"]) == 1

@@ -90,7 +90,7 @@ class Memory(Mixer):
         if isinstance(self.updater, MLPUpdater) and x.shape[1] > 1 and not layout.reverse:
             every = self.updater.scan(memory, x, layout.mask)
             if every is not None:
-                return every, every[:, -1]
+                return every, every[:, -1].clone()  # of its own, not a view that keeps them all
         memories, tokens = [], list(enumerate(x.unbind(1)))
         for t, x_t in reversed(tokens) if layout.reverse else tokens:
             new = self.update(memory, x_t)
