@@ -8,6 +8,7 @@ from markdown_tables import Results, markdown, number
 
 Load = Callable[[str], Results]
 TRANSFORMER, MAMBA = "Transformer (transformers)", "Mamba (transformers)"
+COLORS = {"minGRU": "C0", "LSTM": "C2", "Mamba": "C4", "Transformer": "C1"}
 # Equal architectures with equal weights: ours, theirs, their name in the table
 SAME = [
     ("minGRU", "minGRU-pytorch", "minGRU-pytorch"),
@@ -129,7 +130,8 @@ def memory_lines(axis, load: Load, cases: dict[str, str]) -> None:
     found = load("long_sequences")["results"]["memory"]
     for case, label in cases.items():
         points = [(int(length), row["mib"] / 1024) for length, row in found[case].items() if "mib" in row]
-        style = "--" if "Transformer" in label else "-"
+        ours = COLORS["minGRU"] + ("-" if "chunked" in case else ":")
+        style = COLORS["Transformer"] + "--" if "Transformer" in label else ours
         axis.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=label)
     lengths(axis, "tokens of the row")
     axis.set(title="training on one row, GiB", ylim=0)
@@ -152,7 +154,7 @@ def draw_front(load: Load, path: Path) -> None:
                 if "ms" in rows[who]:
                     lines.setdefault(label, []).append((int(prefix), rows[who]["ms"]))
     for label in ("LSTM, hf_rnn", "minGRU, hf_rnn", MAMBA, TRANSFORMER):
-        style = "-" if "hf_rnn" in label else "--"
+        style = COLORS[label.partition(",")[0].partition(" ")[0]] + ("-" if "hf_rnn" in label else "--")
         token.plot(*zip(*lines[label], strict=True), style, marker="o", markersize=4, label=label)
     lengths(token, "tokens read before")
     token.set(title="a token for 64 texts at once, ms", yscale="log")

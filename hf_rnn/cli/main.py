@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     run = importlib.import_module(f"hf_rnn.cli.{COMMANDS[argv[0]].module}").main
     try:
         run(argv[1:])
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:  # ImportError: an extra is missing
         print(f"hf-rnn {argv[0]}: {error}", file=sys.stderr)
         return 1
     return 0

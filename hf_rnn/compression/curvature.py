@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_rnn.compression.search import coded_parameters, difference, restored, root_mean_square
-from hf_rnn_kernels.coding import dequantize_rows, quantize_rows, suited
+from hf_rnn_kernels.coding import dequantize_rows, encode_rows, quantize_rows, suited
 
 # Squared steps that a bit is worth where the squared error is step^2 / 12 and a bit halves the step: 2 ln 2 / 12.
 _SLOPE = 2 * math.log(2) / 12
@@ -106,6 +106,7 @@ def choose_by_curvature(
 
     One multiplier, what a bit is worth, decides on all steps and roundings. Increases of the loss are about
     proportional to it: it is divided by how far the last one was off, between those that were too much and too little.
+    A third of the evaluations go to equal importance of all weights, and the smaller result counts.
 
     Args:
         parameters, bases: what is coded, and what it is a difference to; unchanged afterwards.
@@ -140,29 +141,43 @@ def choose_by_curvature(
             for name, p in kept.items():
                 parameters[name].copy_(p)
 
-    # An error of a tenth of each weight, to begin with
-    energy = sum(float((importance[name] * x.cpu().float().square()).sum()) for name, x in coded.items())
-    guess = math.log2(0.01 * energy / sum(x.numel() for x in coded.values()) + 2.0**-200)
-    low, high, best = -math.inf, math.inf, None
-    for _ in range(evaluations - 1):
-        found = quantised(coded, importance, 2.0**guess, coder)
-        risen = increase(found)
-        if risen <= max_loss_increase:
-            best, low = found, guess
-            if risen >= _CLOSE * max_loss_increase:
+    def fewest(importance: Mapping[str, Tensor], evaluations: int) -> Choice | None:
+        """The coarsest within the bound that so many evaluations find."""
+        # An error of a tenth of each weight, to begin with
+        energy = sum(float((importance[name] * x.cpu().float().square()).sum()) for name, x in coded.items())
+        guess = math.log2(0.01 * energy / sum(x.numel() for x in coded.values()) + 2.0**-200)
+        low, high, best = -math.inf, math.inf, None
+        for _ in range(evaluations):
+            found = quantised(coded, importance, 2.0**guess, coder)
+            risen = increase(found)
+            if risen <= max_loss_increase:
+                best, low = found, guess
+                if risen >= _CLOSE * max_loss_increase:
+                    break
+            else:
+                high = guess
+            # Noise of the loss may be more than the increase: at most eight times a step
+            change = math.log2(0.95 * max_loss_increase / max(risen, 1e-9 * max_loss_increase))
+            guess += max(-3.0, min(3.0, change))
+            if not low < guess < high:
+                guess = (low + high) / 2
+            if high - low < 0.05:
                 break
-        else:
-            high = guess
-        # Noise of the loss may be more than the increase: at most eight times a step
-        change = math.log2(0.95 * max_loss_increase / max(risen, 1e-9 * max_loss_increase))
-        guess += max(-3.0, min(3.0, change))
-        if not low < guess < high:
-            guess = (low + high) / 2
-        if high - low < 0.05:
-            break
-    if best is None:
+        return best
+
+    def size(choice: Choice) -> int:
+        return sum(
+            encode_rows(q, exponents, coded[name].dtype, suited(coder, coded[name])).numel()
+            for name, (exponents, q) in choice.items()
+        )
+
+    # Where training has made the gradients of a text nearly nothing they say little about errors: equal ones are tried.
+    equal = {name: torch.ones_like(c) for name, c in importance.items()}
+    found = [fewest(importance, evaluations - 1 - evaluations // 3), fewest(equal, evaluations // 3)]
+    within = [choice for choice in found if choice is not None]
+    if not within:
         raise ValueError(
             f"max_loss_increase: {evaluations} evaluations found no steps within {max_loss_increase:g}; allow more of "
             "either, or exclude the tensors that matter most"
         )
-    return best
+    return min(within, key=size)

@@ -36,7 +36,7 @@ def state_of(cache: RecurrentCache | None, past_key_values: RecurrentCache | Non
     return past_key_values if cache is None else cache
 
 
-def check_tensors(**given: Any) -> None:
+def check_are_tensors(**given: Any) -> None:
     """Raise TypeError for lists, arrays and whatever else is neither a tensor nor None."""
     for name, value in given.items():
         if value is not None and not isinstance(value, Tensor):
@@ -45,7 +45,7 @@ def check_tensors(**given: Any) -> None:
 
 def check_inputs(num_input_features: int | None, **given: Tensor | None) -> None:
     """Raise unless forward got exactly one of the inputs that the model reads, as a tensor."""
-    check_tensors(**given)
+    check_are_tensors(**given)
     wrong, right = "input_features", "input_ids"
     if num_input_features is not None:
         wrong, right = right, wrong
@@ -76,7 +76,7 @@ def check_ids(
     Only on a CPU, where reading the values does not stall the device, and where they are known; elsewhere the
     embedding's own assertion speaks.
     """
-    check_tensors(**{name: ids})
+    check_are_tensors(**{name: ids})
     if ids.dtype not in (torch.int32, torch.int64):
         kind = "token ids" if setting == "vocab_size" else "classes"
         raise TypeError(f"{name}: expected integer {kind} (int64 or int32), got {ids.dtype}")

@@ -37,7 +37,7 @@ from hf_rnn.skeleton.inputs import (
     check_inputs,
     check_known,
     check_reads_tokens,
-    check_tensors,
+    check_are_tensors,
     packed_offsets,
     padding_mask,
     state_of,
@@ -169,7 +169,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         check_known(kwargs, "cu_seq_lens_q", "seq_idx")
         cache = state_of(cache, past_key_values)
         inputs = dict(input_ids=input_ids, input_features=input_features, inputs_embeds=inputs_embeds)
-        check_tensors(attention_mask=attention_mask)
+        check_are_tensors(attention_mask=attention_mask)
         check_inputs(self.config.num_input_features, **inputs, observed_mask=observed_mask)
         past, inside = 0 if cache is None else cache.get_seq_length(), False
         if input_features is not None:

