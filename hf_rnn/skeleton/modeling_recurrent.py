@@ -33,11 +33,11 @@ from hf_rnn.skeleton.cache import RecurrentCache
 from hf_rnn.skeleton.configuration_recurrent import RecurrentConfig
 from hf_rnn.skeleton.generation import RecurrentGenerationMixin
 from hf_rnn.skeleton.inputs import (
+    check_are_tensors,
     check_ids,
     check_inputs,
     check_known,
     check_reads_tokens,
-    check_are_tensors,
     packed_offsets,
     padding_mask,
     state_of,
