@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, rms_norm
+from torch.nn import functional as F
 
 
 def scan(
@@ -21,11 +21,11 @@ def scan(
     """Memories after each token, (B, T, K, D)."""
     memories = []
     for t in range(x.shape[1]):
-        a = x[:, t] + linear(memory.flatten(1), in_weight)
+        a = x[:, t] + F.linear(memory.flatten(1), in_weight)
         for n, weight in enumerate(weights):
-            a = a + linear(rms_norm(gelu(a), a.shape[-1:], eps=eps), weight, biases[n] if biases else None)
-        new = linear(gelu(a), out_weight, out_bias).view_as(memory)
-        new = rms_norm(new, new.shape[-1:])
+            a = a + F.linear(F.rms_norm(F.gelu(a), a.shape[-1:], eps=eps), weight, biases[n] if biases else None)
+        new = F.linear(F.gelu(a), out_weight, out_bias).view_as(memory)
+        new = F.rms_norm(new, new.shape[-1:])
         memory = new if mask is None else torch.where(mask[:, t, None, None], new, memory)
         memories.append(memory)
     return torch.stack(memories, 1)
