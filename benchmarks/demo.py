@@ -11,6 +11,8 @@ import time
 
 from driver import save
 
+ROW = r"^  (lzma|byte n-gram, order \d|this minGRU|and learning on the way) +([\d.]+)"
+
 
 def main() -> None:
     start, text = time.perf_counter(), ""
@@ -25,11 +27,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     steps = re.search(r"([\d.]+) s a step: (\d+) steps", text)
     assert steps is not None
-    held_out = dict(
-        re.findall(
-            r"^  (lzma|byte n-gram, order \d|this minGRU|and learning on the way) +([\d.]+)$", text, re.MULTILINE
-        )
-    )
+    held_out = dict(re.findall(ROW, text, re.MULTILINE))
     results = {
         "seconds": seconds,
         "seconds_per_step": float(steps[1]),
