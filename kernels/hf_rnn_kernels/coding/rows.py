@@ -57,7 +57,7 @@ def quantize_rows(x: Tensor, exponents: Tensor, multiplier: float, curvature: Te
     """
     rows, weights = _as_rows(x.detach().cpu()), _as_rows(curvature)
     q = torch.empty(rows.shape, dtype=torch.int32)
-    for exponent in exponents.unique().tolist():
+    for exponent in exponents.unique().tolist() if rows.numel() else ():  # rows without columns have no curvature
         own = exponents == exponent
         c, spacing = weights[own], 2.0 ** (exponent + 1 if coder == "trellis" else exponent)
         rate = multiplier / max(float(c.mean()) * spacing**2, 1e-300)
