@@ -56,6 +56,8 @@ def build(name: str, **options):
                 parameter.normal_()
             elif "gate_proj.weight" in parameter_name or "recurrent_weight" in parameter_name:
                 parameter.normal_(std=0.3)
+            elif "updater.recurrent_proj" in parameter_name:
+                parameter.mul_(0.5)  # or two paths of rounding part within a thousand tokens
     return model.eval()
 
 
@@ -114,14 +116,15 @@ def test_several_tokens_of_one_text(name, options, time):
     ids = torch.randint(0, 58, (1, 9 + time), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         state = model(ids[:, :9]).past_key_values
-    other = state.clone()
+    other, exact, double = state.clone(), state.clone(), copy.deepcopy(model).double()
+    exact.states = [tuple(x.double() for x in state) for state in exact.states]
     state.activate_past_recording()
     logits = step(model, ids[:, 9:], state)
     assert (time, True) in model.__dict__["_fused_step"].program.bound
     for t in range(time):
         expected = step(model, ids[:, 9 + t : 10 + t], other)
-        # Sums in another order: 1.3e-5 of xLSTM's on one of the processors that this ran on
-        assert relative_error(logits[:, t : t + 1], expected) < 3e-5
+        reference = step(double, ids[:, 9 + t : 10 + t], exact)
+        assert relative_error(logits[:, t : t + 1], reference) < max(1e-5, relative_error(expected, reference))
         back = state.clone()
         back.crop(time - 1 - t)
         assert back.seen_tokens == other.seen_tokens == 10 + t
@@ -155,15 +158,15 @@ def test_the_same_thousand_tokens(name, options):
         with ordinary(model):
             expected = generate(model, ids, mask, max_new_tokens=1000)
         others = (tokens != expected).any(1).nonzero().flatten().tolist()
-        assert len(others) <= 6, "of 64,000 decisions between random logits a few may be ties"
+        assert len(others) <= 3, "of 64,000 decisions between random logits a few may be ties"
         for row in others:
             at = int((tokens[row] != expected[row]).nonzero()[0])
             real = torch.cat([mask[row].bool(), mask.new_ones(at - ids.shape[1]).bool()])
             with torch.no_grad():
                 logits = copy.deepcopy(model).double()(tokens[row, :at][real][None]).logits[0, -1]
             tie = (logits[tokens[row, at]] - logits[expected[row, at]]).abs() < 1e-5 * logits.std()
-            # A network that magnifies rounding errors for hundreds of tokens: then float64 is with one of the two
-            assert tie or logits.argmax() in (tokens[row, at], expected[row, at])
+            # A network that magnifies rounding errors for hundreds of tokens: then float64 is with the fused step
+            assert tie or logits.argmax() == tokens[row, at]
 
 
 @pytest.mark.parametrize("name", ["lstm", "xlstm"])
