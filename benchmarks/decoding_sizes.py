@@ -32,7 +32,7 @@ from hf_rnn.compression.weight_only import pack_model
 SIZES = sized(*2 * [(1_000_000, 5_000_000, 20_000_000, 100_000_000)], dry=(40_000,))
 LARGEST, STEPS = SIZES[-1], sized(16, 16, 2)
 FORMATS = {32: "F32", 8: "Q8_0", 4: "Q4_0"}
-WHOLE_NUMBERS = "it rounds activations to 8 bits and multiplies whole numbers; ours stay float32"
+WHOLE_NUMBERS = "it rounds activations to 8 bits and multiplies whole numbers; ours are rounded to 16"
 ACCEPTED = {
     "torch.sum of the weights": "reads them and does nothing else",
     **{f"hf_rnn, {bits} bits": "fewer bytes" for bits in (8, 4)},

@@ -314,6 +314,7 @@ def test_a_step_on_a_gpu_ends_in_time_and_a_crash_is_gone_over(tmp_path, monkeyp
     assert gpu.run(["crash", "3"], 60) == "failed (3)"
 
 
+@pytest.mark.slow
 def test_a_rehearsal_without_a_gpu(tmp_path, monkeypatch, capsys):
     import driver
     import gpu

@@ -50,6 +50,7 @@ def test_import_is_lazy():
     assert not {"triton", "numba", "llvmlite", "datasets", "peft", "matplotlib"} & set(ast.literal_eval(result.stdout))
 
 
+@pytest.mark.slow
 def test_works_without_triton_and_numba():
     """Without either, the same numbers as with numba."""
     code = (

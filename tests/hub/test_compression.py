@@ -61,6 +61,7 @@ def test_there_and_back(make_model, architecture, tied, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["gru"], indirect=True)
+@pytest.mark.slow
 def test_another_process_writes_the_same(model, ids, tmp_path):
     save_compressed(model, tmp_path)
     expected = model.generate(ids[:1], max_new_tokens=12, do_sample=False).tolist()

@@ -238,6 +238,7 @@ def test_what_comes_back(pushed):
     assert output.count("SAME ") == 8 and "SNIPPET The " in output
 
 
+@pytest.mark.slow
 def test_without_the_package(pushed, fake_hub, bare_python, tmp_path):
     result = bare_python(ALONE, tmp_path, **fake_hub.environment)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -71,6 +71,7 @@ class ServeProcess:
         return self.process.returncode
 
 
+@pytest.mark.slow
 def test_sessions_outlive_the_server(checkpoint, tmp_path):
     model = endless_model()
     # Both are there before the first one ends, in the middle of a text

@@ -106,6 +106,7 @@ def test_a_finite_run_is_the_stock_trainers(tmp_path):
         assert torch.equal(x, y)
 
 
+@pytest.mark.slow
 def test_every_process_stops(tmp_path):
     """Two gloo processes, the NaN on one of them only: neither waits for the other."""
     script = tmp_path / "train.py"

@@ -155,6 +155,7 @@ class TestChunked:
         assert distance(found, whole) < max(distance(whole, exact), 1e-2)
 
     @pytest.mark.parametrize("architecture", ["lstm"], indirect=True)
+    @pytest.mark.slow
     def test_compiled(self, make_model, tmp_path):
         rows = torch.randint(0, 58, (4, T))
         settings = dict(

@@ -117,6 +117,7 @@ class TestOrderOfData:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
         assert same(straight, resumed)
 
+    @pytest.mark.slow
     def test_workers_that_stay(self, tmp_path):
         """As without them, resumed in the middle of the first epoch and at its end."""
         workers = dict(

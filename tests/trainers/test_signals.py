@@ -89,6 +89,7 @@ class TestSignals:
             make_trainer(tmp_path, callbacks=[tell], save_strategy="no").train()
         assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint-3"
 
+    @pytest.mark.slow
     def test_from_the_command_line(self, tmp_path):
         """SIGTERM to `hf-rnn train`, then the same command goes on."""
         (tmp_path / "text.txt").write_text("to be or not to be " * 400)
