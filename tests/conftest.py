@@ -23,7 +23,7 @@ def attention_in_every_second_layer(num_hidden_layers=3, **settings):
     return hf_rnn.MinLSTMConfig(num_hidden_layers=num_hidden_layers, **settings)
 
 
-# The architectures, and others of their layouts, which pass the same tests
+# The architectures, and others of their layouts, which pass the same tests in the slow tier
 LAYOUTS = ARCHITECTURES | {
     "gru-paper": [partial(hf_rnn.GRUConfig, block_layout="paper"), *ARCHITECTURES["gru"][1:]],
     "minlstm-attention": [attention_in_every_second_layer, *ARCHITECTURES["minlstm"][1:]],
@@ -68,7 +68,12 @@ def make_head(architecture, head, **settings):
     return model.eval()
 
 
-@pytest.fixture(params=sorted(LAYOUTS))
+def others_slow(names, fast):
+    """Names for `parametrize`, of which those that are not in `fast` are left to the slow tier."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in sorted(names)]
+
+
+@pytest.fixture(params=others_slow(LAYOUTS, ARCHITECTURES))
 def architecture(request) -> str:
     return request.param
 

@@ -83,11 +83,16 @@ namespace: dict = {"torch": torch}
 exec(COMPUTE, namespace)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory, bare_python):
-    """Every case computed with the package and by its bundle alone, in one process each."""
-    folder = tmp_path_factory.mktemp("bundles")
-    for case, settings in CASES.items():
+FEW = ("gru", "minlstm paper", "xlstm gated")  # in `make test`
+OTHERS = tuple(case for case in CASES if case not in FEW)
+
+
+@pytest.fixture(scope="module", params=[FEW, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["few", "others"])
+def results(request, tmp_path_factory, bare_python):
+    """A folder and cases in it, computed with the package and by their bundles alone, in one process each."""
+    folder, cases = tmp_path_factory.mktemp("bundles"), request.param
+    for case in cases:
+        settings = CASES[case]
         config_class, causal_class, classifier_class = ARCHITECTURES[case.split()[0]]
         base = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, initializer_range=0.3)
         tokens = dict(pad_token_id=58, bos_token_id=59, eos_token_id=60, num_labels=3)
@@ -110,27 +115,29 @@ def results(tmp_path_factory, bare_python):
     features.save_pretrained(folder / "features")
     bundle(folder / "features")
     save_file(namespace["transcribe"](features), folder / "features-package.safetensors")
-    result = bare_python(ALONE.format(compute=COMPUTE, cases=list(CASES)), folder)
+    result = bare_python(ALONE.format(compute=COMPUTE, cases=cases), folder)
     assert result.returncode == 0, result.stderr[-3000:]
-    return folder
+    return folder, cases
 
 
-@pytest.mark.parametrize("case", [*CASES, "features"])
-def test_same_as_with_the_package(case, results):
-    expected, alone = load_file(results / f"{case}-package.safetensors"), load_file(results / f"{case}.safetensors")
-    assert expected.keys() == alone.keys()
-    for name in expected.keys() & {"greedy", "beams", "candidates"}:
-        assert torch.equal(alone[name], expected[name]), name
-    for name in expected.keys() - {"greedy", "beams", "candidates"}:
-        assert relative_error(alone[name], expected[name]) < 1e-5, name
+def test_same_as_with_the_package(results):
+    folder, cases = results
+    for case in (*cases, "features"):
+        expected, alone = (load_file(folder / f"{case}{who}.safetensors") for who in ("-package", ""))
+        assert expected.keys() == alone.keys()
+        for name in expected.keys() & {"greedy", "beams", "candidates"}:
+            assert torch.equal(alone[name], expected[name]), (case, name)
+        for name in expected.keys() - {"greedy", "beams", "candidates"}:
+            assert relative_error(alone[name], expected[name]) < 1e-5, (case, name)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_saved_again_it_is_whole(case, results):
+def test_saved_again_it_is_whole(results):
     """What the bundle saves is the same checkpoint, its code included."""
-    for name in ("config.json", "model.safetensors", "modeling_hf_rnn.py"):
-        before, after = ((results / folder / name).read_bytes() for folder in (case, f"{case}-again"))
-        assert before == after, name
+    folder, cases = results
+    for case in cases:
+        for name in ("config.json", "model.safetensors", "modeling_hf_rnn.py"):
+            before, after = ((folder / checkpoint / name).read_bytes() for checkpoint in (case, f"{case}-again"))
+            assert before == after, (case, name)
 
 
 @pytest.mark.parametrize("stem", hf_rnn.ARCHITECTURES)
@@ -148,9 +155,11 @@ def test_reads_like_code(stem, tmp_path):
 
 def test_beside_the_package(results):
     """One process holds both: the package imported and the bundle's classes."""
-    folder = str(results / "mingru")
-    alone = get_class_from_dynamic_module("modeling_hf_rnn.MinGRUForCausalLM", folder).from_pretrained(folder)
-    package = hf_rnn.MinGRUForCausalLM.from_pretrained(folder)
+    folder, cases = results
+    case = str(folder / cases[0])
+    name = ARCHITECTURES[cases[0]][1].__name__
+    alone = get_class_from_dynamic_module(f"modeling_hf_rnn.{name}", case).from_pretrained(case)
+    package = getattr(hf_rnn, name).from_pretrained(case)
     assert type(alone).__module__ != type(package).__module__
     ids = torch.arange(11)[None]
     assert relative_error(alone(ids).logits, package(ids).logits) < 1e-5

@@ -44,7 +44,16 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=CASES, ids=[" ".join(case) for case in CASES])
+# In `make test`, these of one architecture
+RARE = {"attention, all it sees", "no convolution", "no learned state", "paper's selective copying", "paper"}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(case, marks=[pytest.mark.slow] * (case[0] != "mingru" and case[1] in RARE), id=" ".join(case))
+        for case in CASES
+    ]
+)
 def case(request):
     return request.param
 

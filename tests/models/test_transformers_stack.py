@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import ARCHITECTURES, LAYOUTS, for_those_that_have, relative_error
+from conftest import ARCHITECTURES, LAYOUTS, for_those_that_have, others_slow, relative_error
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -233,6 +233,7 @@ def test_compile_without_graph_breaks(architecture, model, ids):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("architecture", others_slow(LAYOUTS, ("gru", "xlstm")), indirect=True)
 def test_compiled_decoding_step(model, ids):
     """One graph serves every step, and no step compiles again."""
     torch._dynamo.reset()  # tests share transformers' wrappers, and so their limit of recompilations
@@ -248,6 +249,7 @@ def test_compiled_decoding_step(model, ids):
     assert counter.frame_count <= 2  # seen_tokens becomes dynamic once
 
 
+@pytest.mark.parametrize("architecture", others_slow(LAYOUTS, ("mingru", "xlstm")), indirect=True)
 def test_generate_compiles_its_steps(model, ids):
     """With a `compile_config`: the same tokens, the prompt not compiled, one graph for all steps and later calls."""
     torch._dynamo.reset()
@@ -266,6 +268,7 @@ def test_generate_compiles_its_steps(model, ids):
     assert torch.equal(model.generate(ids, compile_config=unused, disable_compile=True, **settings), expected)
 
 
+@pytest.mark.parametrize("architecture", others_slow(LAYOUTS, ("lstm", "minlstm", "xlstm")), indirect=True)
 def test_export(model):
     with torch.no_grad():
         ids = torch.randint(0, 58, (3, 4))
