@@ -28,10 +28,10 @@ def weights(outputs, inputs, seed=0):
 
 def rounded(x, bits, group):
     """x (N, I) as few rows are multiplied, in float64: of each block, whole multiples of a 32767th of its largest."""
-    each, whole = map(int, cpu._block(*map(U, (bits, x.shape[1], group))))
+    each, fits = map(int, cpu._block(*map(U, (bits, x.shape[1], group))))
     x = x.double()
-    for at in range(0, whole, each):
-        block = x[:, at : min(at + each, whole)]
+    for at in range(0, x.shape[1] if fits else 0, each):
+        block = x[:, at : at + each]
         most = block.abs().amax(1, keepdim=True).clamp(min=1e-30)
         times = (32767 / most.float()).double()
         block.copy_((block * times).round() * (most / 32767).float().double())
@@ -67,12 +67,12 @@ def test_what_fits_is_kept_bit_for_bit(outputs, inputs, bits, exponent, seed):
     assert not weight[0, 0] or not is_exact(weight, bits)
 
 
-@pytest.mark.parametrize("bits, group", [(8, None), (8, 4), (4, None), (4, 2), (4, 12)])
+@pytest.mark.parametrize("bits, group", [(8, None), (8, 4), (8, 26), (4, None), (4, 2), (4, 26), (4, 52)])
 @pytest.mark.parametrize("rows", [0, 1, 3, 9, 130])
 def test_product_and_gradient(bits, group, rows):
-    layer = PackedLinear.of(nn.Linear(36, 71), bits, group)
+    layer = PackedLinear.of(nn.Linear(156, 71), bits, group)
     plain = layer.dequantize().double()
-    x = weights(rows, 36).requires_grad_()
+    x = weights(rows, 156).requires_grad_()
     y = layer(x)
     exact = x.detach().double().requires_grad_()
     expected = plain(exact)
@@ -81,7 +81,7 @@ def test_product_and_gradient(bits, group, rows):
     (dx,) = torch.autograd.grad(y, x, grad)
     (expected_dx,) = torch.autograd.grad(expected, exact, grad.double())
     if rows:
-        value = plain(rounded(x.detach(), bits, 36 // layer.scale.shape[1])) if rows <= 8 else expected
+        value = plain(rounded(x.detach(), bits, 156 // layer.scale.shape[1])) if rows <= 8 else expected
         assert relative_error(y, value) < 1e-6
         assert relative_error(dx, expected_dx) < 1e-6
 
@@ -101,10 +101,10 @@ def test_rounding_activations_costs_little_beside_rounding_weights(bits, group):
 @pytest.mark.parametrize("bits, most", [(8, 127), (4, 7)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sums_do_not_overflow(bits, most, sign):
-    for inputs in (4096, 16384):  # the largest group of whole numbers, and one that stays in floats
-        weight = torch.full((3, inputs), float(sign * most))
-        y = packed_linear(torch.full((1, inputs), 1e30), *pack(weight, bits, inputs), bits)
-        assert relative_error(y, torch.full((1, 3), sign * most * inputs * 1e30, dtype=torch.float64)) < 1e-5
+    for group in (3998, 4000, 16384):  # the largest groups of whole numbers, and one that stays in floats
+        weight = torch.full((3, 2 * group), float(sign * most))
+        y = packed_linear(torch.full((1, 2 * group), 1e30), *pack(weight, bits, group), bits)
+        assert relative_error(y, torch.full((1, 3), sign * most * 2 * group * 1e30, dtype=torch.float64)) < 1e-5
 
 
 @pytest.mark.parametrize("bits", [8, 4])

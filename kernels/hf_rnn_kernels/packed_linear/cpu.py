@@ -20,7 +20,7 @@ _FOUR, _EIGHT = np.int32(4), np.int32(8)
 BLOCK = U(256)  # numbers of x that share a scale where the weights' own groups are whole rows
 _WORDS = 2 * LANES  # of 16 bits in a vector
 _AHEAD = 4096  # bytes that are asked for ahead; the processor by itself asks for fewer (docs/log.md, 2026-12-01)
-_LARGEST = U(4096)  # numbers whose products of 8 and 16 bits, summed in 8 lanes of 32 bits, cannot overflow
+_LARGEST = U(4000)  # numbers whose products of 8 and 16 bits, summed in 8 lanes of 32 bits, cannot overflow
 _MOST = F32(32767)
 _INFINITY, _TINY = np.int32(0x7F800000), np.int32(0x07000000)  # as bits; 9.6e-35, whose inverse times `_MOST` is finite
 
@@ -64,6 +64,12 @@ def _vector_dot(bits):
                 pairs = builder.add(pick(product, *range(0, _WORDS, 2)), pick(product, *range(1, _WORDS, 2)))
                 builder.store(builder.add(builder.load(sums), pairs), sums)
 
+            def add_product(a, index):
+                """To the first lane, that of one number."""
+                now, b = builder.load(sums), builder.sext(number(x_at, index), lane)
+                first = builder.add(builder.extract_element(now, lane(0)), builder.mul(a, b, flags=["nsw"]))
+                builder.store(builder.insert_element(now, first, lane(0)), sums)
+
             total, sums = cgutils.alloca_once(builder, floats), cgutils.alloca_once(builder, lanes)
             builder.store(ir.Constant(floats, [0.0] * LANES), total)
             blocks = builder.udiv(builder.add(inputs, builder.sub(each, size(1))), each)
@@ -78,6 +84,7 @@ def _vector_dot(bits):
                 if bits == 8:  # the last block may be smaller
                     left = builder.sub(inputs, x_here)
                     here = builder.select(builder.icmp_unsigned("<", left, each), left, each)
+                turns = builder.udiv(here, size(_WORDS))
 
                 def turn(i, x_here=x_here, w_here=w_here, here=here):
                     at, first = builder.add(w_here, i), builder.add(x_here, i)
@@ -90,12 +97,25 @@ def _vector_dot(bits):
                         add_products(builder.and_(byte, ir.Constant(words, [15] * _WORDS)), first)
                         add_products(builder.lshr(byte, ir.Constant(words, [4] * _WORDS)), builder.add(first, here))
 
+                def one(i, x_here=x_here, w_here=w_here, here=here):
+                    """What is no vector, a byte at a time."""
+                    byte, first = number(w_at, builder.add(w_here, i)), builder.add(x_here, i)
+                    if bits == 8:
+                        add_product(builder.sext(byte, lane), first)
+                    else:
+                        byte = builder.zext(byte, lane)
+                        add_product(builder.and_(byte, lane(15)), first)
+                        add_product(builder.lshr(byte, lane(4)), builder.add(first, here))
+
                 # Most groups of halves are one vector, for which a loop would cost more than what it does.
                 done = 8 // bits - 1
                 if done:
-                    turn(size(0))
-                with cgutils.for_range(builder, builder.udiv(here, size(_WORDS)), start=size(done)) as each_turn:
+                    with builder.if_then(builder.icmp_unsigned(">", turns, size(0))):
+                        turn(size(0))
+                with cgutils.for_range(builder, turns, start=size(done)) as each_turn:
                     turn(builder.mul(each_turn.index, size(_WORDS)))
+                with cgutils.for_range(builder, here, start=builder.mul(turns, size(_WORDS))) as left_over:
+                    one(left_over.index)
                 scale_here = number(scale_at, builder.add(s0, builder.mul(block.index, s_step)))
                 both = builder.fmul(scale_here, number(x_scale_at, block.index))
                 both = pick(builder.insert_element(ir.Constant(floats, ir.Undefined), both, lane(0)), *[0] * LANES)
@@ -136,24 +156,24 @@ def _halves_dot(half, w, w0, x, x0):
 
 @row
 def _block(bits, inputs, group):
-    """How many numbers of x share a scale, and how many of a row go through vectors."""
+    """How many numbers of x share a scale, and whether they are rounded."""
     each = BLOCK if bits == U(8) and group == inputs else group
-    whole = inputs // U(_WORDS) * U(_WORDS) if each == BLOCK else inputs
-    fits = each <= _LARGEST and (each * bits // U(8)) % U(_WORDS) == U(0)
-    return each, whole if fits else U(0)
+    return each, each <= _LARGEST
 
 
 @row
 def rounded(bits, inputs, group, x, x0):
     """x rounded to 16 bits, (inputs,) int16, its scale in each block, and what a block's sum of halves begins with.
 
-    A block with a NaN or an infinity has NaN for a scale; one below 1e-34 is zero.
+    A block with a NaN or an infinity has NaN for a scale; one below 1e-34 is zero. Nothing for groups that are too
+    large.
     """
-    each, whole = _block(bits, inputs, group)
-    blocks = (whole + each - U(1)) // each
-    q, scale, start = np.zeros(whole, np.int16), np.empty(blocks, np.float32), np.zeros(blocks, np.int32)
+    each, fits = _block(bits, inputs, group)
+    inputs = inputs if fits else U(0)
+    blocks = (inputs + each - U(1)) // each
+    q, scale, start = np.zeros(inputs, np.int16), np.empty(blocks, np.float32), np.zeros(blocks, np.int32)
     for b in range(blocks):
-        begin, end = b * each, min((b + U(1)) * each, whole)
+        begin, end = b * each, min((b + U(1)) * each, inputs)
         most = np.int32(0)
         for i in range(begin, end):  # as whole numbers, whose largest is found in vectors
             most = max(most, np.int32(as_int(x[x0 + i]) & np.int32(0x7FFFFFFF)))
@@ -175,22 +195,22 @@ def rounded(bits, inputs, group, x, x0):
 def packed_dots(bits, inputs, group, w, scale, o, end, x, x0, q, x_scale, start, y, y0):
     """y += rows `o` to `end` of the matrix times x, of which `q`, `x_scale` and `start` come.
 
-    What is no vector stays float32. The rows are inside: a call for each took as long as its products.
+    Groups that are too large stay float32. The rows are inside: a call for each took as long as its products.
     """
-    each, whole = _block(bits, inputs, group)
+    each, fits = _block(bits, inputs, group)
     groups, bytes_ = inputs // group, inputs * bits // U(8)
-    step, rest = U(groups > U(1)), inputs - whole
+    step = U(groups > U(1))
     while o < end:
         w0, s0, total = o * bytes_, o * groups, F32(0)
-        if whole > U(0) and bits == U(4):
-            total = _halves_vectors(w, w0, scale, s0, step, q, x_scale, start, whole, each)
-        elif whole > U(0):
-            total = _bytes_vectors(w, w0, scale, s0, step, q, x_scale, start, whole, each)
-        if rest > U(0):
+        if fits and bits == U(4):
+            total = _halves_vectors(w, w0, scale, s0, step, q, x_scale, start, inputs, each)
+        elif fits:
+            total = _bytes_vectors(w, w0, scale, s0, step, q, x_scale, start, inputs, each)
+        else:
             for g in range(groups):
-                at, to = w0 + (whole + g * group) * bits // U(8), x0 + whole + g * group
+                at, to = w0 + g * group * bits // U(8), x0 + g * group
                 if bits == U(8):
-                    total += scale[s0 + g] * _bytes_dot(min(rest, group), w, at, x, to)
+                    total += scale[s0 + g] * _bytes_dot(group, w, at, x, to)
                 else:
                     total += scale[s0 + g] * _halves_dot(group // U(2), w, at, x, to)
         y[y0 + o] += total
