@@ -25,12 +25,13 @@ _MOST = F32(32767)
 _INFINITY, _TINY = np.int32(0x7F800000), np.int32(0x07000000)  # as bits; 9.6e-35, whose inverse times `_MOST` is finite
 
 
-def _vector_dot(bits):
+def _vector_dot(bits, rest):
     """A row of packed weights times x, both whole numbers, as LLVM vectors.
 
     Bytes become words of 16 bits, which times those of x are added in pairs: one instruction on x86, which LLVM finds.
     Sums of a block stay in lanes of 32 bits, become floats with the block's scales, and only their sum over all blocks
     is summed up in the end. Halves come as they are, 8 too large: sums begin with what that adds, `start`.
+    `rest`: whether a block may have more than whole vectors, which short blocks of halves had better not be asked.
     """
 
     @intrinsic
@@ -108,14 +109,14 @@ def _vector_dot(bits):
                         add_product(builder.lshr(byte, lane(4)), builder.add(first, here))
 
                 # Most groups of halves are one vector, for which a loop would cost more than what it does.
-                done = 8 // bits - 1
+                done = int(bits == 4 and not rest)
                 if done:
-                    with builder.if_then(builder.icmp_unsigned(">", turns, size(0))):
-                        turn(size(0))
+                    turn(size(0))
                 with cgutils.for_range(builder, turns, start=size(done)) as each_turn:
                     turn(builder.mul(each_turn.index, size(_WORDS)))
-                with cgutils.for_range(builder, here, start=builder.mul(turns, size(_WORDS))) as left_over:
-                    one(left_over.index)
+                if rest:
+                    with cgutils.for_range(builder, here, start=builder.mul(turns, size(_WORDS))) as left_over:
+                        one(left_over.index)
                 scale_here = number(scale_at, builder.add(s0, builder.mul(block.index, s_step)))
                 both = builder.fmul(scale_here, number(x_scale_at, block.index))
                 both = pick(builder.insert_element(ir.Constant(floats, ir.Undefined), both, lane(0)), *[0] * LANES)
@@ -133,7 +134,7 @@ def _vector_dot(bits):
     return dot
 
 
-_bytes_vectors, _halves_vectors = _vector_dot(8), _vector_dot(4)
+_bytes, _halves, _halves_and_rest = _vector_dot(8, True), _vector_dot(4, False), _vector_dot(4, True)
 
 
 @sums
@@ -202,10 +203,12 @@ def packed_dots(bits, inputs, group, w, scale, o, end, x, x0, q, x_scale, start,
     step = U(groups > U(1))
     while o < end:
         w0, s0, total = o * bytes_, o * groups, F32(0)
-        if fits and bits == U(4):
-            total = _halves_vectors(w, w0, scale, s0, step, q, x_scale, start, inputs, each)
+        if fits and bits == U(4) and group % U(2 * _WORDS) == U(0):
+            total = _halves(w, w0, scale, s0, step, q, x_scale, start, inputs, each)
+        elif fits and bits == U(4):
+            total = _halves_and_rest(w, w0, scale, s0, step, q, x_scale, start, inputs, each)
         elif fits:
-            total = _bytes_vectors(w, w0, scale, s0, step, q, x_scale, start, inputs, each)
+            total = _bytes(w, w0, scale, s0, step, q, x_scale, start, inputs, each)
         else:
             for g in range(groups):
                 at, to = w0 + g * group * bits // U(8), x0 + g * group
