@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from scipy import stats
@@ -398,6 +398,7 @@ class TestRows:
         coder=st.sampled_from(CODERS),
         dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     )
+    @example(shape=(6, 0), steps=[-3, -3, -3, -3, -3, -4], coder="ans", dtype=torch.float32)
     def test_fuzzed(self, shape, steps, coder, dtype):
         x, rows = torch.randn(shape) * 0.1, math.prod(shape[:-1])
         exponents = torch.tensor(steps[:rows], dtype=torch.int64)

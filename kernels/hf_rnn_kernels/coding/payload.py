@@ -227,7 +227,7 @@ def decode_tensor(payload: Tensor, name: str = "payload") -> Tensor:
 
 def row_exponents(header: Header, name: str = "payload") -> Tensor:
     """(rows,) int64 of a header; CorruptPayloadError where its table cannot be read."""
-    rows = header.numel // header.shape[-1] if header.shape and header.shape[-1] else 0
+    rows = math.prod(header.shape[:-1]) if header.shape else 0
     if header.coder != "rows":
         return torch.full((max(rows, 1),), header.exponent)
     damaged = CorruptPayloadError(f"{name}: the steps of its rows are damaged; get the file again")
